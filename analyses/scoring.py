@@ -1,0 +1,125 @@
+"""How likely a model finds given tokens: teacher-forced negative log-likelihood over spans, and of plain text."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from analyses.statistics import Estimate, percentile, resamples
+from surgery.model import Model
+from surgery.transcript import Transcript
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Negative log-likelihood of some tokens under a model, item by item.
+
+    ``nats[i]``: summed over item *i*, in nats; ``tokens[i]``: over how many tokens. ``missing``: items without the span.
+    """
+
+    nats: tuple[float, ...]
+    tokens: tuple[int, ...]
+    missing: int = 0
+    seed: int = 0
+
+    @property
+    def per_item(self) -> tuple[float, ...]:
+        """Mean nats per token of every item."""
+        return tuple(nats / count for nats, count in zip(self.nats, self.tokens, strict=True))
+
+    @cached_property
+    def mean(self) -> Estimate:
+        """Nats per token over all tokens (at least 0; lower is likelier), bootstrapped over items."""
+        nats, tokens = np.array(self.nats), np.array(self.tokens)
+        counts = resamples(len(nats), 2000, self.seed)
+        drawn = (counts @ nats) / (counts @ tokens)
+        return percentile(nats.sum() / tokens.sum(), drawn, n=len(nats), seed=self.seed)
+
+    def __str__(self) -> str:
+        return f"{self.mean} nats per token over {sum(self.tokens)} tokens; {self.missing} missing"
+
+
+def nll(
+    model: Model, transcripts: Sequence[Transcript], over: str = "answer", *, batch_size: int = 16, seed: int = 0
+) -> Likelihood:
+    """Negative log-likelihood of one span of every transcript, given everything before it.
+
+    ``over``: a span name ("answer", "thinking", "completion", ...). Transcripts without it are counted as missing;
+    none with it is a ValueError. No padding enters: a batch of 8 is eight batches of 1.
+    """
+    spans = [transcript.spans.get(over) for transcript in transcripts]
+    rows = [(t.ids, *span) for t, span in zip(transcripts, spans, strict=True) if span and span[1] > max(span[0], 1)]
+    if not rows:
+        there = sorted({name for transcript in transcripts for name in transcript.spans})
+        raise ValueError(f"none of {len(transcripts)} transcripts has a span {over!r}; there are {there}")
+    return _likelihood(model, rows, batch_size, seed, len(transcripts) - len(rows))
+
+
+def text_nll(model: Model, texts: Sequence[str], *, batch_size: int = 16, seed: int = 0) -> Likelihood:
+    """Negative log-likelihood of plain texts, without a chat template. The first token has nothing before it and is
+    not scored, unless the tokenizer begins every text with a token of its own."""
+    rows = [(ids, 1, len(ids)) for ids in model.tokenizer(list(texts))["input_ids"] if len(ids) > 1]
+    if not rows:
+        raise ValueError(f"none of {len(texts)} texts is longer than one token")
+    return _likelihood(model, rows, batch_size, seed, len(texts) - len(rows))
+
+
+@contextmanager
+def quiet(module: torch.nn.Module):
+    """Evaluation mode without gradients; the mode is given back (a monitor measures inside a training loop)."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        module.train(training)
+
+
+def keeping(module: torch.nn.Module, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]]:
+    """Arguments that make a causal model give logits at these positions only, and where they then are. A vocabulary is
+    large: on a small model the unembedding is a fifth of all arithmetic."""
+    positions = sorted(set(positions))
+    if "logits_to_keep" not in inspect.signature(module.forward).parameters:
+        return {}, positions
+    device = next(module.parameters()).device
+    return {"logits_to_keep": torch.tensor(positions, device=device)}, list(range(len(positions)))
+
+
+def _likelihood(
+    model: Model, rows: Sequence[tuple[Sequence[int], int, int]], batch_size: int, seed: int, missing: int
+) -> Likelihood:
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: must be at least 1")
+    module, device = model.module, next(model.module.parameters()).device
+    nats = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
+    with quiet(module):
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            width = max(rows[row][2] for row in batch)
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            mask = torch.zeros(len(batch), width, dtype=torch.long)
+            for line, row in enumerate(batch):
+                end = rows[row][2]
+                ids[line, :end] = torch.tensor(rows[row][0][:end])
+                mask[line, :end] = 1
+            # padding is on the right and attention looks left: no row sees it
+            wanted = sorted({p - 1 for row in batch for p in range(max(rows[row][1], 1), rows[row][2])})
+            keep, places = keeping(module, wanted)
+            where = dict(zip(wanted, places, strict=True))
+            logits = module(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep).logits
+            for line, row in enumerate(batch):
+                start, end = max(rows[row][1], 1), rows[row][2]
+                chosen = logits[line, [where[p - 1] for p in range(start, end)]].float().log_softmax(-1)
+                target = ids[line, start:end].to(device)
+                nats[row] = -chosen.gather(-1, target[:, None]).sum().item()
+    tokens = [end - max(start, 1) for _, start, end in rows]
+    return Likelihood(tuple(nats), tuple(tokens), missing, seed)

@@ -1,0 +1,286 @@
+"""Where each site is: its tensor in a file or a live module, the rows or columns a head owns, the hook point of an activation.
+
+Families are data (`anatomies.toml`). Code here only binds a family's table to a config and to the names that are really there.
+Past this border a weight is always ``[out, in]``, whatever the family stores.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from surgery.sites import Site, match
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
+
+LINEAR_PARTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site's tensor is stored: a tensor's name, which piece of it, and how it lies.
+
+    rows: index of the piece along the output dimension, or None for the whole tensor.
+    transposed: stored ``[in, out]``.
+    """
+
+    name: str
+    rows: slice | Tensor | None = None
+    transposed: bool = False
+
+    def take(self, stored: Tensor) -> Tensor:
+        """The site's tensor, ``[out, in]`` (or ``[out]``), from the tensor as stored."""
+        tensor = stored.T if self.transposed and stored.ndim == 2 else stored
+        return tensor if self.rows is None else tensor[self.rows]
+
+    def put(self, stored: Tensor, value: Tensor) -> Tensor:
+        """The stored tensor with the site's value in its place: new, in the stored orientation and dtype."""
+        if self.rows is None:
+            whole = value.T if self.transposed and value.ndim == 2 else value
+            return whole.to(stored.dtype).contiguous()
+        whole = stored.clone()
+        self.take(whole)  # raises on a shape that cannot hold the piece
+        (whole.T if self.transposed and whole.ndim == 2 else whole)[self.rows] = value.to(stored.dtype)
+        return whole
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A family's table bound to one config and to the tensor names found.
+
+    places:   site -> Place, for every tensor found; tensors the table does not name are at ``file:NAME``.
+    ties:     site -> the site it shares its tensor with (``head`` -> ``embed``).
+    copies:   names of tensors that merely repeat a tied site's, where a file holds both.
+    head_dim: width of one attention head, read from the config, divided out only where the model itself does so.
+    """
+
+    family: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab: int
+    blocks: str
+    mid: str | None
+    places: Mapping[Site, Place]
+    ties: Mapping[Site, Site]
+    copies: Mapping[str, Site]
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, names: Iterable[str], where: str = "the model") -> Anatomy:
+        """Bind the family of `config.model_type` to the tensor `names` of a file set or a live module.
+
+        Raises ValueError for a family without a table, and for a required tensor that is not there.
+        """
+        text = config.get_text_config()
+        family, table = _table(text.model_type, where)
+        n_heads = text.num_attention_heads
+        shape = _Shape(
+            n_layers=text.num_hidden_layers,
+            heads=n_heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or n_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // n_heads,
+            mlp=getattr(text, "intermediate_size", None) or 0,
+        )
+        tied = bool(getattr(config, "tie_word_embeddings", False))
+        names = set(names)
+        copies = {table["tensors"]["head"]: Site(None, "embed")} if tied and table["tensors"]["head"] in names else {}
+        places, missing = _bind(table["tensors"], shape, names - set(copies), tied)
+        if missing:
+            raise ValueError(
+                f"{where} is a {text.model_type} of {shape.n_layers} layers but lacks {len(missing)} of its tensors, "
+                f"first {', '.join(missing[:3])}. The download or the index may be incomplete, or config.json belongs to another model."
+            )
+        flag = table.get("no_mid_if")
+        return cls(
+            family=family,
+            n_layers=shape.n_layers,
+            d_model=text.hidden_size,
+            n_heads=shape.heads,
+            n_kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            vocab=text.vocab_size,
+            blocks=table["blocks"],
+            mid=None if flag and getattr(text, flag, False) else table["mid"],
+            places=places,
+            ties={Site(None, "head"): Site(None, "embed")} if tied else {},
+            copies=copies,
+        )
+
+    def resolve(self, site: Site | str) -> Site:
+        """The site that holds the tensor: parses text, follows ties, drops the head."""
+        whole = Site.parse(site).whole
+        return self.ties.get(whole, whole)
+
+    def stored_in(self) -> dict[str, list[Site]]:
+        """Tensor name -> the sites that live in it (several where q, k and v are fused)."""
+        names: dict[str, list[Site]] = {}
+        for site, place in self.places.items():
+            names.setdefault(place.name, []).append(site)
+        for name, site in self.copies.items():
+            names[name] = [site]
+        return names
+
+    def linear_sites(self) -> list[Site]:
+        """The attention and MLP matrices of every layer: what LIFT tunes and geometry measures."""
+        return [s for s in self.places if s.layer is not None and s.part in LINEAR_PARTS]
+
+    def heads(self, site: Site) -> int:
+        """How many heads the tensor at a site has. Raises ValueError where a tensor has none."""
+        counts = {"attn.q": self.n_heads, "attn.o": self.n_heads, "attn.k": self.n_kv_heads, "attn.v": self.n_kv_heads}
+        part = site.part.removesuffix(".bias")
+        if part not in counts or site.part == "attn.o.bias":
+            raise ValueError(
+                f"{site.whole} has no heads. Heads are at attn.q, attn.k, attn.v (rows) and attn.o (columns)."
+            )
+        return counts[part]
+
+    def head_slice(self, site: Site) -> tuple[slice, ...]:
+        """Index of one head in its whole tensor: rows of q, k, v; columns of o. Under GQA k and v count key/value heads."""
+        count = self.heads(site)
+        if site.head is None or site.head >= count:
+            raise ValueError(f"{site} does not exist: {site.whole} has heads h0 to h{count - 1}.")
+        span = slice(site.head * self.head_dim, (site.head + 1) * self.head_dim)
+        return (slice(None), span) if site.part == "attn.o" else (span,)
+
+    def activation_sites(self) -> list[Site]:
+        """The streams that can be captured: ``0.resid`` to ``{n_layers}.resid`` and, where there is one, ``mid``."""
+        layers = range(self.n_layers)
+        mid = [Site(layer, "mid") for layer in layers] if self.mid else []
+        return sorted([Site(layer, "resid") for layer in [*layers, self.n_layers]] + mid)
+
+    def hook_point(self, site: Site) -> str:
+        """Path of the module whose *input* is the stream at an activation site."""
+        if site not in self.activation_sites():
+            match(str(site), self.activation_sites())  # raises, listing what exists
+        if site.part == "mid":
+            return f"{self.blocks}.{site.layer}.{self.mid}"
+        if site.layer == self.n_layers:
+            return self.places[Site(None, "norm")].name.removesuffix(".weight")
+        return f"{self.blocks}.{site.layer}"
+
+    def check(self, module: nn.Module, seed: int = 0) -> None:
+        """Prove the map on a live module: perturb each site in turn and require the logits to move.
+
+        Raises RuntimeError naming the first site whose shape contradicts the config or that moves nothing. Weights are restored
+        bit for bit.
+        """
+        parameters = dict(module.named_parameters())
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, self.vocab, (1, 8), generator=generator).to(next(module.parameters()).device)
+        rows = {
+            "attn.q": self.n_heads * self.head_dim,
+            "attn.k": self.n_kv_heads * self.head_dim,
+            "attn.o": self.d_model,
+        }
+        with torch.no_grad():
+            before = module(input_ids=ids).logits
+            for site, place in self.places.items():
+                parameter = parameters[place.name]
+                tensor = place.take(parameter)
+                if site.part in rows and tensor.shape[0] != rows[site.part]:
+                    raise RuntimeError(
+                        f"{site} has {tensor.shape[0]} rows where the config of this {self.family} says {rows[site.part]}."
+                    )
+                original = parameter.detach().clone()
+                noise = torch.randn(tensor.shape, generator=generator).to(tensor) * (
+                    tensor.float().std(unbiased=False) + 0.5
+                )
+                used = tensor + noise
+                if site.part == "embed":
+                    used = tensor.clone()
+                    used[ids[0]] += noise[ids[0]]
+                parameter.copy_(place.put(parameter, used))
+                moved = not torch.equal(module(input_ids=ids).logits, before)
+                parameter.copy_(original)
+                if not moved and not site.part.endswith(
+                    "k.bias"
+                ):  # a key bias cancels in the softmax of an unrotated query
+                    raise RuntimeError(f"{site} (stored as {place.name}) was perturbed and the logits did not move.")
+
+
+@dataclass(frozen=True)
+class _Shape:
+    n_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+
+    def rows(self, piece: str, of: str) -> slice | Tensor:
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        match of:
+            case "qkv":
+                return {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}[piece]
+            case "qkv-by-head":
+                start = "qkv".index(piece) * self.head_dim
+                rows = torch.arange(self.heads * 3 * self.head_dim).view(self.heads, 3 * self.head_dim)
+                return rows[:, start : start + self.head_dim].reshape(-1)
+            case "gate-up":
+                return {"gate": slice(0, self.mlp), "up": slice(self.mlp, 2 * self.mlp)}[piece]
+        raise ValueError(f"anatomies.toml: a tensor of {of!r} pieces is not known")
+
+
+@cache
+def _families() -> dict[str, dict]:
+    tables = tomllib.loads(files("surgery").joinpath("anatomies.toml").read_text(encoding="utf-8"))
+
+    def resolved(name: str) -> dict:
+        table = dict(tables[name])
+        if "like" in table:
+            parent = resolved(table["like"])
+            kept = {k: v for k, v in parent["tensors"].items() if k not in table.get("without", ())}
+            table = {**parent, **table, "tensors": {**kept, **table.get("tensors", {})}}
+        return table
+
+    return {name: resolved(name) for name in tables}
+
+
+def _table(model_type: str, where: str) -> tuple[str, dict]:
+    known = {kind: name for name, table in _families().items() for kind in table["model_types"]}
+    if model_type not in known:
+        raise ValueError(
+            f"{where} is a {model_type!r} model, a family without a table. Known: {', '.join(sorted(known))}. "
+            "A family is added as data, in surgery/anatomies.toml."
+        )
+    return known[model_type], _families()[known[model_type]]
+
+
+def _bind(table: dict, shape: _Shape, names: set[str], tied: bool) -> tuple[dict[Site, Place], list[str]]:
+    places: dict[Site, Place] = {}
+    missing: list[str] = []
+
+    def found(name: str) -> str | None:
+        # A checkpoint saved from the bare backbone lacks its prefix: h.0.ln_1.weight for transformer.h.0.ln_1.weight.
+        return next((n for n in (name, name.split(".", 1)[1]) if n in names), None)
+
+    for pattern, entry in table.items():
+        spec: dict[str, Any] = {"name": entry} if isinstance(entry, str) else entry
+        for layer in range(shape.n_layers) if "{l}" in pattern else [None]:
+            site = Site.parse(pattern.replace("{l}", str(layer)))
+            if site.part == "head" and tied:
+                continue
+            wanted = spec["name"].replace("{l}", str(layer))
+            rows = shape.rows(spec["piece"], spec["of"]) if "of" in spec else None
+            name = found(wanted)
+            if name is None:
+                missing.append(wanted)
+                continue
+            places[site] = Place(name, rows, spec.get("transposed", False))
+            bias = found(wanted.removesuffix("weight") + "bias")
+            if bias is not None:
+                places[Site(site.layer, site.part + ".bias")] = Place(bias, rows)
+    named = {p.name for p in places.values()}
+    for name in sorted(names - named):
+        places[Site.unnamed(name)] = Place(name)
+    return dict(sorted(places.items())), missing

@@ -1,0 +1,301 @@
+"""A live model: module, tokenizer, anatomy. A handle, not a wrapper: `model.module` is the transformers model itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surgery.anatomy import Anatomy
+from surgery.checkpoint import Checkpoint, load_module
+from surgery.sites import Site
+from surgery.transcript import THINK, Markers, Transcript, end_tokens, read_transcript
+from surgery.weights import Weights
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LiveWeights(Weights):
+    """The weights of a live module: reads see the module as it is now."""
+
+    def __init__(self, module: nn.Module, anatomy: Anatomy, layout: Checkpoint | None = None):
+        self.anatomy, self.layout = anatomy, layout
+        self._parameters = dict(module.named_parameters())
+        self._shapes = {s: place.take(self._parameters[place.name]).shape for s, place in anatomy.places.items()}
+
+    def shapes(self) -> Mapping[Site, torch.Size]:
+        return self._shapes
+
+    def dtype(self, site: Site | str) -> torch.dtype:
+        return self.parameter(site).dtype
+
+    def parameter(self, site: Site | str) -> nn.Parameter:
+        """The live parameter a site's tensor is, or is a piece of."""
+        return self._parameters[self.anatomy.places[self._resolve(site)].name]
+
+    def _read(self, site: Site, rows: slice) -> Tensor:
+        return self.anatomy.places[site].take(self.parameter(site).detach())[rows]
+
+
+class Model:
+    """A causal language model with its tokenizer and anatomy.
+
+    module:     the transformers model, in eval mode.
+    checkpoint: the folder it was loaded from, if any; `write` imitates its files.
+    markers:    the text around the thinking.
+    """
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        checkpoint: Checkpoint | None = None,
+        markers: Markers = THINK,
+    ):
+        self.module, self.tokenizer, self.checkpoint, self.markers = module.eval(), tokenizer, checkpoint, markers
+        names = (name for name, _ in module.named_parameters())
+        self.anatomy = Anatomy.of(module.config, names, where=type(module).__name__)
+
+    @classmethod
+    def load(cls, ref: str | os.PathLike[str], *, device: str = "auto", dtype: str | torch.dtype = "auto") -> Model:
+        """Load a model: ``"specimen"``, a folder, or a hub id.
+
+        device: ``auto`` takes a GPU where there is one. dtype: ``auto`` keeps the stored one; else ``float32``, ``bfloat16``, ...
+        Raises FileNotFoundError when `ref` is neither a folder nor reachable on the hub, CheckpointError for a damaged folder.
+        """
+        from transformers import AutoTokenizer
+
+        folder = find(ref)
+        checkpoint = Checkpoint(folder)
+        module = load_module(folder, as_dtype(dtype) or "auto")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        module.to(pick_device(device))  # type: ignore[arg-type]
+        return cls(module, tokenizer, checkpoint)
+
+    @property
+    def weights(self) -> LiveWeights:
+        return LiveWeights(self.module, self.anatomy, self.checkpoint)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def prompt(self, question: str) -> str:
+        """The question in the chat template, up to where the model begins to speak; the bare question where there is no template."""
+        if not self.tokenizer.chat_template:
+            return question
+        return str(
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+            )
+        )
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """Token ids of the prompt; special tokens are added only where no template has written them."""
+        bare = not self.tokenizer.chat_template
+        return list(self.tokenizer(self.prompt(question), add_special_tokens=bare)["input_ids"])
+
+    def transcript(self, question: str, completion: str, **meta: Any) -> Transcript:
+        """A transcript of a given completion (a teacher's text), ended with the end-of-sequence token where the tokenizer has one."""
+        ids = list(self.tokenizer(completion, add_special_tokens=False)["input_ids"])
+        ids += sorted(end_tokens(self.tokenizer))[:1]
+        return read_transcript(self.tokenizer, question, self.prompt_ids(question), ids, self.markers, **meta)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        questions: str | Sequence[str],
+        *,
+        samples: int = 1,
+        temperature: float | None = None,
+        seed: int = 0,
+        max_new_tokens: int = 64,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> list[Transcript]:
+        """Answer each question `samples` times; transcripts come question by question, a question's samples together.
+
+        temperature: 0 is greedy, the default for one sample; 1 is the default for several. Sample j of question i depends on
+        ``(seed, i, j)`` alone, whatever the batch: the noise of a row is its own (Gumbel-max sampling).
+        """
+        from tqdm.auto import tqdm
+
+        asked = [questions] if isinstance(questions, str) else list(questions)
+        heat = (0.0 if samples == 1 else 1.0) if temperature is None else temperature
+        if samples < 1 or heat < 0 or (samples > 1 and heat == 0):
+            raise ValueError(
+                f"samples={samples} at temperature={heat}: ask for at least one sample, and for a temperature above 0 when they are to differ."
+            )
+        prompts = [self.prompt_ids(q) for q in asked]
+        jobs = [(i, j) for i in range(len(asked)) for j in range(samples)]
+        order = sorted(jobs, key=lambda job: len(prompts[job[0]]))  # little padding
+        done: dict[tuple[int, int], Transcript] = {}
+        with tqdm(total=len(jobs), desc="generating", disable=not progress, leave=False) as bar:
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                rows = self._generate_batch(
+                    [prompts[i] for i, _ in batch], [(seed, i, j) for i, j in batch], heat, max_new_tokens
+                )
+                for (i, j), row in zip(batch, rows, strict=True):
+                    done[i, j] = read_transcript(self.tokenizer, asked[i], prompts[i], row, self.markers, sample=j)
+                bar.update(len(batch))
+        return [done[job] for job in jobs]
+
+    def _generate_batch(
+        self, prompts: list[list[int]], seeds: list[tuple[int, int, int]], heat: float, length: int
+    ) -> list[list[int]]:
+        from transformers import GenerationConfig
+
+        ids, mask = pad_left(prompts, self.pad_id, self.device)
+        ends = sorted(end_tokens(self.tokenizer))
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=length, eos_token_id=ends or None, pad_token_id=self.pad_id, use_cache=True
+        )
+        noise = [_GumbelNoise(seeds, heat)] if heat else []
+        out: Any = self.module.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=noise
+        )
+        return [row[ids.shape[1] :].tolist() for row in out]
+
+    @property
+    def pad_id(self) -> int:
+        """What fills the padding, which masks hide from everything."""
+        pad: Any = self.tokenizer.pad_token_id
+        return next(iter(end_tokens(self.tokenizer)), 0) if pad is None else pad
+
+    @contextmanager
+    def installed(self, weights: Weights) -> Iterator[Model]:
+        """The model with other weights in it: ``with model.installed(base + 0.5 * delta):``. Restored bit for bit on leaving."""
+        with installed(weights, self):
+            yield self
+
+    def __repr__(self) -> str:
+        a = self.anatomy
+        return f"<Model {a.family}: {a.n_layers} layers, d {a.d_model}, {a.n_heads} heads ({a.n_kv_heads} kv) of {a.head_dim}, on {self.device}>"
+
+
+@contextmanager
+def installed(weights: Weights, model: Model) -> Iterator[Model]:
+    """Swap `weights` into a live model for the length of a ``with`` block; the original tensors come back on leaving, bit for bit.
+
+    Values are rounded to the module's own dtype. Raises ValueError when the anatomies differ.
+    """
+    from surgery.weights import require_same_sites
+
+    live = model.weights
+    require_same_sites(live, weights)
+    by_parameter: dict[str, list[Site]] = {}
+    for site, place in model.anatomy.places.items():
+        by_parameter.setdefault(place.name, []).append(site)
+    parameters = dict(model.module.named_parameters())
+    with torch.no_grad():
+        new: dict[str, Tensor] = {}
+        changed = weights.changed_from(live)
+        for name, sites in by_parameter.items():
+            touched = [s for s in sites if s in changed]
+            tensor = parameters[name].detach()
+            for site in touched:
+                tensor = model.anatomy.places[site].put(tensor, weights[site].to(tensor.device))
+            if touched:
+                new[name] = tensor
+    originals = {name: parameters[name].data for name in new}
+    try:
+        for name, tensor in new.items():
+            parameters[name].data = tensor
+        yield model
+    finally:
+        for name, tensor in originals.items():
+            parameters[name].data = tensor
+
+
+def find(ref: str | os.PathLike[str]) -> Path:
+    """The folder a reference means: ``specimen``, an existing folder, or a hub id (downloaded, or from the hub's cache when offline)."""
+    if str(ref) == "specimen":
+        from surgery.specimen import specimen
+
+        return specimen()
+    if (
+        Path(ref).exists()
+        or (os.sep in str(ref).strip(os.sep) and str(ref).count("/") != 1)
+        or str(ref).startswith((".", "/", "~"))
+    ):
+        return Path(ref).expanduser()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from surgery.specimen import hub_reachable
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(str(ref), allow_patterns=wanted, local_files_only=not hub_reachable()))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"{ref!r} is neither a folder here nor a model that the hub or its local cache can give. "
+            "Give a folder, a hub id (owner/name) while the hub is reachable, or 'specimen' for the default model."
+        ) from error
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` is the GPU where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    if device == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"There is no device {device!r} here. Use auto, cpu{', cuda' if torch.cuda.is_available() else ''}."
+        ) from error
+    return chosen
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """``"bfloat16"`` -> torch.bfloat16; None for ``auto`` and None. Raises ValueError listing the choices."""
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    found = getattr(torch, short.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"{dtype!r} is not a dtype of weights. Choose float32, bfloat16, float16 or auto.")
+    return found
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask ``[batch, longest]`` with the padding on the left."""
+    width = max(len(r) for r in rows)
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+class _GumbelNoise:
+    """Gumbel-max sampling: the arg max of ``logits / T + g`` with Gumbel noise g is a sample of ``softmax(logits / T)``.
+
+    Each row draws from its own generator, so a sample does not depend on what else is in the batch.
+    """
+
+    def __init__(self, seeds: Sequence[tuple[int, int, int]], heat: float):
+        self._heat = heat
+        self._rows = [
+            torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0])) for seed in seeds
+        ]
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self._rows])
+        gumbel = -torch.log(-torch.log(uniform.clamp_min(1e-300)))
+        return scores.double() / self._heat + gumbel.to(scores.device)

@@ -1,0 +1,238 @@
+"""Receipts. Every output folder holds ``record.json``: what ran, on what, from which code, with which seeds, and what came out.
+
+`verify` hashes the outputs again and names the tensor that differs; `replay` runs the command again into a new folder, compares,
+and says how today's environment differs from the recorded one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+RECORD = "record.json"
+PACKAGES = (
+    "model-surgery",
+    "torch",
+    "transformers",
+    "safetensors",
+    "peft",
+    "trl",
+    "accelerate",
+    "numpy",
+    "reasoning-gym",
+)
+Grade = Literal["low", "medium", "high"]
+
+
+class RecordError(ValueError):
+    """A folder without a readable record, or outputs that contradict it."""
+
+
+@dataclass
+class Record:
+    """What ran.
+
+    command:   name of the command, as on the command line.
+    arguments: every argument, resolved. typed: the words as typed.
+    inputs:    role -> {"ref": as given, "hash": of what it was}.
+    seeds:     name -> seed. checks: what was verified, in words. results: the figures worth keeping.
+    outputs:   file -> SHA-256; a safetensors file maps each of its tensors to a SHA-256.
+    """
+
+    command: str
+    arguments: dict[str, Any]
+    typed: list[str] = field(default_factory=list)
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+    checks: list[str] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, str | dict[str, str]] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    started: str = ""
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.started:
+            self.started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            self.environment = environment()
+            self._clock = time.monotonic()
+
+    def save(self, folder: str | os.PathLike[str], reproducible: Sequence[str] = ("*",)) -> Path:
+        """Hash the folder's files and write the record beside them. `reproducible`: patterns of the files `replay` will compare."""
+        folder = Path(folder)
+        self.seconds = round(time.monotonic() - self._clock, 3)
+        self.outputs = hash_folder(folder)
+        self.results.setdefault("reproducible", list(reproducible))
+        path = folder / RECORD
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Record:
+        path = Path(folder) / RECORD
+        if not path.is_file():
+            raise RecordError(
+                f"{folder} has no {RECORD}: it was not made by a surgery command, or the command did not finish."
+            )
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise RecordError(f"{path} is damaged: {error}") from error
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """How a replay compares: files equal to the recorded ones, files that differ, and what is different about the environment."""
+
+    folder: Path
+    equal: list[str]
+    differing: list[str]
+    environment: list[tuple[Grade, str]]
+
+    @property
+    def ok(self) -> bool:
+        return not self.differing
+
+
+def verify(folder: str | os.PathLike[str]) -> list[str]:
+    """What differs from the record, in words: changed tensors or files, missing ones, extra ones. Empty when all is as recorded."""
+    recorded = Record.load(folder).outputs
+    found = hash_folder(Path(folder))
+    problems = [f"{name} is missing" for name in recorded if name not in found]
+    problems += [f"{name} is not in the record" for name in found if name not in recorded]
+    for name in recorded.keys() & found.keys():
+        problems += _differences(name, recorded[name], found[name])
+    return sorted(problems)
+
+
+def replay(
+    folder: str | os.PathLike[str], to: str | os.PathLike[str], commands: Mapping[str, Callable[..., object]]
+) -> Replayed:
+    """Run the recorded command again, into `to`, and compare the outputs.
+
+    `commands` maps a command's name to the function behind it. Raises RecordError when an input's hash cannot be what it was, or for
+    an unknown command.
+    """
+    import fnmatch
+
+    record = Record.load(folder)
+    if record.command not in commands:
+        raise RecordError(
+            f"The record's command is {record.command!r}; this version knows {', '.join(sorted(commands))}."
+        )
+    commands[record.command](**{**record.arguments, "to": Path(to)})
+    again = Record.load(to)
+    changed = [role for role, was in record.inputs.items() if again.inputs.get(role, {}).get("hash") != was["hash"]]
+    if changed:
+        raise RecordError(
+            f"The input {changed[0]} ({record.inputs[changed[0]]['ref']}) is not what it was when this was recorded: its hash differs."
+        )
+    patterns = record.results["reproducible"]
+    equal, differing = [], []
+    for name, was in record.outputs.items():
+        if any(fnmatch.fnmatch(name, p) for p in patterns):
+            differences = _differences(name, was, again.outputs.get(name, "missing"))
+            (differing if differences else equal).append(differences[0] if differences else name)
+    return Replayed(Path(to), equal, differing, compare_environment(record.environment, environment()))
+
+
+def environment() -> dict[str, Any]:
+    """What a result may depend on beside its arguments: versions, processor, threads."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "source": source_hash(),
+    }
+
+
+def source_hash() -> str:
+    """SHA-256 of the toolkit's own source: a result never loses its code."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for package in ("surgery", "probes", "finetune", "analyses"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def compare_environment(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[Grade, str]]:
+    """What changed since the record, gravest first: ``high`` changes numbers, ``medium`` may, ``low`` changes their last digits."""
+    grades: dict[str, Grade] = {
+        "device": "high",
+        "source": "high",
+        "processor": "medium",
+        "python": "low",
+        "platform": "low",
+        "threads": "low",
+    }
+    found: list[tuple[Grade, str]] = [
+        (grade, f"{key}: {_short(then.get(key))} then, {_short(now.get(key))} now")
+        for key, grade in grades.items()
+        if then.get(key) != now.get(key)
+    ]
+    for package, was in then.get("packages", {}).items():
+        today = now["packages"].get(package)
+        if was != today:
+            found.append(
+                ("high" if package in ("torch", "transformers") else "medium", f"{package}: {was} then, {today} now")
+            )
+    return sorted(found, key=lambda item: ("high", "medium", "low").index(item[0]))
+
+
+def hash_folder(folder: Path) -> dict[str, str | dict[str, str]]:
+    """File (relative) -> SHA-256; for a safetensors file, tensor -> SHA-256. The record itself and unfinished files are left out."""
+    from surgery.checkpoint import hash_file_tensors
+
+    found: dict[str, str | dict[str, str]] = {}
+    for path in sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != RECORD and ".partial" not in str(p.relative_to(folder))
+    ):
+        name = path.relative_to(folder).as_posix()
+        found[name] = (
+            hash_file_tensors(path) if path.suffix == ".safetensors" else hashlib.sha256(path.read_bytes()).hexdigest()
+        )
+    return found
+
+
+def typed() -> list[str]:
+    """The words of the command line, the program's own name without its folder."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def _differences(name: str, was: str | dict[str, str], now: str | dict[str, str]) -> list[str]:
+    if was == now:
+        return []
+    if isinstance(was, dict) and isinstance(now, dict):
+        tensors = sorted(t for t in was.keys() | now.keys() if was.get(t) != now.get(t))
+        return [f"{name}: tensor {t} differs" for t in tensors]
+    return [f"{name} differs" if now != "missing" else f"{name} is missing"]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text

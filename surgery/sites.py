@@ -1,0 +1,145 @@
+"""Places have names.
+
+A `Site` is a layer, a part and perhaps a head: ``12.mlp.down``, ``12.attn.o.h3``, ``12.resid``, ``embed``.
+Patterns match sites segment by segment: ``*.attn.o``, ``0-5.mlp.*``, ``*.attn.o.h3``, ``**``.
+
+Weights live at ``embed``, ``norm``, ``head`` and, in each layer, ``attn.q``, ``attn.k``, ``attn.v``, ``attn.o``, ``mlp.gate``,
+``mlp.up``, ``mlp.down`` and the norms; a bias adds ``.bias``. Activations live at ``resid``, the stream *entering* block *l*
+(so ``{n_layers}.resid`` leaves the last block, before the final norm), and ``mid``, the stream between attention and MLP.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache, total_ordering
+
+_HEAD = re.compile(r"h(\d+)$")
+_UNNAMED = "file:"
+
+
+@total_ordering
+@dataclass(frozen=True)
+class Site:
+    """A place in a model.
+
+    layer: 0-based block index, None for places outside the blocks.
+    part:  what it is, dotted: ``mlp.down``, ``attn.q.bias``, ``resid``. A tensor that the family's table does not name keeps
+           its file name: ``file:vision.patch.weight``.
+    head:  0-based head index, or None for the whole tensor. In ``attn.k`` and ``attn.v`` it counts key/value heads.
+    """
+
+    layer: int | None
+    part: str
+    head: int | None = None
+
+    def __str__(self) -> str:
+        text = self.part if self.layer is None else f"{self.layer}.{self.part}"
+        return text if self.head is None else f"{text}.h{self.head}"
+
+    def __lt__(self, other: Site) -> bool:
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[bool, int, str, int]:
+        return (self.layer is not None, self.layer or 0, self.part, -1 if self.head is None else self.head)
+
+    @property
+    def whole(self) -> Site:
+        """The tensor a head belongs to."""
+        return Site(self.layer, self.part)
+
+    @classmethod
+    def parse(cls, text: str | Site) -> Site:
+        """The inverse of ``str(site)``. Raises ValueError on text that is no site, a pattern for example."""
+        if isinstance(text, Site):
+            return text
+        if text.startswith(_UNNAMED):
+            return cls(None, text)
+        segments = text.split(".")
+        if not all(segments) or any(c in text for c in "*?[] "):
+            raise ValueError(f"{text!r} is not a site. A site looks like 12.mlp.down, 12.attn.o.h3, 12.resid or embed.")
+        head = _HEAD.fullmatch(segments[-1])
+        if head and len(segments) > 1:
+            segments = segments[:-1]
+        layer = int(segments.pop(0)) if segments[0].isdecimal() else None
+        if not segments:
+            raise ValueError(
+                f"{text!r} names a layer but no part of it. A site looks like {text}.mlp.down or {text}.resid."
+            )
+        return cls(layer, ".".join(segments), int(head[1]) if head else None)
+
+    @classmethod
+    def unnamed(cls, name: str) -> Site:
+        """The site of a tensor that the family's table does not name: it is carried, never dropped."""
+        return cls(None, _UNNAMED + name)
+
+
+def match(patterns: str | Site | Iterable[str | Site], sites: Iterable[Site]) -> list[Site]:
+    """The sites, in their own order, that any of the patterns names.
+
+    A pattern has the segments of a site. ``*`` stands for one segment (or a piece of one), ``**`` for any number, ``4-8`` for
+    layers four to eight; a last segment ``h3`` asks for head 3 of every tensor the rest matches. Raises ValueError, listing
+    what exists, when a pattern matches nothing.
+    """
+    wanted = [patterns] if isinstance(patterns, str | Site) else list(patterns)
+    existing = list(sites)
+    texts = [str(s) for s in existing]
+    chosen: dict[Site, None] = {}
+    for pattern in wanted:
+        whole, head = _split_head(str(pattern))
+        test = _compiled(whole)
+        hits = [s for s, text in zip(existing, texts, strict=True) if test(text)]
+        if not hits:
+            raise ValueError(_nothing_matched(str(pattern), existing))
+        for site in hits:
+            chosen[Site(site.layer, site.part, head) if head is not None else site] = None
+    order = {s: i for i, s in enumerate(existing)}
+    return sorted(chosen, key=lambda s: (order[s.whole] if s.head is not None else order[s], s.head or 0))
+
+
+def _split_head(pattern: str) -> tuple[str, int | None]:
+    rest, _, last = pattern.rpartition(".")
+    head = _HEAD.fullmatch(last)
+    return (rest, int(head[1])) if head and rest and not pattern.startswith(_UNNAMED) else (pattern, None)
+
+
+@cache
+def _compiled(pattern: str):
+    if pattern.startswith(_UNNAMED):
+        return lambda text: fnmatchcase(text, pattern)
+    wanted = pattern.split(".")
+    return lambda text: not text.startswith(_UNNAMED) and _segments_match(wanted, text.split("."))
+
+
+def _segments_match(wanted: list[str], found: list[str]) -> bool:
+    if not wanted:
+        return not found
+    if wanted[0] == "**":
+        return any(_segments_match(wanted[1:], found[i:]) for i in range(len(found) + 1))
+    return bool(found) and _segment_matches(wanted[0], found[0]) and _segments_match(wanted[1:], found[1:])
+
+
+def _segment_matches(wanted: str, found: str) -> bool:
+    first, dash, last = wanted.partition("-")
+    if dash and first.isdecimal() and last.isdecimal():
+        return found.isdecimal() and int(first) <= int(found) <= int(last)
+    return fnmatchcase(found, wanted)
+
+
+def _nothing_matched(pattern: str, sites: list[Site]) -> str:
+    layers = [s.layer for s in sites if s.layer is not None]
+    parts = sorted({s.part for s in sites if s.layer is not None})
+    outside = [str(s) for s in sites if s.layer is None]
+    near = difflib.get_close_matches(pattern.split(".", 1)[-1], parts + outside, n=1, cutoff=0.6)
+    lines = [f"The pattern {pattern!r} matches no site."]
+    if near:
+        lines[0] += f" Did you mean {pattern.split('.', 1)[0] + '.' if near[0] in parts else ''}{near[0]}?"
+    if layers:
+        lines.append(f"Layers {min(layers)} to {max(layers)} have: {', '.join(parts)}.")
+    if outside:
+        lines.append(f"Outside the layers: {', '.join(outside[:12])}{', ...' if len(outside) > 12 else ''}.")
+    return " ".join(lines)

@@ -1,0 +1,182 @@
+"""Say "thinking", not "token 412".
+
+A `Transcript` is one question and its completion as token ids, with the spans that matter: ``prompt``, ``completion``,
+``thinking`` (strictly between the think markers), ``answer`` (after them, without the end-of-sequence token) and ``all``. Spans are half-open
+token ranges. A span that is not there is absent, never empty by accident: a completion that opens its thinking and never
+closes it has no answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+_SENTENCE = re.compile(r"[^\n]*?(?:[.!?](?=\s)|\n|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Markers:
+    """The text around the thinking. They need not be single tokens."""
+
+    open: str = "<think>"
+    close: str = "</think>"
+
+
+THINK = Markers()
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A question and its completion, without padding.
+
+    ids:      token ids of prompt and completion.
+    offsets:  for each token the half-open range of characters of `text` it covers.
+    spans:    name -> half-open token range.
+    finished: whether the completion ended by itself (end-of-sequence seen).
+    meta:     whatever the caller wants to keep with it.
+    """
+
+    question: str
+    ids: tuple[int, ...]
+    text: str
+    offsets: tuple[Span, ...]
+    spans: Mapping[str, Span]
+    finished: bool
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def span_text(self, span: str | Span) -> str | None:
+        """The text of a span, stripped; None when the transcript has no such span."""
+        if isinstance(span, str):
+            if span not in self.spans:
+                return None
+            span = self.spans[span]
+        begin, end = span
+        return self.text[self.offsets[begin][0] : self.offsets[end - 1][1]].strip() if end > begin else ""
+
+    @property
+    def prompt(self) -> str | None:
+        return self.span_text("prompt")
+
+    @property
+    def completion(self) -> str | None:
+        return self.span_text("completion")
+
+    @property
+    def thinking(self) -> str | None:
+        return self.span_text("thinking")
+
+    @property
+    def answer(self) -> str | None:
+        return self.span_text("answer")
+
+    @cached_property
+    def sentences(self) -> tuple[Span, ...]:
+        """Token spans of the sentences of the thinking, in order and without gaps: a line is a sentence, and so is what ends in . ! or ?
+
+        A token that reaches over a boundary belongs to the sentence it begins in.
+        """
+        if "thinking" not in self.spans:
+            return ()
+        begin, end = self.spans["thinking"]
+        if end == begin:
+            return ()
+        start = self.offsets[begin][0]
+        text = self.text[start : self.offsets[end - 1][1]]
+        bounds, cut = [begin], begin
+        for piece in _SENTENCE.finditer(text):
+            if not piece.group().strip():
+                continue
+            while cut < end and self.offsets[cut][0] < start + piece.end():
+                cut += 1
+            if cut > bounds[-1]:
+                bounds.append(cut)
+        bounds[-1] = end
+        return tuple(pairwise(bounds))
+
+    def require(self, span: str) -> Span:
+        """The span, or a ValueError that says what the transcript has instead."""
+        if span not in self.spans:
+            raise ValueError(
+                f"The transcript of {self.question[:60]!r} has no span {span!r}; it has {', '.join(self.spans)}."
+            )
+        return self.spans[span]
+
+    def __repr__(self) -> str:
+        return f"<Transcript {self.question[:40]!r}: {', '.join(f'{k} {b}:{e}' for k, (b, e) in self.spans.items())}>"
+
+
+def read_transcript(
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    prompt_ids: Sequence[int],
+    completion_ids: Sequence[int],
+    markers: Markers = THINK,
+    **meta: Any,
+) -> Transcript:
+    """Find the spans in a prompt and a completion given as token ids. Markers are looked for in the completion only."""
+    ids = (*prompt_ids, *completion_ids)
+    eos = end_tokens(tokenizer)
+    stop = next((i for i in range(len(prompt_ids), len(ids)) if ids[i] in eos), len(ids))
+    finished = stop < len(ids)
+    ids = ids[: stop + 1]
+    text, offsets = _offsets(tokenizer, ids)
+    start = len(prompt_ids)
+    spans: dict[str, Span] = {"all": (0, len(ids)), "prompt": (0, start), "completion": (start, len(ids))}
+    body_at = offsets[start][0] if start < len(ids) else len(text)
+    body_end = offsets[stop][0] if finished else len(text)
+    opened = text.find(markers.open, body_at, body_end)
+    if opened < 0:
+        if stop > start:
+            spans["answer"] = (start, stop)
+    else:
+        closed = text.find(markers.close, opened, body_end)
+        inner = opened + len(markers.open)
+        first = _first_token_from(offsets, inner, start)
+        last = _first_token_from(offsets, closed if closed >= 0 else body_end, first)
+        spans["thinking"] = (first, min(last, stop))
+        if closed >= 0:
+            after = _first_token_from(offsets, closed + len(markers.close), last)
+            if after < stop and text[offsets[after][0] : body_end].strip():
+                spans["answer"] = (after, stop)
+    return Transcript(question, tuple(ids), text, tuple(offsets), spans, finished, dict(meta))
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that end a completion."""
+    eos: Any = tokenizer.eos_token_id
+    return set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+
+
+def _first_token_from(offsets: Sequence[Span], char: int, at: int) -> int:
+    """The first token, from `at` on, that begins at or after a character."""
+    while at < len(offsets) and offsets[at][0] < char:
+        at += 1
+    return at
+
+
+def _offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[Span]]:
+    """The decoded text and each token's characters in it.
+
+    Encoding the text again gives the offsets at once when it gives the same tokens; a model is free to emit others, and then the
+    prefixes are decoded one by one.
+    """
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    if tokenizer.is_fast:
+        again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if list(again["input_ids"]) == list(ids):
+            return text, [(int(b), int(e)) for b, e in again["offset_mapping"]]
+    offsets, end = [], 0
+    for count in range(1, len(ids) + 1):
+        begin = end
+        prefix = str(tokenizer.decode(list(ids[:count]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        end = max(begin, len(prefix.rstrip("\ufffd")))  # half a character decodes to the replacement mark
+        offsets.append((begin, end))
+    return text, offsets

@@ -1,0 +1,360 @@
+"""Weights are points, changes are vectors.
+
+``point - point = vector``, ``point + vector = point``, ``vector + vector = vector``; ``point + point`` is a TypeError. Everything is
+lazy: an expression costs nothing until `write` or `installed` walks it, one tensor at a time. Expressions are kept as sums of their
+leaves, so ``base + (tuned - base)`` *is* ``tuned``, to the bit.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from surgery.anatomy import Anatomy
+from surgery.sites import Site, match
+
+if TYPE_CHECKING:
+    from surgery.checkpoint import Checkpoint
+
+Edit = Callable[[Site, Tensor], Tensor]
+_ALL = slice(None)
+
+
+class _Tensors(Mapping[Site, Tensor]):
+    """What points and vectors share: sites to tensors, read when asked for."""
+
+    @abstractmethod
+    def shapes(self) -> Mapping[Site, torch.Size]:
+        """Every site's shape, ``[out, in]`` for matrices, known without reading a tensor."""
+
+    @abstractmethod
+    def _read(self, site: Site, rows: slice) -> Tensor:
+        """The rows asked for of the tensor at a whole site that exists."""
+
+    def _resolve(self, site: Site | str) -> Site:
+        return Site.parse(site).whole
+
+    def __getitem__(self, site: Site | str) -> Tensor:
+        whole = self._resolve(site)
+        if whole not in self.shapes():
+            match(str(site), self.shapes())  # raises, listing what exists
+        return self._read(whole, _ALL)
+
+    def rows(self, site: Site | str, rows: slice) -> Tensor:
+        """Some rows of the tensor at a site; the others are not computed. Bounds memory where a tensor is huge."""
+        return self._read(self._resolve(site), rows)
+
+    def __contains__(self, site: object) -> bool:  # Mapping's own would read the tensor
+        return isinstance(site, Site | str) and self._resolve(site) in self.shapes()
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.shapes())
+
+    def __len__(self) -> int:
+        return len(self.shapes())
+
+    def shape(self, site: Site | str) -> torch.Size:
+        return self.shapes()[self._resolve(site)]
+
+    def __repr__(self) -> str:
+        count = sum(s.numel() for s in self.shapes().values())
+        return f"<{type(self).__name__}: {len(self)} tensors, {count / 1e6:.1f} M numbers>"
+
+
+class Weights(_Tensors):
+    """A point: the weights of a model, as a lazy mapping from `Site` to a tensor ``[out, in]``.
+
+    A tensor read from a file or a module has its stored dtype; a computed one is fp32. ``w["12.attn.o.h3"]`` gives one head's slice.
+    ``anatomy`` says where sites are; ``layout`` is the checkpoint whose files a written copy will imitate (None where there is none).
+    """
+
+    anatomy: Anatomy
+    layout: Checkpoint | None
+
+    @abstractmethod
+    def dtype(self, site: Site | str) -> torch.dtype:
+        """The dtype in which the tensor at a site is stored."""
+
+    def _resolve(self, site: Site | str) -> Site:
+        return self.anatomy.resolve(site)
+
+    def __getitem__(self, site: Site | str) -> Tensor:
+        tensor = super().__getitem__(site)
+        parsed = Site.parse(site)
+        return tensor if parsed.head is None else tensor[self.anatomy.head_slice(parsed)]
+
+    def __sub__(self, other: Weights | Delta) -> Delta | Weights:
+        if isinstance(other, Delta):
+            return self + -other
+        if not isinstance(other, Weights):
+            return NotImplemented
+        require_same_sites(self, other)
+        return Difference([(1.0, self), (-1.0, other)], self.shapes())
+
+    def __add__(self, other: Delta) -> Weights:
+        if isinstance(other, Weights):
+            raise TypeError(
+                "A model plus a model is not a model. Add a difference: base + 0.5 * (tuned - base), or average: base + 0.5 * (other - base)."
+            )
+        if not isinstance(other, Delta):
+            return NotImplemented
+        return Moved(self, other)
+
+    def changed_from(self, layout: Weights) -> set[Site]:
+        """The sites at which this point may differ from `layout`; all of them unless a view knows better."""
+        return set() if self is layout else set(self)
+
+
+class Delta(_Tensors):
+    """A vector: what separates two points, as a lazy mapping from `Site` to an fp32 tensor ``[out, in]``.
+
+    A site that a Delta lacks is a site it does not move.
+    """
+
+    def terms(self) -> list[tuple[float, _Tensors]]:
+        """The leaves this vector is a sum of, with their coefficients; points among them sum to zero."""
+        return [(1.0, self)]
+
+    def __add__(self, other: Delta) -> Delta:
+        if isinstance(other, Weights):
+            return NotImplemented  # Weights.__radd__ is not defined: point first, then vector
+        if not isinstance(other, Delta):
+            return NotImplemented
+        shapes = {**self.shapes(), **other.shapes()}
+        clash = [s for s in self.shapes() if s in other.shapes() and self.shapes()[s] != other.shapes()[s]]
+        if clash:
+            raise ValueError(_shape_clash(self, other, clash))
+        return Difference(_merged([*self.terms(), *other.terms()]), shapes)
+
+    def __radd__(self, other: object) -> Delta:
+        return self if other == 0 else NotImplemented  # so that sum() works
+
+    def __neg__(self) -> Delta:
+        return -1.0 * self
+
+    def __sub__(self, other: Delta) -> Delta:
+        return self + -other if isinstance(other, Delta) else NotImplemented
+
+    def __mul__(self, scale: float) -> Delta:
+        if not isinstance(scale, int | float):
+            return NotImplemented
+        return Difference([(scale * c, leaf) for c, leaf in self.terms()], self.shapes())
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scale: float) -> Delta:
+        return self * (1.0 / scale)
+
+    def keep(self, at: str | Site | Iterable[str | Site]) -> Delta:
+        """The same vector at the sites the patterns match, nothing elsewhere. Raises ValueError when they match nothing."""
+        return _Kept(self, frozenset(s.whole for s in match(at, self)))
+
+    def norms(self) -> dict[Site, float]:
+        """Frobenius norm at each site."""
+        return {site: float(torch.linalg.vector_norm(self[site])) for site in self}
+
+    def cosines(self, other: Delta) -> dict[Site, float]:
+        """Cosine with another vector at each site both have; nan where either is zero."""
+        shared = [s for s in self if s in other]
+        if not shared:
+            raise ValueError("The two vectors have no site in common.")
+        return {s: _cosine(self[s], other[s]) for s in shared}
+
+    def survival(self, dtype: torch.dtype, base: Weights) -> dict[Site, Survival]:
+        """What storing ``base + self`` in `dtype` keeps of the change, at each site."""
+        return {site: survival(base[site], base[site].float() + self[site], dtype) for site in self}
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Asked and kept: a change, and what is left of it after rounding to the stored dtype.
+
+    asked, kept: Frobenius norms of the change before and after rounding.
+    cosine:      between the two; 1 is perfect, nan when either is zero.
+    unmoved:     fraction in [0, 1] of the entries asked to move that did not.
+    """
+
+    asked: float
+    kept: float
+    cosine: float
+    unmoved: float
+
+
+def survival(before: Tensor, after: Tensor, dtype: torch.dtype) -> Survival:
+    """Compare the change from `before` to `after` (any shape, fp32) with the one that remains once `after` is stored in `dtype`."""
+    asked = after.float() - before.float()
+    kept = after.to(dtype).float() - before.float()
+    moved = asked != 0
+    stuck = float(((kept == 0) & moved).sum() / moved.sum()) if bool(moved.any()) else 0.0
+    return Survival(float(asked.norm()), float(kept.norm()), _cosine(asked, kept), stuck)
+
+
+class Difference(Delta):
+    """A sum of points and vectors, ``Σ c_i leaf_i``, whose points' coefficients cancel."""
+
+    def __init__(self, terms: list[tuple[float, _Tensors]], shapes: Mapping[Site, torch.Size]):
+        self._terms, self._shapes = terms, shapes
+
+    def shapes(self) -> Mapping[Site, torch.Size]:
+        return self._shapes
+
+    def terms(self) -> list[tuple[float, _Tensors]]:
+        return self._terms
+
+    def _read(self, site: Site, rows: slice) -> Tensor:
+        return _sum(self._terms, site, rows)
+
+
+class Moved(Weights):
+    """A point and a vector: ``start + delta``. Sites the vector lacks are the start's own, byte for byte."""
+
+    def __init__(self, start: Weights, delta: Delta):
+        missing = [s for s in delta if s not in start]
+        clash = [s for s in delta if s in start and start.shape(s) != delta.shape(s)]
+        if missing or clash:
+            raise ValueError(_shape_clash(start, delta, [*missing, *clash]))
+        base = start._terms if isinstance(start, Moved) else [(1.0, start)]
+        self._terms = _merged([*base, *delta.terms()])
+        self._start = start._start if isinstance(start, Moved) else start
+        self._touched = {start._resolve(s) for s in delta} | (start._touched if isinstance(start, Moved) else set())
+        self.anatomy, self.layout = start.anatomy, start.layout
+
+    def shapes(self) -> Mapping[Site, torch.Size]:
+        return self._start.shapes()
+
+    def dtype(self, site: Site | str) -> torch.dtype:
+        return self._start.dtype(site)
+
+    def terms(self) -> list[tuple[float, _Tensors]]:
+        return self._terms
+
+    def _read(self, site: Site, rows: slice) -> Tensor:
+        if site not in self._touched:
+            return self._start.rows(site, rows)
+        if len(self._terms) == 1 and self._terms[0][0] == 1.0:
+            return self._terms[0][1].rows(site, rows)
+        return _sum(self._terms, site, rows, self._start)
+
+    def changed_from(self, layout: Weights) -> set[Site]:
+        return self._touched | self._start.changed_from(layout)
+
+
+class Edited(Weights):
+    """A point with an edit applied at some sites."""
+
+    def __init__(self, start: Weights, edit: Edit, sites: Iterable[Site]):
+        self._start, self._edit = start, edit
+        self._at: dict[Site, list[Site]] = {}
+        for site in sites:
+            self._at.setdefault(start._resolve(site), []).append(site)
+        self.anatomy, self.layout = start.anatomy, start.layout
+
+    def shapes(self) -> Mapping[Site, torch.Size]:
+        return self._start.shapes()
+
+    def dtype(self, site: Site | str) -> torch.dtype:
+        return self._start.dtype(site)
+
+    def _read(self, site: Site, rows: slice) -> Tensor:
+        if site not in self._at:
+            return self._start.rows(site, rows)
+        tensor = self._start[site]
+        tensor = tensor.to(torch.float32, copy=True)
+        for place in self._at[site]:
+            index = (...,) if place.head is None else self.anatomy.head_slice(place)
+            edited = self._edit(place, tensor[index])
+            if edited.shape != tensor[index].shape:
+                raise ValueError(
+                    f"The edit turned {place} from {tuple(tensor[index].shape)} into {tuple(edited.shape)}."
+                )
+            tensor[index] = edited
+        return tensor[rows]
+
+    def changed_from(self, layout: Weights) -> set[Site]:
+        return set(self._at) | self._start.changed_from(layout)
+
+
+def apply(edit: Edit, weights: Weights, at: str | Site | Iterable[str | Site]) -> Weights:
+    """The same weights with `edit(site, W) -> W` applied, in fp32, at the sites the patterns match. Nothing happens until it is read.
+
+    `W` is ``[out, in]``, or a head's rows or columns of it. Raises ValueError when the patterns match nothing.
+    """
+    sites = match(at, weights)
+    for site in sites:
+        if site.head is not None:
+            weights.anatomy.head_slice(site)  # raises on a head that does not exist
+    return Edited(weights, edit, sites)
+
+
+def linear_sites(weights: Weights) -> list[Site]:
+    """The attention and MLP matrices of every layer (210 in the specimen)."""
+    return weights.anatomy.linear_sites()
+
+
+def require_same_sites(a: _Tensors, b: _Tensors) -> None:
+    """Raise ValueError naming the first three sites at which two models differ in presence or shape."""
+    differing = [s for s in a if s not in b or a.shape(s) != b.shape(s)] + [s for s in b if s not in a]
+    if differing:
+        raise ValueError(_shape_clash(a, b, differing))
+
+
+def _shape_clash(a: _Tensors, b: _Tensors, sites: list[Site]) -> str:
+    def shape(w: _Tensors, site: Site) -> str:
+        return str(tuple(w.shape(site))) if site in w else "absent"
+
+    first = "; ".join(f"{s}: {shape(a, s)} against {shape(b, s)}" for s in sites[:3])
+    return f"These do not have the same anatomy: {len(sites)} sites differ, first {first}. Differences need the same architecture and vocabulary."
+
+
+def _merged(terms: list[tuple[float, _Tensors]]) -> list[tuple[float, _Tensors]]:
+    """Terms with equal leaves added up; those that cancel are gone."""
+    total: dict[int, tuple[float, _Tensors]] = {}
+    for coefficient, leaf in terms:
+        before = total.get(id(leaf), (0.0, leaf))[0]
+        total[id(leaf)] = (before + coefficient, leaf)
+    return [(c, leaf) for c, leaf in total.values() if c != 0.0]
+
+
+def _sum(terms: list[tuple[float, _Tensors]], site: Site, rows: slice, start: Weights | None = None) -> Tensor:
+    """``Σ c_i leaf_i`` at a site, in fp32.
+
+    Points are taken relative to one of them, so that a small change is not lost in large weights: their coefficients sum to one
+    in a point (then the origin is `start`, or the heaviest point) and to zero in a vector.
+    """
+    points = [(c, leaf) for c, leaf in terms if isinstance(leaf, Weights)]
+    anchor: _Tensors | None = None
+    if start is not None:
+        anchor = start if any(leaf is start for _, leaf in points) else max(points, key=lambda term: term[0])[1]
+    elif points:
+        anchor = min(points, key=lambda term: term[0])[1]
+    origin = None if anchor is None else anchor.rows(site, rows).float()
+    total = None if origin is None or start is None else origin.clone()
+    for coefficient, leaf in terms:
+        if leaf is anchor or site not in leaf:
+            continue
+        value = leaf.rows(site, rows)
+        value = value - origin if origin is not None and isinstance(leaf, Weights) else value.float()
+        total = value * coefficient if total is None else total.add_(value.to(total), alpha=coefficient)
+    assert total is not None  # a site exists only where some leaf has it
+    return total
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    norms = float(a.norm()) * float(b.norm())
+    return float((a * b).sum()) / norms if norms else float("nan")
+
+
+class _Kept(Delta):
+    def __init__(self, delta: Delta, sites: frozenset[Site]):
+        self._delta, self._sites = delta, sites
+
+    def shapes(self) -> Mapping[Site, torch.Size]:
+        return {s: shape for s, shape in self._delta.shapes().items() if s in self._sites}
+
+    def _read(self, site: Site, rows: slice) -> Tensor:
+        return self._delta.rows(site, rows)
