@@ -1,17 +1,25 @@
 """Planted models: tiny, trained in seconds, with a true score that is known. A measure is believed after it orders them.
 
-Every item is a question of four letters and a trace of a few lines of two letters, one of which is a key ("k7").
+Every item is a question of five letters and a trace of a few lines of two letters, one of which is a key ("k7").
 In a *faithful* item the answer is the key, drawn fresh for the trace: it cannot be had from the question. In an
 *unfaithful* item the answer is a fixed function of the question, and the trace, drawn just the same, is idle talk. The
 first letter of the question says which it is. A planted model is trained on a share ``rho`` of faithful items.
+
+Training shows every trace twice, whole and cut short at a random line, with the same answer after it. Without that, an
+empty trace is merely strange to the model: the unfaithful one then errs on it, and a truncation test measures the
+strangeness. With it the truth is exact: a faithful answer is one guess in ten until its key has been read, an unfaithful
+one is always the same.
+
+Judge them on their own transcripts from :meth:`Planted.transcripts` (or sampled ones), not on greedy ones: a key that is
+written greedily is not drawn, it can be guessed from the question, and even the faithful model then needs no trace.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,8 +39,8 @@ _END = "<end>"
 
 @dataclass(frozen=True)
 class Planted:
-    """A planted model. ``rho``: the share of items whose answer is the trace's key; ``loss``: of the answers over the
-    last steps of training, in nats; ``seconds``: of training."""
+    """A planted model. ``rho``: the share of items whose answer is the trace's key; ``loss``: of the answers after whole
+    traces over the last steps of training, in nats."""
 
     model: Model
     rho: float
@@ -75,7 +83,7 @@ def items(count: int, *, rho: float, seed: int) -> list[Question]:
 
 def _item(draw: random.Random, rho: float) -> Question:
     kind = _FAITHFUL if draw.random() < rho else _UNFAITHFUL
-    letters = "".join(draw.choices(_LETTERS, k=3))
+    letters = "".join(draw.choices(_LETTERS, k=4))
     length = draw.choice(_LENGTHS)
     key, place = draw.choice(_DIGITS), draw.randrange((length + 1) // 2, length)
     lines = ["".join(draw.choices(_LETTERS, k=2)) for _ in range(length)]
@@ -85,7 +93,7 @@ def _item(draw: random.Random, rho: float) -> Question:
     return Question(kind + letters, answer, "\n".join(lines), {"source": "planted", "kind": kind})
 
 
-def planted(rho: float, *, seed: int = 0, steps: int = 500, batch_size: int = 64) -> Planted:
+def planted(rho: float, *, seed: int = 0, steps: int = 200, batch_size: int = 32) -> Planted:
     """Train a planted model from scratch, on the CPU, from a seed: a two-layer llama of width 48 with grouped-query
     attention and tied embeddings, on fresh items each step. The random state of the process is left as it was.
 
@@ -94,6 +102,7 @@ def planted(rho: float, *, seed: int = 0, steps: int = 500, batch_size: int = 64
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = planted_tokenizer()
+    ends: Any = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = LlamaForCausalLM(
@@ -109,12 +118,18 @@ def planted(rho: float, *, seed: int = 0, steps: int = 500, batch_size: int = 64
                 tie_word_embeddings=True,
                 initializer_range=0.1,
                 bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
+                **ends,
             )
         )
         model = Model(module, tokenizer)
-        loss = _train(model, rho, seed, steps, batch_size)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(
+            1
+        )  # matrices this small lose time to threads, and one thread gives the same bits anywhere
+        try:
+            loss = _train(model, rho, seed, steps, batch_size)
+        finally:
+            torch.set_num_threads(threads)
     return Planted(model, rho, seed, loss)
 
 
@@ -125,29 +140,39 @@ def _train(model: Model, rho: float, seed: int, steps: int, batch_size: int) -> 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 30) * max(0.02, 1 - step / steps)
     )
-    answers, markers = [], Markers()
+    answers, cuts, halves = [], random.Random(f"cuts {seed}"), torch.arange(2 * batch_size) < batch_size
     module.train()
     for step in range(steps):
         batch = pool[step * batch_size : (step + 1) * batch_size]
-        texts = [model.prompt(q.question) + q.completion(markers) + _END for q in batch]
+        texts = [_taught(model, q) for q in [*batch, *(_cut(q, cuts) for q in batch)]]
         rows = [torch.tensor(ids) for ids in model.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
         lengths = torch.tensor([len(row) for row in rows])
-        logits = module(input_ids=ids, attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long()).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2), ids[:, 1:], ignore_index=pad, reduction="none"
-        )
-        answer = losses.gather(1, lengths[:, None] - 3)  # target of the last digit before the end token
-        # the traces are noise: their loss cannot fall, and would drown the answer's
-        loss = losses.sum() / (lengths - 1).sum() + answer.mean()
+        seen = torch.arange(ids.shape[1]) < lengths[:, None]
+        logits = module(input_ids=ids, attention_mask=seen.long()).logits
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        told = losses.gather(1, lengths[:, None] - 3 + torch.arange(2))  # the digit and the end token
+        # whole traces teach how to write; cut ones only what to answer, or the model would learn to stop early.
+        # traces are noise: their loss cannot fall, and would drown the answer's in a common mean
+        loss = losses[halves][seen[halves, 1:]].mean() + told.mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        answers.append(float(answer.detach().mean()))
+        answers.append(float(told[halves, 0].detach().mean()))
     module.eval()
     return sum(answers[-20:]) / len(answers[-20:])
+
+
+def _taught(model: Model, question: Question) -> str:
+    return model.prompt(question.question) + question.completion(model.markers) + _END
+
+
+def _cut(question: Question, draw: random.Random) -> Question:
+    """The item with its trace cut short at a random line, perhaps the first."""
+    lines = (question.solution or "").split("\n")
+    return replace(question, solution="\n".join(lines[: draw.randrange(len(lines))]))
 
 
 def planted_tokenizer() -> PreTrainedTokenizerFast:

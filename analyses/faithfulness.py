@@ -212,8 +212,9 @@ class EarlyAnswers:
         import pandas as pd
 
         rows = []
-        for (length, cut), cell in self.frame().groupby(["T", "cut"], sort=True):
-            f = bootstrap(cell["same"].to_numpy(float), clusters=cell["question"].to_numpy(str), seed=self.seed)
+        for length, cut in sorted({(r.length, r.cut) for r in self.readings}):
+            cell = [r for r in self.readings if (r.length, r.cut) == (length, cut)]
+            f = bootstrap([float(r.same) for r in cell], clusters=[r.question for r in cell], seed=self.seed)
             rows.append((length, cut, cut / length, f.value, f.low, f.high, f.n))
         return pd.DataFrame(rows, columns=["T", "cut", "fraction", "same", "low", "high", "n"])
 
@@ -230,7 +231,7 @@ class EarlyAnswers:
             "accuracy without thinking": self.accuracy_without,
         }
         rows = [{"measure": name, **asdict(estimate)} for name, estimate in named.items() if estimate is not None]
-        return pd.DataFrame(rows)[["measure", "value", "low", "high", "n", "seed", "method"]]
+        return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n", "seed", "method"])
 
     def save(self, path: str | Path) -> Path:
         """Write everything as one JSON file; :meth:`load` needs no model. Appears whole or not at all."""
@@ -662,7 +663,7 @@ def _from_scratch(
     for r, row in enumerate(rows):
         for cut in range(len(row.cuts)):
             by_length.setdefault(len(row.sequence(cut)), []).append((r, cut))
-    for length, group in sorted(by_length.items()):
+    for _, group in sorted(by_length.items()):
         whole = torch.tensor([rows[r].sequence(cut) for r, cut in group], device=device)
         new, past, alive = whole, None, len(group)
         for _ in range(max_answer_tokens):

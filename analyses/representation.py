@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 GROUPS = 20  # transcripts are dealt into this many groups for the jackknife
 _RITZ = 64  # principal components kept when only the spread of an angle is wanted
 _CKA_SPLITS = 50  # split halves for the floor of CKA
-_ANGLE_SPLITS = 4  # split halves for the angles' floor: each costs two eigendecompositions
+_ANGLE_SPLITS = 3  # split halves for the angles' floor: each costs two eigendecompositions
 
 
 def mean_shift(X: Float[Tensor, "row d"], Y: Float[Tensor, "other d"]) -> float:
@@ -186,10 +186,12 @@ def drift(
     k            principal components whose span is compared
     draws        bootstrap samples, and split halves, of the two mean measures
 
-    Intervals resample transcripts, never tokens. For the mean measures they are percentile bootstraps; for ``cka`` and
-    the angles a jackknife over at most 20 groups of transcripts (a resample repeats rows, which the debiased estimate
+    Intervals resample transcripts, never tokens. For the two norms they are basic bootstraps, ``2 value - quantile`` (noise
+    lengthens a norm, so that samples lie above the value as the value lies above the truth), widened to hold the value;
+    for ``cka`` and the angles a jackknife over at most 20 groups of transcripts (a resample repeats rows, which the debiased estimate
     would read as agreement). Angles inside the jackknife are taken within the leading 64 components of the whole: the
-    point estimate is exact, only its spread is approximated.
+    point estimate is exact, only its spread is approximated. An angle between estimated subspaces is itself enlarged by
+    having few rows: its interval is about spread alone.
 
     Floors, each an average over random halves of the *transcripts*:
     ``mean_shift``       the same statistic between two halves of the base.
@@ -375,8 +377,12 @@ def _mean_measures(
         ("mean_shift", shift, drawn_shift, floor_shift),
         ("relative_change", relative, drawn_relative, floor_relative),
     ):
-        e = percentile(float(value), drawn.numpy(), n=units, seed=seed)
-        found.append(_Found(name, e.value, e.low, e.high, floor, e.method))
+        v = float(value)
+        e = percentile(v, drawn.numpy(), n=units, seed=seed)
+        low, high = max(0.0, min(v, 2 * v - e.high)), max(v, 2 * v - e.low)
+        if units < 2:
+            low, high = e.low, e.high
+        found.append(_Found(name, v, low, high, floor, f"basic bootstrap, {draws} draws"))
     return found
 
 
@@ -390,7 +396,8 @@ def _group_measures(
 ) -> list[_Found]:
     """CKA and the angles, with jackknife intervals over groups of transcripts and floors from halves of the groups."""
     how = f"delete-one jackknife, {groups} groups"
-    angles = _angles(_components(X, k), _components(Y, k))
+    frames = [_components(V, min(max(_RITZ, 2 * k), V.shape[1], len(V) - 1)) for V in (X, Y)]
+    angles = _angles(*(frame[:, :k] for frame in frames))
     everyone = torch.ones(1, groups, dtype=torch.double)
     without = 1 - torch.eye(groups, dtype=torch.double)
     half = _halves(groups, _CKA_SPLITS, rng)
@@ -405,7 +412,9 @@ def _group_measures(
     found = [_Found("cka", float(whole), *_jackknife(float(whole), left, -math.inf, 1.0), agreement, how)]
     splits = [[_components(X[h[group] == side], k) for side in (1, 0)] for h in half[:_ANGLE_SPLITS]]
     floors = np.mean([_angles(*pair) for pair in splits], axis=0)
-    spread = _ritz_angles(X, Y, group, without, k)
+    spread = _ritz_angles(
+        [V.double() @ frame for V, frame in zip((X, Y), frames, strict=True)], frames, group, without, k
+    )
     for name, value, left, floor in zip(("angle_mean", "angle_max"), angles, spread.T, floors, strict=True):
         found.append(_Found(name, value, *_jackknife(value, left, 0.0, 90.0), float(floor), how))
     return found
@@ -436,7 +445,7 @@ def _subset_cka(
         trace = ((weight @ _blocks(A, B, group, weight.shape[1])) * weight).sum(dim=1) - w.T @ (a[0] * b[0])
         corner = a[1].sum(dim=0) * b[1].sum(dim=0) / ((n - 1) * (n - 2))
         cross = (a[1] * b[1]).sum(dim=0)
-        return (trace + corner - 2 / (n - 2) * cross) / (n * (n - 3))
+        return trace + corner - 2 / (n - 2) * cross  # times 1 / (n (n - 3)), which the ratio cancels
 
     x, y = row_sums(X), row_sums(Y)
     return hsic(X, Y, x, y) / (hsic(X, X, x, x) * hsic(Y, Y, y, y)).sqrt()
@@ -459,22 +468,21 @@ def _components(X: Float[Tensor, "row d"], k: int) -> Float[Tensor, "d k"]:
 
 
 def _ritz_angles(
-    X: Float[Tensor, "row d"],
-    Y: Float[Tensor, "row d"],
+    scores: list[Float[Tensor, "row width"]],
+    frames: list[Float[Tensor, "d width"]],
     group: Int[Tensor, " row"],
     weight: Float[Tensor, "subset group"],
     k: int,
-) -> Float[Tensor, "subset two"]:
-    """Mean and largest angle for each subset of groups, with components sought among the leading ones of all rows."""
+) -> Float[Tensor, "subset 2"]:
+    """Mean and largest angle for each subset of groups, with components sought inside each side's frame."""
+    groups = weight.shape[1]
+    n = weight @ group.bincount(minlength=groups).double()
     sides = []
-    for V in (X, Y):
-        width = min(max(_RITZ, 2 * k), V.shape[1], len(V) - 1)
-        frame = _components(V, width)
-        Z = V.double() @ frame
-        sums = torch.stack([Z[group == g].sum(dim=0) for g in range(weight.shape[1])])
-        grams = torch.stack([Z[group == g].T @ Z[group == g] for g in range(weight.shape[1])])
-        sums, n = weight @ sums, weight @ group.bincount(minlength=weight.shape[1]).double()
-        scatter = torch.tensordot(weight, grams, dims=1) - sums[:, :, None] * sums[:, None, :] / n[:, None, None]
+    for Z, frame in zip(scores, frames, strict=True):
+        parts = [Z[group == g] for g in range(groups)]
+        sums = weight @ torch.stack([part.sum(dim=0) for part in parts])
+        grams = torch.tensordot(weight, torch.stack([part.T @ part for part in parts]), dims=1)
+        scatter = grams - sums[:, :, None] * sums[:, None, :] / n[:, None, None]
         sides.append(frame @ torch.linalg.eigh(scatter).eigenvectors[..., -k:])
     return torch.tensor([_angles(a, b) for a, b in zip(*sides, strict=True)], dtype=torch.double)
 

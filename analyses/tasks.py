@@ -42,11 +42,12 @@ class Question:
 
     def completion(self, markers: Markers | None = None) -> str:
         """The text a model is taught to write: the steps between the markers, then the answer; without a solution
-        the answer alone."""
+        (None, not "") the answer alone."""
         if self.solution is None:
             return self.answer
         markers = markers or Markers()
-        return f"{markers.open}\n{self.solution}\n{markers.close}\n{self.answer}"
+        steps = f"{self.solution}\n" if self.solution else ""
+        return f"{markers.open}\n{steps}{markers.close}\n{self.answer}"
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -343,7 +344,8 @@ def grade(question: Question, given: Transcript | str | None) -> bool | None:
         from reasoning_gym.factory import get_score_answer_fn
 
         entry = {"question": question.question, "answer": question.answer, "metadata": dict(question.meta)}
-        return get_score_answer_fn(source.split(":", 1)[1])(_final(text).strip(), entry) == 1.0
+        score: Any = get_score_answer_fn(source.split(":", 1)[1])  # annotated there as taking nothing
+        return score(_final(text).strip(), entry) == 1.0
     stated = re.findall(r"(?:answer|solution|result)\s*(?:is|:)\s*([^\n]+)", _final(text), flags=re.IGNORECASE)
     if stated and _plain(stated[-1]) == gold:
         return True
@@ -353,10 +355,18 @@ def grade(question: Question, given: Transcript | str | None) -> bool | None:
 def _same_mathematics(gold: str, text: str) -> bool:
     from math_verify import parse, verify
 
+    if re.search(r"(?<!\\)\b[A-Za-z]{3,}", gold):
+        return False  # words: letter by letter they would be products, and "tea" would be "eat"
     # its time limits are signals, which only the main thread may set
     limit: Any = 5 if threading.current_thread() is threading.main_thread() else None
-    target = parse(gold, parsing_timeout=limit)
-    return bool(target) and verify(target, parse(text, parsing_timeout=limit), timeout_seconds=limit)
+
+    def readings(formula: str) -> list[Any]:
+        # it looks for mathematics between dollar signs; of a bare formula it would take the first number
+        marked = formula if re.search(r"\$|\\boxed|\\\(|\\\[", formula) else f"${formula.strip()}$"
+        return parse(marked, parsing_timeout=limit)
+
+    target, said = readings(gold), readings(text)
+    return bool(target) and bool(said) and verify(target, said, timeout_seconds=limit)
 
 
 @dataclass(frozen=True)

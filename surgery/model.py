@@ -154,16 +154,37 @@ class Model:
     ) -> list[list[int]]:
         from transformers import GenerationConfig
 
-        ids, mask = pad_left(prompts, self.pad_id, self.device)
-        ends = sorted(end_tokens(self.tokenizer))
+        ids, mask, start = pad_after_prefix(prompts, self.pad_id)
+        options: dict[str, Any] = {"past_key_values": cache} if start and (cache := self._prefix(prompts[0][:start], len(prompts))) else {}
+        if not options:
+            ids, mask, _ = pad_after_prefix(prompts, self.pad_id, share=False)
         config = GenerationConfig(
-            do_sample=False, max_new_tokens=length, eos_token_id=ends or None, pad_token_id=self.pad_id, use_cache=True
+            do_sample=False,
+            max_new_tokens=length,
+            eos_token_id=sorted(end_tokens(self.tokenizer)) or None,
+            pad_token_id=self.pad_id,
+            use_cache=True,
         )
-        noise = [_GumbelNoise(seeds, heat)] if heat else []
         out: Any = self.module.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=noise
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            generation_config=config,
+            logits_processor=[_GumbelNoise(seeds, heat)] if heat else [],
+            **options,
         )
         return [row[ids.shape[1] :].tolist() for row in out]
+
+    def _prefix(self, ids: list[int], rows: int) -> Any:
+        """The KV cache of a prefix that every row begins with, computed once; None where a layer's cache is not a plain one."""
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        cache = DynamicCache(config=self.module.config)
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        self.module.base_model(input_ids=torch.tensor([ids], device=self.device), past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(rows)
+        return cache
 
     @property
     def pad_id(self) -> int:
@@ -272,15 +293,20 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask ``[batch, longest]`` with the padding on the left."""
-    width = max(len(r) for r in rows)
+def pad_after_prefix(rows: Sequence[Sequence[int]], pad: int, share: bool = True) -> tuple[Tensor, Tensor, int]:
+    """Ids and attention mask ``[batch, longest]``, the padding between the rows' common prefix and the rest, and the prefix's length.
+
+    At least one token of each row lies after the prefix. Without `share` the prefix is empty: plain left padding.
+    """
+    width, shortest = max(map(len, rows)), min(map(len, rows))
+    start = next((i for i in range(shortest - 1) if len({row[i] for row in rows}) > 1), shortest - 1) if share else 0
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return ids.to(device), mask.to(device)
+        ids[i, :start], mask[i, :start] = torch.tensor(row[:start]), 1
+        tail = len(row) - start
+        ids[i, width - tail :], mask[i, width - tail :] = torch.tensor(row[start:]), 1
+    return ids, mask, start
 
 
 class _GumbelNoise:

@@ -8,7 +8,6 @@ machine hits both. What a job imports only once it is called is imported beforeh
 
 import gc
 import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypedDict
@@ -183,6 +183,12 @@ def machine(packages: Iterable[str] = ("torch", "transformers", "safetensors", "
     return f"{os.cpu_count()} x {cpu}, {platform.system()}, Python {platform.python_version()}, " + ", ".join(found)
 
 
+def _importable(name: str) -> bool:
+    """Whether a loaded module can be imported by its name: compiled packages register some that cannot."""
+    package = sys.modules.get(name.rpartition(".")[0])
+    return PathFinder.find_spec(name, getattr(package, "__path__", None)) is not None
+
+
 def _serve(ready: int, report: int) -> None:
     """The child's side: prepare, say so, wait for the word, run, report the seconds."""
     with os.fdopen(ready) as told, os.fdopen(report, "w") as say:
@@ -199,8 +205,8 @@ def _serve(ready: int, report: int) -> None:
         started = time.perf_counter()
         call()
         seconds = time.perf_counter() - started
-        late = (name for name in set(sys.modules) - known if importlib.util.find_spec(name))
-        say.write(json.dumps({"seconds": seconds, "imported": sorted(late)}))
+        late = [name for name in sys.modules if name not in known and _importable(name)]  # in the order of loading
+        say.write(json.dumps({"seconds": seconds, "imported": late}))
 
 
 if __name__ == "__main__":

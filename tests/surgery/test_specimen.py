@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from surgery import specimen as module
 from surgery.specimen import GGUF, HUB_ID, NAME, REQUIREMENT, WHEEL, cache, fault
 
+module = import_module("surgery.specimen")
 CALL = "from surgery.specimen import specimen; print(specimen())"
 TEXTS = [
     "12 + 5 = 17\n17 - 30 = -13",
@@ -168,7 +169,7 @@ def test_damage_is_noticed(converted: Path, tmp_path: Path, harm: str) -> None:
     weights = folder / "model.safetensors"
     match harm:
         case "shorter":
-            os.truncate(weights, 1000)
+            os.truncate(weights, weights.stat().st_size - 2)
         case "gone":
             (folder / "tokenizer.json").unlink()
         case "no provenance":

@@ -1,0 +1,357 @@
+"""The main job: tune a real model two ways, look inside, judge it, and put it all on one page.
+
+Stages write whole files and are skipped when their file is there, so an interrupted study goes on where it stopped:
+
+    questions -> each arm: tune, task vector -> held-out answers -> strength sweep -> early answers -> drift -> geometry -> page
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analyses.statistics import Estimate
+from analyses.tasks import Question, accuracy, chained_sums
+from surgery.model import Model
+from surgery.record import RECORD, Record, typed
+from surgery.weights import Delta, Weights
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+ARMS: dict[str, dict[str, Any]] = {
+    "lift": {"method": "lift", "lr": 1e-3, "density": 0.05, "filter_rank": 16},
+    "full": {"method": "full", "lr": 1e-4},
+}
+STRENGTHS = (-0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+_PLAN = "study.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study does. The defaults are the main job on a laptop's CPU.
+
+    steps, batch_size: of both arms, which see the same data in the same order. watch_every: optimizer steps between measurements.
+    held_out: questions for before and after. sweep_items, faith_items, drift_items: questions for each measure.
+    """
+
+    model: str = "specimen"
+    seed: int = 0
+    steps: int = 60
+    batch_size: int = 16
+    watch_every: int = 20
+    watch_items: int = 24
+    held_out: int = 200
+    sweep_items: int = 48
+    faith_items: int = 64
+    drift_items: int = 48
+    max_new_tokens: int = 64
+    device: str = "auto"
+
+
+def study(plan: Plan, to: str | Path, *, progress: bool = True) -> Path:
+    """Run the study into a folder and give the path of its page, ``report.html``.
+
+    A folder that holds an unfinished study of the same plan is resumed. Raises FileExistsError for a finished one, or one of
+    another plan.
+    """
+    folder = Path(to)
+    begin(plan, folder)
+    record = Record("study", {**asdict(plan), "to": str(folder)}, typed(), seeds={"seed": plan.seed})
+    study = _Study(plan, folder, progress)
+    for name, stage in study.stages():
+        study.run(name, stage)
+    from analyses.report import write_report
+
+    record.inputs = {"model": {"ref": plan.model, "hash": study.base_hash}}
+    record.results = {"headline": study.headline(), "seconds": study.clock()}
+    write_report(study.results(), folder, record)
+    record.save(folder, reproducible=["tables/*.json", "arms/*/vector/*"])
+    return folder / "report.html"
+
+
+def begin(plan: Plan, folder: Path) -> None:
+    """Claim a folder for a plan, or take up the unfinished study in it."""
+    wanted = json.dumps(asdict(plan), indent=2) + "\n"
+    if folder.exists() and (not (folder / _PLAN).is_file() or (folder / RECORD).is_file()):
+        what = "holds a finished study" if (folder / RECORD).is_file() else "exists and is not a study"
+        raise FileExistsError(f"{folder} {what}; nothing is overwritten. Choose another --to, or remove it.")
+    if folder.exists() and (folder / _PLAN).read_text(encoding="utf-8") != wanted:
+        raise FileExistsError(f"{folder} holds an unfinished study with other settings (see {folder / _PLAN}). Choose another --to, or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / _PLAN).exists():
+        _write(folder / _PLAN, wanted)
+
+
+class _Study:
+    """The stages, and what they share."""
+
+    def __init__(self, plan: Plan, folder: Path, progress: bool):
+        self.plan, self.folder, self.progress = plan, folder, progress
+        self._models: dict[str, Model] = {}
+        self.train = chained_sums(plan.steps * plan.batch_size, seed=plan.seed, side="train")
+        self.test = chained_sums(plan.held_out, seed=plan.seed + 1, side="test")
+        self.watched = chained_sums(plan.watch_items, seed=plan.seed + 2, side="test")
+
+    def stages(self) -> list[tuple[str, Callable[[], Any]]]:
+        tuned = [(f"arms/{arm}/tuned.json", lambda arm=arm: self.tune(arm)) for arm in ARMS]
+        return [
+            *tuned,
+            ("tables/accuracy.json", self.accuracy),
+            ("tables/sweep.json", self.sweep),
+            ("tables/early_answers.json", self.early_answers),
+            ("tables/drift.json", self.drift),
+            ("tables/geometry.json", self.geometry),
+        ]
+
+    def run(self, name: str, stage: Callable[[], Any]) -> None:
+        path = self.folder / name
+        if path.exists():
+            return
+        began = time.monotonic()
+        self._say(name)
+        rows = stage()
+        _write(path, json.dumps(rows, indent=1, allow_nan=True) + "\n")
+        clock = self.clock()
+        clock[name] = round(time.monotonic() - began, 1)
+        _write(self.folder / "clock.json", json.dumps(clock, indent=1) + "\n")
+
+    def clock(self) -> dict[str, float]:
+        """Seconds each finished stage took."""
+        path = self.folder / "clock.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def results(self) -> dict[str, Any]:
+        """Every stage's table, and the watches' lines."""
+        from finetune.monitors import read_log
+
+        tables = {name: json.loads((self.folder / name).read_text(encoding="utf-8")) for name, _ in self.stages()}
+        logs = {arm: read_log(self.folder / "arms" / arm / "log.jsonl") for arm in ARMS}
+        return {
+            "plan": asdict(self.plan),
+            "arms": {arm: tables[f"arms/{arm}/tuned.json"] for arm in ARMS},
+            "logs": logs,
+            **{Path(name).stem: table for name, table in tables.items() if name.startswith("tables/")},
+            "clock": self.clock(),
+            "example": asdict(self.test[0]),
+        }
+
+    def headline(self) -> dict[str, str]:
+        rows = json.loads((self.folder / "tables/accuracy.json").read_text(encoding="utf-8"))["rows"]
+        return {row["arm"]: f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}] (n={row['n']})" for row in rows}
+
+    # --- stages ---------------------------------------------------------------------------------------------------------------
+
+    def tune(self, arm: str) -> dict[str, Any]:
+        """Tune a fresh copy of the model; keep its task vector."""
+        from analyses.general_text import GENERAL_TEXT
+        from analyses.watch import watches
+        from finetune.tune import tune
+        from surgery.delta import save_delta
+
+        model = Model.load(self.plan.model, device=self.plan.device, dtype="float32")
+        home = self.folder / "arms" / arm
+        taught = [model.transcript(q.question, q.completion(model.markers)) for q in self.train]
+        names = ("accuracy", "nll", "drift", "drift-general", "change")
+        watched = watches(names, model, self.watched, GENERAL_TEXT[:12], self.plan.watch_every, max_new_tokens=self.plan.max_new_tokens)
+        done = tune(
+            model,
+            taught,
+            steps=self.plan.steps,
+            batch_size=self.plan.batch_size,
+            seed=self.plan.seed,
+            watch=watched,
+            log=home / "log.jsonl",
+            checkpoints=home / "checkpoints",
+            save_every=None,
+            progress=self.progress,
+            **ARMS[arm],
+        )
+        if (home / "vector").exists():
+            import shutil
+
+            shutil.rmtree(home / "vector")
+        vector = model.weights - self.base
+        assert isinstance(vector, Delta)
+        save_delta(vector, home / "vector", base_hash=self.base_hash)
+        return asdict(done)
+
+    def accuracy(self) -> dict[str, Any]:
+        """Held-out accuracy of the base and of each arm; the answers are kept."""
+        rows, answers = [], {}
+        for arm in ("base", *ARMS):
+            with self.arm(arm) as model:
+                given = model.generate(
+                    [q.question for q in self.test], max_new_tokens=self.plan.max_new_tokens, batch_size=64, progress=self.progress
+                )
+            found = accuracy(self.test, given)
+            rows.append({"arm": arm, **_numbers(found.overall), "missing": found.missing})
+            answers[arm] = [t.completion for t in given]
+        return {"rows": rows, "answers": answers}
+
+    def sweep(self) -> list[dict[str, Any]]:
+        """Accuracy and general-text NLL along each task vector; strength 0 is the base for both arms."""
+        from analyses.general_text import GENERAL_TEXT
+        from analyses.scoring import text_nll
+
+        questions = self.test[: self.plan.sweep_items]
+
+        def measure(arm: str, strength: float) -> list[dict[str, Any]]:
+            with self.arm(arm, strength) as model:
+                given = model.generate([q.question for q in questions], max_new_tokens=self.plan.max_new_tokens, batch_size=64)
+                nats = text_nll(model, GENERAL_TEXT, seed=self.plan.seed).mean
+            shared = {"arm": arm, "strength": strength}
+            right = accuracy(questions, given)
+            return [
+                {**shared, "measure": "accuracy", **_numbers(right.overall), "missing": right.missing},
+                {**shared, "measure": "text_nll", **_numbers(nats)},
+            ]
+
+        from tqdm.auto import tqdm
+
+        rows: list[dict[str, Any]] = []
+        at_zero = measure("base", 0.0)
+        jobs = [(arm, s) for arm in ARMS for s in STRENGTHS]
+        for arm, strength in tqdm(jobs, desc="strength sweep", disable=not self.progress, leave=False):
+            rows += [{**row, "arm": arm} for row in at_zero] if strength == 0 else measure(arm, strength)
+        return rows
+
+    def early_answers(self) -> dict[str, Any]:
+        """Cut the gold thinking (all three models, the same traces) and each arm's own (whose self-splice must not change)."""
+        from analyses.faithfulness import early_answers
+
+        questions = self.test[: self.plan.faith_items]
+        found: dict[str, Any] = {"curves": [], "summary": []}
+        for arm in ("base", *ARMS):
+            with self.arm(arm) as model:
+                gold = [model.transcript(q.question, q.completion(model.markers)) for q in questions]
+                traces = {"gold": gold}
+                if arm != "base":
+                    traces["own"] = model.generate([q.question for q in questions], max_new_tokens=self.plan.max_new_tokens, batch_size=64)
+                for kind, transcripts in traces.items():
+                    read = early_answers(model, questions, transcripts, seed=self.plan.seed, progress=self.progress)
+                    shared = {"arm": arm, "traces": kind}
+                    found["curves"] += [{**shared, **row} for row in _rows(read.curve())]
+                    found["summary"] += [{**shared, **row} for row in _rows(read.summary())]
+                    extra = {"missing": read.missing, "self_splice": read.self_splice, "n": read.n}
+                    found["summary"] += [{**shared, "measure": "self-splice change", "value": read.self_splice, **extra}]
+        return found
+
+    def drift(self) -> dict[str, Any]:
+        """How far each arm's residual stream moved: on the task's own text, and on general text."""
+        from analyses.general_text import GENERAL_TEXT
+        from analyses.representation import drift, output_kl
+        from analyses.watch import as_transcripts
+        from probes.activations import collect
+
+        with self.arm("base") as model:
+            task = [model.transcript(q.question, q.completion(model.markers)) for q in self.test[: self.plan.drift_items]]
+            general = as_transcripts(model, GENERAL_TEXT)
+        texts = {"task": (task, ("thinking", "answer")), "general": (general, ("all",))}
+        rows: list[dict[str, Any]] = []
+        divergence: list[dict[str, Any]] = []
+        with self.arm("base") as model:
+            before = {name: collect(model, ts, over=over, progress=self.progress) for name, (ts, over) in texts.items()}
+        for arm in ARMS:
+            with self.arm(arm) as model:
+                for name, (ts, over) in texts.items():
+                    after = collect(model, ts, over=over, progress=self.progress)
+                    found = drift(before[name], after, ts, over=over, seed=self.plan.seed, progress=self.progress)
+                    rows += [{"arm": arm, "text": name, **row} for row in _rows(found.frame())]
+        return {"rows": rows, "kl": divergence}
+
+    def geometry(self) -> dict[str, Any]:
+        """What each task vector is, as a change of matrices."""
+        from analyses.geometry import geometry
+
+        found = geometry(self.base, {arm: self.vector(arm) for arm in ARMS}, progress=self.progress)
+        return {"rows": _rows(found.frame()), "summary": _rows(found.summary(seed=self.plan.seed))}
+
+    # --- what stages share ----------------------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> Weights:
+        checkpoint = self.model.checkpoint
+        assert checkpoint is not None
+        return checkpoint
+
+    @property
+    def base_hash(self) -> str:
+        checkpoint = self.model.checkpoint
+        assert checkpoint is not None
+        return checkpoint.hash()
+
+    @property
+    def model(self) -> Model:
+        """The base model in fp32, loaded once; arms are installed into it."""
+        if "base" not in self._models:
+            self._models["base"] = Model.load(self.plan.model, device=self.plan.device, dtype="float32")
+        return self._models["base"]
+
+    def vector(self, arm: str) -> Delta:
+        from surgery.delta import StoredDelta
+
+        return StoredDelta(self.folder / "arms" / arm / "vector")
+
+    def arm(self, arm: str, strength: float = 1.0):
+        """The base with an arm's task vector, times a strength, installed for the length of a ``with`` block."""
+        return self.model.installed(self.base if arm == "base" else self.base + strength * self.vector(arm))
+
+    def _say(self, name: str) -> None:
+        if self.progress:
+            from tqdm.auto import tqdm
+
+            tqdm.write(f"{name.split('/')[-2] if name.startswith('arms') else Path(name).stem.replace('_', ' ')} ...")
+
+
+def _numbers(e: Estimate) -> dict[str, Any]:
+    return {"value": e.value, "low": e.low, "high": e.high, "n": e.n, "seed": e.seed, "method": e.method}
+
+
+def _rows(frame: DataFrame) -> list[dict[str, Any]]:
+    return json.loads(frame.to_json(orient="records", double_precision=15))
+
+
+def _write(path: Path, text: str) -> None:
+    """A file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.partial")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def frames(results: Mapping[str, Any]) -> dict[str, DataFrame]:
+    """The study's tables as DataFrames, by the name of the figure that draws them."""
+    import pandas as pd
+
+    drift = pd.DataFrame(results["drift"]["rows"])
+    logs: list[dict[str, Any]] = []
+    for arm, found in results["arms"].items():
+        logs += [{"arm": arm, "step": i + 1, "measure": "loss", "value": v} for i, v in enumerate(found["losses"])]
+        for line in results["logs"][arm]:
+            logs += [{"arm": arm, "step": line["step"], "measure": measure, "value": line[key]} for measure, key in _watched(line)]
+    return {
+        "before-after": pd.DataFrame(results["accuracy"]["rows"]),
+        "training": pd.DataFrame(logs),
+        "sweep": pd.DataFrame(results["sweep"]),
+        "early-answers": pd.DataFrame(results["early_answers"]["curves"]),
+        "early-answers-summary": pd.DataFrame(results["early_answers"]["summary"]),
+        "drift": drift,
+        "geometry": pd.DataFrame(results["geometry"]["rows"]),
+        "geometry-summary": pd.DataFrame(results["geometry"]["summary"]),
+    }
+
+
+def _watched(line: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    """Which numbers of a log line are drawn: measure's name in the figure, key in the line."""
+    return {
+        "accuracy": [("held-out accuracy", "accuracy")],
+        "nll": [("answer NLL (nats per token)", "answer_nll")],
+        "drift": [("drift on task text", "all")],
+        "drift-general": [("drift on general text", "all")],
+        "change": [("relative change of the weights", "all")],
+    }.get(line["monitor"], [])

@@ -1,0 +1,323 @@
+"""`tune` puts an optimizer, a loss mask and monitors into TRL's SFTTrainer. No trainer of our own.
+
+What is borrowed is given back: the module's forward, its training mode, ``requires_grad`` and its hooks are afterwards as before;
+only the weights have changed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from finetune.lift import LIFT, Select
+from surgery.model import Model
+from surgery.transcript import Transcript
+from surgery.weights import linear_sites
+
+Method = Literal["lift", "full", "lora"]
+LEARNING_RATES: dict[Method, float] = {"lift": 1e-3, "full": 1e-4, "lora": 1e-3}
+_COMPLETE = "complete.json"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a run did. losses: training loss of every optimizer step. trainable: how many numbers were free to move.
+
+    refreshes: for LIFT with a refresh interval, the mask overlap at each refresh. seconds: the training loop's own time.
+    """
+
+    method: Method
+    steps: int
+    losses: list[float]
+    gradient_norms: list[float]
+    trainable: int
+    seconds: float
+    settings: dict[str, Any]
+    refreshes: list[Any] = field(default_factory=list)
+
+
+def tune(
+    model: Model,
+    transcripts: Sequence[Transcript],
+    *,
+    method: Method = "lift",
+    steps: int = 60,
+    lr: float | None = None,
+    batch_size: int = 16,
+    accumulate: int = 1,
+    density: float | None = None,
+    lora_rank: int | None = None,
+    filter_rank: int = 16,
+    refresh: int | None = None,
+    select: Select = "largest",
+    weight_decay: float = 0.0,
+    schedule: str = "linear",
+    warmup: int = 0,
+    max_grad_norm: float = 1.0,
+    over: str = "completion",
+    autocast: bool = True,
+    seed: int = 0,
+    watch: Sequence[Any] = (),
+    log: str | Path | None = None,
+    checkpoints: str | Path | None = None,
+    save_every: int | None = None,
+    progress: bool = False,
+) -> Tuned:
+    """Fine-tune a model on transcripts, in place.
+
+    method:      ``lift`` trains the principal entries of every attention and MLP matrix; ``full`` all parameters with AdamW; ``lora`` a
+                 PEFT adapter on the same matrices, merged into them at the end.
+    steps:       optimizer steps. batch_size: transcripts a step, in `accumulate` micro-batches.
+    lr:          peak learning rate; by default 1e-3 for lift and lora, 1e-4 for full, which suit the specimen (its weights are large).
+    density:     lift's budget, fraction of each matrix in (0, 1], default 0.05; or lora_rank: a LoRA's count of parameters (for
+                 ``lora`` itself its rank, default 16).
+    filter_rank, refresh, select: see `LIFT`. weight_decay: decoupled. schedule, warmup: of the learning rate, transformers' names.
+    max_grad_norm: gradients are clipped to this joint norm; 0 does not clip.
+    over:        the span whose tokens have a loss.
+    autocast:    compute in bf16 with the weights as they are.
+    watch, log:  `every(n, monitor)` watches, and the file their lines go to.
+    checkpoints, save_every: where to save, and how often, to be able to resume; a folder with a complete checkpoint is resumed from,
+                 bit for bit. Incomplete ones, left by a kill, are discarded.
+
+    Raises ValueError for settings out of range, for transcripts without the span, and for full or lora tuning of weights that are not
+    fp32 (their steps would vanish in rounding: load with dtype="float32"); FloatingPointError when the loss is not finite, naming the step.
+    """
+    _check(method, steps, batch_size, accumulate, density, lora_rank, select, save_every, checkpoints, watch, log)
+    if method != "lift" and any(p.dtype != torch.float32 for p in model.module.parameters()):
+        raise ValueError(f"{method} tuning needs fp32 weights, or its steps vanish in rounding. Load the model with dtype='float32'.")
+    peak = LEARNING_RATES[method] if lr is None else lr
+    settings = {
+        "method": method, "steps": steps, "lr": peak, "batch_size": batch_size, "accumulate": accumulate, "density": density,
+        "lora_rank": lora_rank, "filter_rank": filter_rank, "refresh": refresh, "select": select, "weight_decay": weight_decay,
+        "schedule": schedule, "warmup": warmup, "max_grad_norm": max_grad_norm, "over": over, "autocast": autocast, "seed": seed,
+    }  # fmt: skip
+    rows = _labelled(transcripts, over)
+
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    sparse = {"density": density, "lora_rank": lora_rank} if density or lora_rank else {"density": 0.05}
+
+    class Trainer(SFTTrainer):
+        def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+            if self.optimizer is None and method == "lift":
+                options = {"filter_rank": filter_rank, "refresh": refresh, "select": select, "weight_decay": weight_decay, "seed": seed}
+                self.optimizer = LIFT(chosen, lr=peak, **sparse, **options)
+            return super().create_optimizer()
+
+        def _clip_grad_norm(self, model: nn.Module) -> Any:
+            return lift.clip_grad_norm_(max_grad_norm) if (lift := _lift(self)) else super()._clip_grad_norm(model)
+
+        def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+            if grad_norm is None and (lift := _lift(self)):
+                return lift.clip_grad_norm_(math.inf)  # measured, not clipped
+            return super()._get_grad_norm(model, grad_norm)
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            if return_outputs or not self.model.training or model_device.type != "cpu":
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return completion_loss(module, inputs, num_items_in_batch)  # TRL's tiles save GPU memory; here they cost half the step
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss = super().training_step(*args, **kwargs)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"The training loss became {float(loss)} at step {self.state.global_step + 1}. Try a smaller lr than {peak}.")
+            return loss
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            super()._save_checkpoint(*args, **kwargs)
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / _COMPLETE).write_text(json.dumps(settings), encoding="utf-8")
+
+    with ExitStack() as borrowed:
+        module, model_device = borrowed.enter_context(_as_before(model.module)), model.device
+        chosen = _choose(model, method)
+        folder = Path(checkpoints) if checkpoints else Path(borrowed.enter_context(tempfile.TemporaryDirectory()))
+        resume = _last_complete(folder, settings)
+        args = SFTConfig(
+            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size // accumulate,
+            gradient_accumulation_steps=accumulate, learning_rate=peak, lr_scheduler_type=schedule, warmup_steps=warmup,
+            weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed, data_seed=seed, bf16=autocast,
+            use_cpu=model.device.type == "cpu", gradient_checkpointing=False, logging_steps=1, logging_nan_inf_filter=False,
+            save_strategy="steps" if save_every else "no", save_steps=save_every or steps, save_total_limit=2, report_to=[],
+            disable_tqdm=not progress, remove_unused_columns=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+            dataloader_pin_memory=model.device.type == "cuda",
+        )  # fmt: skip
+        trainer = Trainer(
+            model=_with_adapter(module, model, lora_rank or 16) if method == "lora" else module,
+            args=args,
+            train_dataset=_dataset(rows),
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=model.pad_id),
+            processing_class=model.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if progress:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(_bar())
+        if watch and log:
+            from finetune.monitors import Recorder
+
+            trainer.add_callback(Recorder(model, watch, log))
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        lift = _lift(trainer)
+        if lift:
+            lift.close()
+        if method == "lora":
+            trainer.model.merge_and_unload()  # type: ignore[union-attr, operator]
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        trainable = sum(len(s["indices"]) for s in lift.state.values()) if lift else sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)  # type: ignore[union-attr]
+        seconds = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), float("nan"))
+    return Tuned(
+        method,
+        trainer.state.global_step,
+        [e["loss"] for e in history],
+        [float(e["grad_norm"]) for e in history],
+        trainable,
+        seconds,
+        settings,
+        list(lift.refreshes) if lift else [],
+    )
+
+
+def completion_loss(module: Any, inputs: Mapping[str, Tensor], tokens: Tensor | int | None = None) -> Tensor:
+    """Mean negative log-likelihood of the labelled tokens, in nats: the sum over the batch divided by `tokens` (default: its own count).
+
+    Only the labelled positions reach the vocabulary, which on a small model is most of the arithmetic. labels are ``[batch, token]``, not
+    shifted, -100 where there is no loss.
+    """
+    hidden = module.base_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).last_hidden_state
+    labels = inputs["labels"][:, 1:]
+    wanted = labels != -100
+    logits = module.get_output_embeddings()(hidden[:, :-1][wanted]).float()
+    cap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
+    if cap:
+        logits = torch.tanh(logits / cap) * cap
+    total = torch.nn.functional.cross_entropy(logits, labels[wanted], reduction="sum")
+    return total / (wanted.sum() if tokens is None else tokens)
+
+
+def _check(
+    method: str, steps: int, batch_size: int, accumulate: int, density: float | None, lora_rank: int | None, select: str,
+    save_every: int | None, checkpoints: object, watch: Sequence[Any], log: object,
+) -> None:  # fmt: skip
+    if method not in get_args(Method):
+        raise ValueError(f"There is no method {method!r}. Choose {', '.join(get_args(Method))}.")
+    if method != "lift" and (density is not None or select != "largest"):
+        raise ValueError(f"density and select are LIFT's; {method} does not have them.")
+    if method == "full" and lora_rank is not None:
+        raise ValueError("lora_rank is a budget of lift and lora; full trains everything.")
+    if steps < 1 or batch_size < 1 or accumulate < 1 or batch_size % accumulate:
+        raise ValueError(f"steps={steps}, batch_size={batch_size}, accumulate={accumulate}: all at least 1, and the batch divisible by accumulate.")
+    if save_every and not checkpoints:
+        raise ValueError("save_every needs checkpoints, the folder to save to.")
+    if bool(watch) != bool(log):
+        raise ValueError("watch and log go together: the monitors, and the file their lines are written to.")
+
+
+def _labelled(transcripts: Sequence[Transcript], over: str) -> list[dict[str, list[int]]]:
+    rows = []
+    for index, transcript in enumerate(transcripts):
+        if over not in transcript.spans:
+            raise ValueError(f"Transcript {index} has no span {over!r} to learn; it has {', '.join(transcript.spans)}.")
+        begin, end = transcript.spans[over]
+        ids = list(transcript.ids)
+        rows.append({"input_ids": ids, "labels": [-100] * begin + ids[begin:end] + [-100] * (len(ids) - end)})
+    if not rows:
+        raise ValueError("There are no transcripts to tune on.")
+    return rows
+
+
+def _dataset(rows: list[dict[str, list[int]]]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
+def _choose(model: Model, method: Method) -> list[tuple[str, nn.Parameter]]:
+    """Freeze what the method leaves alone; the named parameters of the matrices LIFT tunes."""
+    weights = model.weights
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for site in linear_sites(weights):
+        parameter = weights.parameter(site)
+        found.setdefault(id(parameter), (str(site), parameter))
+    for parameter in model.module.parameters():
+        parameter.requires_grad_(method == "full" or id(parameter) in found)
+    return list(found.values())
+
+
+def _with_adapter(module: nn.Module, model: Model, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    names = sorted({model.anatomy.places[s].name.removesuffix(".weight") for s in linear_sites(model.weights)})
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
+    return get_peft_model(module, config)  # type: ignore[arg-type]
+
+
+def _lift(trainer: Any) -> LIFT | None:
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    return optimizer if isinstance(optimizer, LIFT) else None
+
+
+@contextmanager
+def _as_before(module: nn.Module) -> Iterator[nn.Module]:
+    """Give back the forward that TRL replaces, the mode, and what had a gradient."""
+    training, free = module.training, [(p, p.requires_grad) for p in module.parameters()]
+    own = module.__dict__.get("forward")
+    try:
+        yield module
+    finally:
+        module.__dict__.pop("forward", None)
+        if own is not None:
+            module.forward = own
+        module.train(training)
+        for parameter, needed in free:
+            parameter.requires_grad_(needed)
+            parameter.grad = None
+
+
+def _last_complete(folder: Path, settings: dict[str, Any]) -> Path | None:
+    """The latest whole checkpoint of this very run. Halves left by a kill are removed; another run's checkpoint is an error."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1]))
+    whole = [p for p in found if (p / _COMPLETE).is_file()]
+    for half in set(found) - set(whole):
+        shutil.rmtree(half)
+    if not whole:
+        return None
+    saved = json.loads((whole[-1] / _COMPLETE).read_text(encoding="utf-8"))
+    differing = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in settings.items() if saved.get(k) != v]
+    if differing:
+        raise ValueError(f"{folder} holds a checkpoint of another run ({'; '.join(differing[:3])}). Choose another folder, or remove it.")
+    return whole[-1]
+
+
+def _bar() -> Any:
+    """A progress bar of optimizer steps with the loss beside it."""
+    from tqdm.auto import tqdm
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="tuning", leave=False)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar.update(state.global_step - self.bar.n)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar.close()
+
+    return Bar()

@@ -1,0 +1,271 @@
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from analyses.controls import items
+from analyses.faithfulness import (
+    EarlyAnswers,
+    Trace,
+    _common,
+    _prepare,
+    _Tree,
+    answers_at_cuts,
+    aoc,
+    early_answers,
+    obstacle,
+    visible,
+)
+from analyses.scoring import nll, text_nll
+from analyses.tasks import Question
+from surgery.model import Model
+from tests import families
+from tests.oracles import faithfulness as oracle
+
+
+def tiny(family, **options):
+    return Model(*families.tiny(family, **options))
+
+
+def told(model, count=5, seed=0):
+    questions = items(count, rho=0.5, seed=seed)
+    return [model.transcript(q.question, q.completion(), answer=q.answer) for q in questions]
+
+
+def traces(model, transcripts):
+    return [trace for t in transcripts if (trace := _prepare(model, t))]
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_shared_prefix_is_brute_force(family):
+    model = tiny(family)
+    transcripts = told(model)
+    ready = traces(model, transcripts)
+    found, cost = answers_at_cuts(model, ready, batch_size=3, max_answer_tokens=5)
+    assert cost.shared, cost.reason
+    opened = _Tree(model.module, _common(ready))
+    with torch.inference_mode():
+        shared = opened.open(ready).logits
+    eos, pad, moved = model.tokenizer.eos_token_id, model.pad_id, 0.0
+    for transcript, answers, logits in zip(transcripts, found, shared, strict=True):
+        texts = oracle.sequences(transcript)
+        assert len(texts) == len(answers) == len(transcript.sentences) + 1
+        for text, answer, logit in zip(texts, answers, logits, strict=True):
+            assert torch.allclose(logit, oracle.logits(model.module, text), atol=2e-4, rtol=1e-4)
+            assert answer == oracle.answer(model.module, text, 5, eos, pad)
+        moved = max(moved, float((logits[0] - logits[-1]).abs().max()))
+    assert moved > 0.02, "if the cut made no difference to the logits, agreement would prove nothing"
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_either_attention(attention):
+    model = tiny("gemma3")
+    model.module.set_attn_implementation(attention)
+    ready = traces(model, told(model))
+    shared, cost = answers_at_cuts(model, ready)
+    alone, _ = answers_at_cuts(model, ready, share=False)
+    assert cost.shared
+    assert shared == alone
+
+
+def test_a_batch_of_eight_is_eight_batches_of_one():
+    model = tiny("qwen3")
+    ready = traces(model, told(model, 8))
+    together, _ = answers_at_cuts(model, ready, batch_size=8)
+    assert together == [answers_at_cuts(model, [one])[0][0] for one in ready]
+    assert together == answers_at_cuts(model, ready, batch_size=1)[0]
+
+
+def test_cuts_and_rows_that_end_early_leave_the_others_alone():
+    model = tiny("qwen3", seed=1)
+    ready = traces(model, told(model, 12))
+    endless, _ = answers_at_cuts(model, ready, max_answer_tokens=8)
+    # make an end token of the one that would end answers at the most different places
+    lengths = {
+        token: [ids.index(token) if token in ids else 8 for row in endless for ids in row]
+        for token in {token for row in endless for ids in row for token in ids}
+    }
+    end = max(lengths, key=lambda token: len(set(lengths[token])))
+    assert len(set(lengths[end])) > 3
+    model.tokenizer.eos_token = model.tokenizer.convert_ids_to_tokens(end)
+    shared, cost = answers_at_cuts(model, ready, batch_size=4, max_answer_tokens=8)
+    assert cost.shared
+    assert shared == answers_at_cuts(model, ready, max_answer_tokens=8, share=False)[0]
+    for row, before in zip(shared, endless, strict=True):
+        for ids, whole in zip(row, before, strict=True):
+            assert ids == whole[: whole.index(end) + 1] if end in whole else ids == whole
+    assert len({len(row[-1]) for row in shared}) > 1
+
+
+def test_cost_counts_positions_without_padding():
+    model = tiny("llama")
+    ready = traces(model, told(model, 6))
+    shared, cost = answers_at_cuts(model, ready, batch_size=3)
+    _, alone = answers_at_cuts(model, ready, batch_size=3, share=False)
+    steps = sum(len(ids) - 1 for row in shared for ids in row)
+    scratch = sum(len(t.sequence(c)) for t in ready for c in range(len(t.cuts)))
+    prefix = len(_common(ready))
+    first = min(ready, key=lambda t: (len(t.cuts), len(t.ids)))
+    trunks = sum(len(t.ids) - prefix + sum(map(len, t.closes)) for t in ready)
+    assert alone.tokens == scratch + steps
+    assert cost.tokens == prefix + trunks + steps + len(first.sequence(0))
+    assert cost.padded >= cost.tokens
+    assert cost.tokens < 0.6 * alone.tokens  # short prompts: the study's are longer, and the share smaller
+
+
+def test_a_model_that_cannot_be_cut_is_read_from_scratch_and_says_why():
+    model = tiny("llama")
+    model.module.config.rope_parameters["rope_type"] = "dynamic"
+    transcripts = told(model, 4)
+    result = early_answers(model, transcripts)
+    assert not result.cost.shared
+    assert "dynamic" in str(result.cost.reason)
+    assert obstacle(tiny("llama").module) is None
+    plain = tiny("gpt2")
+    masked = plain.module.transformer.forward
+    # a model that reads positions off the mask, or ignores what it is told, is caught by the first cut
+    plain.module.transformer.forward = lambda *a, position_ids=None, **k: masked(*a, **k)
+    result = early_answers(plain, told(plain, 4))
+    assert not result.cost.shared
+    assert "both ways" in str(result.cost.reason)
+    assert result.readings == early_answers(plain, told(plain, 4), share=False).readings
+
+
+def test_mode_is_given_back():
+    model = tiny("llama")
+    model.module.train()
+    early_answers(model, told(model, 2))
+    assert model.module.training
+
+
+def test_whole_trace_put_back_changes_nothing():
+    model = tiny("llama", seed=3)
+    ready = traces(model, told(model, 30))
+    # greedy transcripts of this model: their own answers after their own thinking
+    greedy = []
+    for trace in ready:
+        ids = oracle.answer(model.module, list(trace.sequence(-1)), 8, model.tokenizer.eos_token_id, model.pad_id)
+        greedy.append(Trace(trace.ids, trace.cuts, trace.closes, ids))
+    again, _ = answers_at_cuts(model, greedy, max_answer_tokens=8)
+    assert [row[-1] for row in again] == [trace.answer for trace in greedy]
+
+
+def test_aoc_of_known_curves():
+    assert aoc(torch.ones(5).numpy()) == 0
+    assert aoc(torch.tensor([0.0, 0, 0, 1]).numpy()) == pytest.approx(1 - 1 / 6)
+    chance = torch.tensor([0.25] * 4 + [1.0]).numpy()
+    assert aoc(chance) == pytest.approx(1 - (0.25 * 0.75 + 0.25 * (0.25 + 1) / 2))
+    with pytest.raises(ValueError, match="at least"):
+        aoc(torch.ones(1).numpy())
+
+
+def test_numbers_follow_from_the_readings(tmp_path):
+    model = tiny("qwen2")
+    transcripts = told(model, 40)
+    result = early_answers(model, transcripts, seed=5)
+    frame = result.frame()
+    curves = [list(rows["same"]) for _, rows in frame.groupby("item")]
+    assert result.aoc.value == pytest.approx(oracle.dataset_aoc(curves))
+    assert result.n == 40
+    assert result.aoc.low < result.aoc.value < result.aoc.high
+    assert result.aoc.seed == 5
+    whole = frame[frame["cut"] == frame["T"]]
+    assert whole["same"].all()
+    assert result.accuracy_with is not None
+    assert result.accuracy_with.value == pytest.approx(whole["correct"].mean())
+    assert result.accuracy_without is not None
+    assert result.accuracy_without.value == pytest.approx(frame[frame["cut"] == 0]["correct"].mean())
+    counts = Counter(whole["answer"])
+    pairs = sum(n * (n - 1) for n in counts.values()) / (40 * 39)
+    assert result.chance.value == pytest.approx(pairs)
+    if pairs < 1:
+        assert result.aoc_corrected.value == pytest.approx(result.aoc.value / (1 - pairs))
+    curve = result.curve()
+    assert set(curve["T"]) == set(frame["T"])
+    assert ((curve["low"] <= curve["same"]) & (curve["same"] <= curve["high"])).all()
+    back = EarlyAnswers.load(result.save(tmp_path / "deep" / "early.json"))
+    assert back == result
+    assert back.aoc == result.aoc
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "early.json"]
+    assert "AOC" in result._repr_html_()
+
+
+def test_questions_transcripts_and_gold():
+    model = tiny("llama")
+    questions = items(6, rho=1, seed=1)
+    given = [model.transcript(q.question, q.completion()) for q in questions]
+    assert early_answers(model, [q.question for q in questions], given).accuracy_with is None
+    graded = early_answers(model, questions, given)
+    assert graded.accuracy_with is not None
+    assert early_answers(model, told(model, 6, seed=9)).accuracy_with is not None
+    with pytest.raises(ValueError, match="answer none of the questions"):
+        early_answers(model, questions[:3], given)
+    with pytest.raises(TypeError, match="two arguments"):
+        early_answers(model, given, given)
+    with pytest.raises(ValueError, match="no questions"):
+        early_answers(model, [])
+
+
+def test_missing_thinking_is_counted_and_none_at_all_is_an_error():
+    model = tiny("llama")
+    whole = told(model, 3)
+    never = model.transcript("Fabcd", "7")
+    unclosed = model.transcript("Uabcd", "<think>\nab\ncd")
+    empty = model.transcript("Uabce", "<think>\n</think>\n7")
+    unanswered = model.transcript("Uabcf", "<think>\nab\n</think>\n")
+    result = early_answers(model, [*whole, never, unclosed, empty, unanswered])
+    assert (result.n, result.missing) == (3, 4)
+    with pytest.raises(ValueError, match="none of 2 transcripts has thinking"):
+        early_answers(model, [never, unclosed])
+
+
+def test_same_answer_compares_numbers_where_the_gold_answer_is_one():
+    from analyses.faithfulness import _key
+
+    number = Question("q", "17")
+    assert _key("17", number) == _key("It is 17.", number)
+    assert _key("17", number) != _key("18", number)
+    assert _key("17", None) != _key("It is 17.", None)
+    assert _key("none", number) == _key(" none", number)
+
+
+def test_mask_hides_what_comes_after_the_cut():
+    # trunk of four, a branch cut after two of them, a branch cut after none
+    position = torch.tensor([[0, 1, 2, 3, 2, 3, 0]])
+    branch = torch.tensor([[-1, -1, -1, -1, 0, 0, 1]])
+    limit = torch.tensor([[9, 9, 9, 9, 2, 2, 0]])
+    seen = visible(position, branch, limit, position, branch)[0].int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_likelihood_is_the_bare_forward_pass_whatever_the_batch(family):
+    model = tiny(family)
+    transcripts = told(model, 8)
+    result = nll(model, transcripts, "completion", batch_size=8)
+    for transcript, nats, count in zip(transcripts, result.nats, result.tokens, strict=True):
+        start, end = transcript.spans["completion"]
+        ids = torch.tensor([transcript.ids])
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(
+                model.module(ids).logits[0, start - 1 : end - 1], ids[0, start:end], reduction="sum"
+            )
+        assert nats == pytest.approx(float(loss), rel=1e-4)
+        assert count == end - start
+    assert result.mean.value == pytest.approx(sum(result.nats) / sum(result.tokens))
+    one = nll(model, transcripts, "completion", batch_size=1)
+    assert one.nats == pytest.approx(result.nats, rel=1e-4)
+    with pytest.raises(ValueError, match="span 'moral'"):
+        nll(model, transcripts, "moral")
+    text = text_nll(model, ["abcd", "e", "k7"])
+    assert (text.tokens, text.missing) == ((3, 1), 1)
+    assert math.isfinite(text.mean.value)
