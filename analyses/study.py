@@ -27,7 +27,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "lift": {"method": "lift", "lr": 1e-3, "density": 0.05, "filter_rank": 16},
     "full": {"method": "full", "lr": 1e-4},
 }
-STRENGTHS = (-0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+STRENGTHS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 _PLAN = "study.json"
 
 
@@ -36,7 +36,7 @@ class Plan:
     """What a study does. The defaults are the main job on a laptop's CPU.
 
     steps, batch_size: of both arms, which see the same data in the same order. watch_every: optimizer steps between measurements.
-    held_out: questions for before and after. sweep_items, faith_items, drift_items: questions for each measure.
+    held_out: questions for before and after. sweep_items, faith_items, drift_items: questions for each measure; sweep_texts: passages.
     """
 
     model: str = "specimen"
@@ -44,12 +44,13 @@ class Plan:
     steps: int = 60
     batch_size: int = 16
     watch_every: int = 20
-    watch_items: int = 24
-    held_out: int = 200
-    sweep_items: int = 48
-    faith_items: int = 64
+    watch_items: int = 16
+    held_out: int = 128
+    sweep_items: int = 32
+    sweep_texts: int = 20
+    faith_items: int = 48
     drift_items: int = 48
-    max_new_tokens: int = 64
+    max_new_tokens: int = 60
     device: str = "auto"
 
 
@@ -176,15 +177,14 @@ class _Study:
 
             shutil.rmtree(home / "vector")
         vector = model.weights - self.base
-        assert isinstance(vector, Delta)
         save_delta(vector, home / "vector", base_hash=self.base_hash)
         return asdict(done)
 
     def accuracy(self) -> dict[str, Any]:
-        """Held-out accuracy of the base and of each arm; the answers are kept."""
+        """Held-out accuracy of the base and of each arm as stored; the answers are kept."""
         rows, answers = [], {}
         for arm in ("base", *ARMS):
-            with self.arm(arm) as model:
+            with self.arm(arm, stored=True) as model:
                 given = model.generate(
                     [q.question for q in self.test], max_new_tokens=self.plan.max_new_tokens, batch_size=64, progress=self.progress
                 )
@@ -201,9 +201,9 @@ class _Study:
         questions = self.test[: self.plan.sweep_items]
 
         def measure(arm: str, strength: float) -> list[dict[str, Any]]:
-            with self.arm(arm, strength) as model:
+            with self.arm(arm, strength, stored=True) as model:
                 given = model.generate([q.question for q in questions], max_new_tokens=self.plan.max_new_tokens, batch_size=64)
-                nats = text_nll(model, GENERAL_TEXT, seed=self.plan.seed).mean
+                nats = text_nll(model, GENERAL_TEXT[: self.plan.sweep_texts], seed=self.plan.seed).mean
             shared = {"arm": arm, "strength": strength}
             right = accuracy(questions, given)
             return [
@@ -248,9 +248,9 @@ class _Study:
         from analyses.watch import as_transcripts
         from probes.activations import collect
 
-        with self.arm("base") as model:
-            task = [model.transcript(q.question, q.completion(model.markers)) for q in self.test[: self.plan.drift_items]]
-            general = as_transcripts(model, GENERAL_TEXT)
+        model = self.model
+        task = [model.transcript(q.question, q.completion(model.markers)) for q in self.test[: self.plan.drift_items]]
+        general = as_transcripts(model, GENERAL_TEXT)
         texts = {"task": (task, ("thinking", "answer")), "general": (general, ("all",))}
         rows: list[dict[str, Any]] = []
         divergence: list[dict[str, Any]] = []
@@ -262,6 +262,9 @@ class _Study:
                     after = collect(model, ts, over=over, progress=self.progress)
                     found = drift(before[name], after, ts, over=over, seed=self.plan.seed, progress=self.progress)
                     rows += [{"arm": arm, "text": name, **row} for row in _rows(found.frame())]
+                for name, (ts, over) in texts.items():
+                    found_kl = output_kl(self.untouched, model, ts[: self.plan.drift_items // 3], over, seed=self.plan.seed)
+                    divergence += [{"arm": arm, "text": name, "span": span, **_numbers(kl)} for span, kl in found_kl.items()]
         return {"rows": rows, "kl": divergence}
 
     def geometry(self) -> dict[str, Any]:
@@ -285,21 +288,33 @@ class _Study:
         assert checkpoint is not None
         return checkpoint.hash()
 
+    def _load(self, role: str, dtype: str) -> Model:
+        if role not in self._models:
+            self._models[role] = Model.load(self.plan.model, device=self.plan.device, dtype=dtype)
+        return self._models[role]
+
     @property
     def model(self) -> Model:
         """The base model in fp32, loaded once; arms are installed into it."""
-        if "base" not in self._models:
-            self._models["base"] = Model.load(self.plan.model, device=self.plan.device, dtype="float32")
-        return self._models["base"]
+        return self._load("host", "float32")
+
+    @property
+    def untouched(self) -> Model:
+        """A second copy of the base, for comparing outputs side by side."""
+        return self._load("untouched", "float32")
 
     def vector(self, arm: str) -> Delta:
         from surgery.delta import StoredDelta
 
         return StoredDelta(self.folder / "arms" / arm / "vector")
 
-    def arm(self, arm: str, strength: float = 1.0):
-        """The base with an arm's task vector, times a strength, installed for the length of a ``with`` block."""
-        return self.model.installed(self.base if arm == "base" else self.base + strength * self.vector(arm))
+    def arm(self, arm: str, strength: float = 1.0, *, stored: bool = False):
+        """The base with an arm's task vector, times a strength, installed for the length of a ``with`` block.
+
+        In fp32, or with `stored` as the checkpoint's own dtype would keep it: what a user of the written model would run, and faster.
+        """
+        host = self._load("stored", "auto") if stored else self.model
+        return host.installed(self.base if arm == "base" else self.base + strength * self.vector(arm))
 
     def _say(self, name: str) -> None:
         if self.progress:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.lift import LIFT, Select
-from surgery.model import Model
+from surgery.model import Model, common_prefix, prefix_cache
 from surgery.transcript import Transcript
 from surgery.weights import linear_sites
 
@@ -127,7 +127,8 @@ def tune(
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             if return_outputs or not self.model.training or model_device.type != "cpu":
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return completion_loss(module, inputs, num_items_in_batch)  # TRL's tiles save GPU memory; here they cost half the step
+            with self.accelerator.autocast():  # TRL's tiles save a GPU's memory; on a CPU they cost half the step
+                return completion_loss(module, inputs, num_items_in_batch)
 
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             loss = super().training_step(*args, **kwargs)
@@ -190,20 +191,27 @@ def tune(
     )
 
 
-def completion_loss(module: Any, inputs: Mapping[str, Tensor], tokens: Tensor | int | None = None) -> Tensor:
+def completion_loss(module: Any, inputs: Mapping[str, Tensor], tokens: Tensor | int | None = None, share: bool = True) -> Tensor:
     """Mean negative log-likelihood of the labelled tokens, in nats: the sum over the batch divided by `tokens` (default: its own count).
 
-    Only the labelled positions reach the vocabulary, which on a small model is most of the arithmetic. labels are ``[batch, token]``, not
-    shifted, -100 where there is no loss.
+    inputs: input_ids, attention_mask and labels, each ``[batch, token]``, padded on the right; labels not shifted, -100 where there is no
+    loss. Two savings leave the value as it is: only labelled positions reach the vocabulary, and the prompt that all rows begin with is
+    computed once (`share`), its gradient being the sum of theirs.
     """
-    hidden = module.base_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).last_hidden_state
-    labels = inputs["labels"][:, 1:]
-    wanted = labels != -100
+    ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+    wanted = labels[:, 1:] != -100
+    start = min(common_prefix(ids.tolist()), int(wanted.any(0).nonzero()[0])) if share and len(ids) > 1 else 0
+    cache = prefix_cache(module, ids[0, :start].tolist(), len(ids)) if start else None
+    start = 0 if cache is None else start
+    hidden = module.base_model(
+        input_ids=ids[:, start:], attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+    ).last_hidden_state
+    wanted = wanted[:, start:]
     logits = module.get_output_embeddings()(hidden[:, :-1][wanted]).float()
     cap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
     if cap:
         logits = torch.tanh(logits / cap) * cap
-    total = torch.nn.functional.cross_entropy(logits, labels[wanted], reduction="sum")
+    total = torch.nn.functional.cross_entropy(logits, labels[:, start + 1 :][wanted], reduction="sum")
     return total / (wanted.sum() if tokens is None else tokens)
 
 

@@ -94,7 +94,8 @@ class Anatomy:
         )
         tied = bool(getattr(config, "tie_word_embeddings", False))
         names = set(names)
-        copies = {table["tensors"]["head"]: Site(None, "embed")} if tied and table["tensors"]["head"] in names else {}
+        heads = [n for n in _names(table["tensors"]["head"]) if n in names]
+        copies = {name: Site(None, "embed") for name in heads if tied}
         places, missing = _bind(table["tensors"], shape, names - set(copies), tied)
         if missing:
             raise ValueError(
@@ -256,28 +257,32 @@ def _table(model_type: str, where: str) -> tuple[str, dict]:
     return known[model_type], _families()[known[model_type]]
 
 
+def _names(entry: str | list[str]) -> list[str]:
+    return [entry] if isinstance(entry, str) else entry
+
+
 def _bind(table: dict, shape: _Shape, names: set[str], tied: bool) -> tuple[dict[Site, Place], list[str]]:
     places: dict[Site, Place] = {}
     missing: list[str] = []
 
-    def found(name: str) -> str | None:
+    def found(wanted: list[str]) -> str | None:
         # A checkpoint saved from the bare backbone lacks its prefix: h.0.ln_1.weight for transformer.h.0.ln_1.weight.
-        return next((n for n in (name, name.split(".", 1)[1]) if n in names), None)
+        return next((n for name in wanted for n in (name, name.split(".", 1)[1]) if n in names), None)
 
     for pattern, entry in table.items():
-        spec: dict[str, Any] = {"name": entry} if isinstance(entry, str) else entry
+        spec: dict[str, Any] = entry if isinstance(entry, dict) else {"name": entry}
         for layer in range(shape.n_layers) if "{l}" in pattern else [None]:
             site = Site.parse(pattern.replace("{l}", str(layer)))
             if site.part == "head" and tied:
                 continue
-            wanted = spec["name"].replace("{l}", str(layer))
+            wanted = [name.replace("{l}", str(layer)) for name in _names(spec["name"])]
             rows = shape.rows(spec["piece"], spec["of"]) if "of" in spec else None
             name = found(wanted)
             if name is None:
-                missing.append(wanted)
+                missing.append(wanted[0])
                 continue
             places[site] = Place(name, rows, spec.get("transposed", False))
-            bias = found(wanted.removesuffix("weight") + "bias")
+            bias = found([w.removesuffix("weight") + "bias" for w in wanted])
             if bias is not None:
                 places[Site(site.layer, site.part + ".bias")] = Place(bias, rows)
     named = {p.name for p in places.values()}

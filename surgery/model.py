@@ -155,7 +155,7 @@ class Model:
         from transformers import GenerationConfig
 
         ids, mask, start = pad_after_prefix(prompts, self.pad_id)
-        options: dict[str, Any] = {"past_key_values": cache} if start and (cache := self._prefix(prompts[0][:start], len(prompts))) else {}
+        options: dict[str, Any] = {"past_key_values": cache} if start and (cache := prefix_cache(self.module, prompts[0][:start], len(prompts))) else {}
         if not options:
             ids, mask, _ = pad_after_prefix(prompts, self.pad_id, share=False)
         config = GenerationConfig(
@@ -173,18 +173,6 @@ class Model:
             **options,
         )
         return [row[ids.shape[1] :].tolist() for row in out]
-
-    def _prefix(self, ids: list[int], rows: int) -> Any:
-        """The KV cache of a prefix that every row begins with, computed once; None where a layer's cache is not a plain one."""
-        from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
-
-        cache = DynamicCache(config=self.module.config)
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
-            return None
-        self.module.base_model(input_ids=torch.tensor([ids], device=self.device), past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(rows)
-        return cache
 
     @property
     def pad_id(self) -> int:
@@ -293,13 +281,36 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
+def prefix_cache(module: PreTrainedModel, prefix: Sequence[int], rows: int) -> Any:
+    """The KV cache of a prefix with which every row of a batch begins: computed once, repeated for `rows` rows.
+
+    Differentiable where gradients are on. None for models some of whose layers do not keep a plain cache (sliding windows).
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache(config=module.config)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    ids = torch.tensor([list(prefix)], device=next(module.parameters()).device)
+    module.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with in common, leaving each at least one token of its own."""
+    shortest = min(map(len, rows))
+    return next((i for i in range(shortest - 1) if len({row[i] for row in rows}) > 1), shortest - 1)
+
+
 def pad_after_prefix(rows: Sequence[Sequence[int]], pad: int, share: bool = True) -> tuple[Tensor, Tensor, int]:
     """Ids and attention mask ``[batch, longest]``, the padding between the rows' common prefix and the rest, and the prefix's length.
 
     At least one token of each row lies after the prefix. Without `share` the prefix is empty: plain left padding.
     """
-    width, shortest = max(map(len, rows)), min(map(len, rows))
-    start = next((i for i in range(shortest - 1) if len({row[i] for row in rows}) > 1), shortest - 1) if share else 0
+    width = max(map(len, rows))
+    start = common_prefix(rows) if share else 0
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     for i, row in enumerate(rows):

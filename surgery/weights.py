@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -88,6 +88,10 @@ class Weights(_Tensors):
         parsed = Site.parse(site)
         return tensor if parsed.head is None else tensor[self.anatomy.head_slice(parsed)]
 
+    @overload
+    def __sub__(self, other: Weights) -> Delta: ...
+    @overload
+    def __sub__(self, other: Delta) -> Weights: ...
     def __sub__(self, other: Weights | Delta) -> Delta | Weights:
         if isinstance(other, Delta):
             return self + -other

@@ -81,21 +81,21 @@ def test_cuts_and_rows_that_end_early_leave_the_others_alone():
     model = tiny("qwen3", seed=1)
     ready = traces(model, told(model, 12))
     endless, _ = answers_at_cuts(model, ready, max_answer_tokens=8)
-    # make an end token of the one that would end answers at the most different places
-    lengths = {
-        token: [ids.index(token) if token in ids else 8 for row in endless for ids in row]
-        for token in {token for row in endless for ids in row for token in ids}
-    }
-    end = max(lengths, key=lambda token: len(set(lengths[token])))
-    assert len(set(lengths[end])) > 3
+
+    def stops(token):
+        """For every trace, when each of its cuts would end if this token ended answers."""
+        return [[ids.index(token) + 1 if token in ids else 8 for ids in row] for row in endless]
+
+    # let the token end answers that makes whole rows end at the most different steps
+    end = max({t for row in endless for ids in row for t in ids}, key=lambda t: len({max(row) for row in stops(t)}))
+    assert len({max(row) for row in stops(end)}) > 1, "no row would ever leave its batch before another"
+    assert len({step for row in stops(end) for step in row}) > 3
     model.tokenizer.eos_token = model.tokenizer.convert_ids_to_tokens(end)
-    shared, cost = answers_at_cuts(model, ready, batch_size=4, max_answer_tokens=8)
+    shared, cost = answers_at_cuts(model, ready, batch_size=12, max_answer_tokens=8)
     assert cost.shared
     assert shared == answers_at_cuts(model, ready, max_answer_tokens=8, share=False)[0]
-    for row, before in zip(shared, endless, strict=True):
-        for ids, whole in zip(row, before, strict=True):
-            assert ids == whole[: whole.index(end) + 1] if end in whole else ids == whole
-    assert len({len(row[-1]) for row in shared}) > 1
+    for row, before, steps in zip(shared, endless, stops(end), strict=True):
+        assert [list(ids) for ids in row] == [list(ids[:step]) for ids, step in zip(before, steps, strict=True)]
 
 
 def test_cost_counts_positions_without_padding():
@@ -189,6 +189,7 @@ def test_numbers_follow_from_the_readings(tmp_path):
     assert back.aoc == result.aoc
     assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "early.json"]
     assert "AOC" in result._repr_html_()
+    assert len(back.plot().lines) == frame["T"].nunique()
 
 
 def test_questions_transcripts_and_gold():
