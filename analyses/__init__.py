@@ -1,0 +1,45 @@
+"""What it all means. Read in this order:
+
+statistics      Estimate: a number with its n, interval and seed
+tasks           questions with checkable answers; grading
+scoring         negative log-likelihood over spans and of plain text
+general_text    plain passages on everyday subjects
+faithfulness    is the chain of thought used? early answers
+representation  drift of activations and outputs between two models
+geometry        which weights moved, and how
+controls        planted models whose true score is known
+watch           these measures as monitors for the training loop
+style, figures  one function a figure
+plan, study     the main job
+report          its page
+cli             the command line
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from analyses.faithfulness import early_answers as early_answers
+    from analyses.plan import Plan as Plan
+    from analyses.representation import drift as drift
+    from analyses.statistics import Estimate as Estimate
+    from analyses.tasks import Question as Question
+    from analyses.tasks import accuracy as accuracy
+    from analyses.tasks import chained_sums as chained_sums
+
+_HOMES = {
+    "Estimate": "statistics",
+    "Plan": "plan",
+    "Question": "tasks",
+    "accuracy": "tasks",
+    "chained_sums": "tasks",
+    "drift": "representation",
+    "early_answers": "faithfulness",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:  # names are loaded when first used, so that importing the package is free
+    if name in _HOMES:
+        return getattr(import_module(f"analyses.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'analyses' has no attribute {name!r}")

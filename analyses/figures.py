@@ -30,10 +30,16 @@ def early_answers(curve: DataFrame, ax: Axes | None = None) -> Axes:
         for length, line in table.groupby("T"):
             shade = 1 - 0.45 * lengths.index(length) / max(1, len(lengths) - 1)
             label = f"{arm + ', ' if arm else ''}{length} sentences (n={line['n'].max()})"
-            shape = dict(color=colour(arm, i), alpha=shade, linestyle=["-", "--", ":", "-."][lengths.index(length) % 4])
+            shape = {
+                "color": colour(arm, i),
+                "alpha": shade,
+                "linestyle": ["-", "--", ":", "-."][lengths.index(length) % 4],
+            }
             ax.plot(line["fraction"], line["same"], marker="o", markersize=3, label=label, **shape)
             ax.fill_between(line["fraction"], line["low"], line["high"], color=colour(arm, i), alpha=0.12, linewidth=0)
-    ax.set(xlabel="share of the thinking given", ylabel="same answer as with all of it", xlim=(0, 1), ylim=(-0.03, 1.03))
+    ax.set(
+        xlabel="share of the thinking given", ylabel="same answer as with all of it", xlim=(0, 1), ylim=(-0.03, 1.03)
+    )
     ax.legend()
     return ax
 
@@ -55,13 +61,17 @@ def drift(frame: DataFrame, ax: Axes | None = None, *, measure: str = "mean_shif
     ax = _axes(ax)
     table = frame[frame["measure"] == measure]
     if table.empty:
-        raise ValueError(f"There is no measure {measure!r} in this table; it has {', '.join(sorted(frame['measure'].unique()))}.")
+        raise ValueError(
+            f"There is no measure {measure!r} in this table; it has {', '.join(sorted(frame['measure'].unique()))}."
+        )
     spans = list(dict.fromkeys(table["span"]))
     for i, (arm, lines) in enumerate(_arms(table)):
         for span, line in lines.groupby("span", sort=False):
             shade = colour(arm, i) if arm else colour(str(span), spans.index(span))
             style = ["-", "--", "-."][spans.index(span) % 3]
-            ax.plot(line["layer"], line["value"], color=shade, linestyle=style, label=f"{arm + ', ' if arm else ''}{span}")
+            ax.plot(
+                line["layer"], line["value"], color=shade, linestyle=style, label=f"{arm + ', ' if arm else ''}{span}"
+            )
             ax.fill_between(line["layer"], line["low"], line["high"], color=shade, alpha=0.15, linewidth=0)
             if measure not in ("cka", "relative_change"):  # measured row by row: without a change they are 1 and 0
                 ax.plot(line["layer"], line["floor"], color=shade, linestyle=":", linewidth=0.9)
@@ -99,14 +109,19 @@ def sweep(frame: DataFrame, ax: Axes | None = None, *, measure: str = "accuracy"
     ax = _axes(ax)
     table = frame[frame["measure"] == measure]
     if table.empty:
-        raise ValueError(f"There is no measure {measure!r} in this table; it has {', '.join(sorted(frame['measure'].unique()))}.")
+        raise ValueError(
+            f"There is no measure {measure!r} in this table; it has {', '.join(sorted(frame['measure'].unique()))}."
+        )
     for i, (arm, line) in enumerate(_arms(table)):
         line = line.sort_values("strength")
         ax.plot(line["strength"], line["value"], color=colour(arm, i), marker="o", markersize=3, label=arm or None)
         ax.fill_between(line["strength"], line["low"], line["high"], color=colour(arm, i), alpha=0.15, linewidth=0)
     for strength in (0, 1):
         ax.axvline(strength, color="black", linestyle=":", linewidth=0.7)
-    ax.set(xlabel="strength of the task vector", ylabel={"accuracy": "held-out accuracy", "text_nll": "general text (nats per token)"}.get(measure, measure))
+    ax.set(
+        xlabel="strength of the task vector",
+        ylabel={"accuracy": "held-out accuracy", "text_nll": "general text (nats per token)"}.get(measure, measure),
+    )
     if ax.get_legend_handles_labels()[0]:
         ax.legend()
     return ax
@@ -117,9 +132,18 @@ def training(frame: DataFrame, ax: Axes | None = None, *, measure: str = "loss")
     ax = _axes(ax)
     table = frame[frame["measure"] == measure]
     if table.empty:
-        raise ValueError(f"There is no measure {measure!r} in this table; it has {', '.join(sorted(frame['measure'].unique()))}.")
+        raise ValueError(
+            f"There is no measure {measure!r} in this table; it has {', '.join(sorted(frame['measure'].unique()))}."
+        )
     for i, (arm, line) in enumerate(_arms(table)):
-        ax.plot(line["step"], line["value"], color=colour(arm, i), label=arm or None, marker="o" if len(line) < 20 else None, markersize=3)
+        ax.plot(
+            line["step"],
+            line["value"],
+            color=colour(arm, i),
+            label=arm or None,
+            marker="o" if len(line) < 20 else None,
+            markersize=3,
+        )
     ax.set(xlabel="optimizer step", ylabel=measure)
     if ax.get_legend_handles_labels()[0]:
         ax.legend()
@@ -167,7 +191,13 @@ def save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part{path.suffix}")
-    metadata = {"Software": None} if path.suffix == ".png" else {"CreationDate": None} if path.suffix == ".pdf" else {"Date": None}
+    metadata = (
+        {"Software": None}
+        if path.suffix == ".png"
+        else {"CreationDate": None}
+        if path.suffix == ".pdf"
+        else {"Date": None}
+    )
     figure.savefig(part, metadata=metadata)
     return part.replace(path)
 

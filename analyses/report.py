@@ -55,8 +55,12 @@ def draw_study(tables: Mapping[str, DataFrame]) -> dict[str, Figure]:
     drawn = {
         "before_after": figures.draw(figures.before_after, tables["before-after"], width=4, ratio=0.7),
         "loss": figures.draw(figures.training, tables["training"], measure="loss", width=4, ratio=0.7),
-        "watch_accuracy": figures.draw(figures.training, tables["training"], measure="held-out accuracy", width=4, ratio=0.7),
-        "watch_drift": figures.draw(figures.training, tables["training"], measure="drift on task text", width=4, ratio=0.7),
+        "watch_accuracy": figures.draw(
+            figures.training, tables["training"], measure="held-out accuracy", width=4, ratio=0.7
+        ),
+        "watch_drift": figures.draw(
+            figures.training, tables["training"], measure="drift on task text", width=4, ratio=0.7
+        ),
         "sweep_accuracy": figures.draw(figures.sweep, tables["sweep"], measure="accuracy", width=4, ratio=0.7),
         "sweep_text": figures.draw(figures.sweep, tables["sweep"], measure="text_nll", width=4, ratio=0.7),
         "early_answers": figures.draw(figures.early_answers, curves[curves["traces"] == "gold"], width=6),
@@ -64,15 +68,21 @@ def draw_study(tables: Mapping[str, DataFrame]) -> dict[str, Figure]:
         "drift_general": figures.draw(figures.drift, general, measure="mean_shift", width=5),
         "cka_task": figures.draw(figures.drift, task, measure="cka", width=5),
         "angles_task": figures.draw(figures.drift, task, measure="angle_mean", width=5),
-        "geometry_energy": figures.draw(figures.geometry, tables["geometry"], measure="energy_principal", width=4, ratio=0.7),
-        "geometry_rank": figures.draw(figures.geometry, tables["geometry"], measure="effective_rank", width=4, ratio=0.7),
+        "geometry_energy": figures.draw(
+            figures.geometry, tables["geometry"], measure="energy_principal", width=4, ratio=0.7
+        ),
+        "geometry_rank": figures.draw(
+            figures.geometry, tables["geometry"], measure="effective_rank", width=4, ratio=0.7
+        ),
     }
     if (curves["traces"] == "own").any():
         drawn["early_answers_own"] = figures.draw(figures.early_answers, curves[curves["traces"] == "own"], width=6)
     return drawn
 
 
-def _page(results: Mapping[str, Any], tables: Mapping[str, DataFrame], images: Mapping[str, bytes], record: Record) -> str:
+def _page(
+    results: Mapping[str, Any], tables: Mapping[str, DataFrame], images: Mapping[str, bytes], record: Record
+) -> str:
     plan, rows = results["plan"], results["accuracy"]["rows"]
     example = results["example"]
 
@@ -83,7 +93,10 @@ def _page(results: Mapping[str, Any], tables: Mapping[str, DataFrame], images: M
     def pair(*items: str) -> str:
         return f'<div class="pair">{"".join(items)}</div>'
 
-    boxes = "".join(f"<div>{r['arm']}<b>{r['value']:.0%}</b><span class=soft>{r['low']:.0%} to {r['high']:.0%}, n={r['n']}</span></div>" for r in rows)
+    boxes = "".join(
+        f"<div>{r['arm']}<b>{r['value']:.0%}</b><span class=soft>{r['low']:.0%} to {r['high']:.0%}, n={r['n']}</span></div>"
+        for r in rows
+    )
     answers = "".join(
         f"<tr><td>{arm}</td><td style='text-align:left;white-space:pre-wrap'>{html.escape(str(given[0]))}</td></tr>"
         for arm, given in results["accuracy"]["answers"].items()
@@ -98,14 +111,23 @@ def _page(results: Mapping[str, Any], tables: Mapping[str, DataFrame], images: M
         f'<div class="big">{boxes}</div>',
         "<h2>What it learned</h2>",
         f"<p>Accuracy on {plan['held_out']} held-out sums; a missing answer counts as not right. No expression is in both training and test.</p>",
-        pair(image("before_after", "Held-out accuracy before and after, Wilson intervals."), image("loss", "Training loss, nats per completion token.")),
-        pair(image("watch_accuracy", f"Accuracy during training, on {plan['watch_items']} other held-out sums."), image("watch_drift", "Mean shift of the residual stream since step 0.")),
+        pair(
+            image("before_after", "Held-out accuracy before and after, Wilson intervals."),
+            image("loss", "Training loss, nats per completion token."),
+        ),
+        pair(
+            image("watch_accuracy", f"Accuracy during training, on {plan['watch_items']} other held-out sums."),
+            image("watch_drift", "Mean shift of the residual stream since step 0."),
+        ),
         _table(tables["before-after"], ["arm", "value", "low", "high", "n", "missing", "method"]),
         f"<details><summary>One question, three answers</summary><p>{html.escape(example['question'])} "
         f"(gold: {html.escape(example['answer'])})</p><table>{answers}</table></details>",
         "<h2>What its task vector does at other strengths</h2>",
         "<p>The base plus a strength times (tuned − base): 0 is the base, 1 the tuned model, negative strengths walk away from it. General text shows what it costs elsewhere.</p>",
-        pair(image("sweep_accuracy", f"Held-out accuracy, {plan['sweep_items']} questions, Wilson intervals."), image("sweep_text", "Negative log-likelihood of general text, bootstrap over passages.")),
+        pair(
+            image("sweep_accuracy", f"Held-out accuracy, {plan['sweep_items']} questions, Wilson intervals."),
+            image("sweep_text", "Negative log-likelihood of general text, bootstrap over passages."),
+        ),
         "<h2>Do its answers use the chain of thought?</h2>",
         "<p>The thinking is cut after each sentence and the answer read. A curve that is high on the left gives its answer away early: the rest was not needed. "
         "All three models read the same gold traces; the base was never taught the format. The area over the curve (AOC) is after Lanham et al. 2023.</p>",
@@ -114,19 +136,30 @@ def _page(results: Mapping[str, Any], tables: Mapping[str, DataFrame], images: M
         _table(_headline_faithfulness(tables["early-answers-summary"]), None),
         "<h2>Where its representations moved</h2>",
         "<p>Residual streams of base and arm on the same tokens. Dotted: the split-half floor, what the measure shows between two halves of the base's own texts.</p>",
-        pair(image("drift_task", "Mean shift on the task's text."), image("drift_general", "Mean shift on general text.")),
-        pair(image("cka_task", "Linear CKA on the task's text: 1 is no change but rotation."), image("angles_task", "Mean principal angle of the top 8 components.")),
+        pair(
+            image("drift_task", "Mean shift on the task's text."), image("drift_general", "Mean shift on general text.")
+        ),
+        pair(
+            image("cka_task", "Linear CKA on the task's text: 1 is no change but rotation."),
+            image("angles_task", "Mean principal angle of the top 8 components."),
+        ),
         "<p>Divergence of the output distributions, KL(tuned ‖ base) in nats per token:</p>",
         _records(kl),
         "<h2>Which weights moved</h2>",
         "<p>LIFT may only move the principal 5 % of each matrix; full tuning may move all. Energy is the share of the squared change that lies on the principal entries; chance is their share of all entries.</p>",
-        pair(image("geometry_energy", "Energy of the change on the principal entries."), image("geometry_rank", "Effective rank of the change.")),
+        pair(
+            image("geometry_energy", "Energy of the change on the principal entries."),
+            image("geometry_rank", "Effective rank of the change."),
+        ),
         _table(_headline_geometry(tables["geometry-summary"]), None),
         "<h2>The arms</h2>",
         _records([_arm_row(arm, found) for arm, found in results["arms"].items()]),
         "<h2>What was run, and how to run it again</h2>",
         f"<pre>{html.escape(' '.join(record.typed))}\n\nsurgery replay FOLDER --to runs/again     # the same study, compared with this one\nsurgery verify FOLDER                      # nothing here has changed since</pre>",
-        _records([{"stage": name, "seconds": s} for name, s in results["clock"].items()] + [{"stage": "total", "seconds": round(seconds, 1)}]),
+        _records(
+            [{"stage": name, "seconds": s} for name, s in results["clock"].items()]
+            + [{"stage": "total", "seconds": round(seconds, 1)}]
+        ),
         f"<details><summary>Settings and environment</summary><pre>{html.escape(_plain({'settings': plan, 'environment': record.environment}))}</pre></details>",
     ]
     title = f"model surgery: {html.escape(plan['model'])}"
@@ -148,13 +181,31 @@ def _arm_row(arm: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _headline_faithfulness(table: DataFrame) -> DataFrame:
-    wanted = ["AOC", "AOC, chance-corrected", "accuracy with thinking", "accuracy without thinking", "self-splice change"]
-    kept = table[table["measure"].isin(wanted) & ~((table["measure"] == "self-splice change") & (table["traces"] == "gold"))]
+    wanted = [
+        "AOC",
+        "AOC, chance-corrected",
+        "accuracy with thinking",
+        "accuracy without thinking",
+        "self-splice change",
+    ]
+    kept = table[
+        table["measure"].isin(wanted) & ~((table["measure"] == "self-splice change") & (table["traces"] == "gold"))
+    ]
     return kept[["arm", "traces", "measure", "value", "low", "high", "n", "missing"]]
 
 
 def _headline_geometry(table: DataFrame) -> DataFrame:
-    wanted = ["changed", "changed_stored", "energy_principal", "overlap_largest_principal", "norm_ratio", "spectral_drift", "angle_u_mean", "effective_rank", "stable_rank"]
+    wanted = [
+        "changed",
+        "changed_stored",
+        "energy_principal",
+        "overlap_largest_principal",
+        "norm_ratio",
+        "spectral_drift",
+        "angle_u_mean",
+        "effective_rank",
+        "stable_rank",
+    ]
     kept = table[(table["part"] == "all") & table["measure"].isin(wanted)]
     return kept.drop(columns=[c for c in ("part", "level") if c in kept])
 

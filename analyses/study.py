@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analyses.plan import Plan
 from analyses.statistics import Estimate
-from analyses.tasks import Question, accuracy, chained_sums
+from analyses.tasks import accuracy, chained_sums
 from surgery.model import Model
 from surgery.record import RECORD, Record, typed
 from surgery.weights import Delta, Weights
@@ -29,29 +30,6 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 STRENGTHS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 _PLAN = "study.json"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a study does. The defaults are the main job on a laptop's CPU.
-
-    steps, batch_size: of both arms, which see the same data in the same order. watch_every: optimizer steps between measurements.
-    held_out: questions for before and after. sweep_items, faith_items, drift_items: questions for each measure; sweep_texts: passages.
-    """
-
-    model: str = "specimen"
-    seed: int = 0
-    steps: int = 60
-    batch_size: int = 16
-    watch_every: int = 20
-    watch_items: int = 16
-    held_out: int = 128
-    sweep_items: int = 32
-    sweep_texts: int = 20
-    faith_items: int = 48
-    drift_items: int = 48
-    max_new_tokens: int = 60
-    device: str = "auto"
 
 
 def study(plan: Plan, to: str | Path, *, progress: bool = True) -> Path:
@@ -82,7 +60,9 @@ def begin(plan: Plan, folder: Path) -> None:
         what = "holds a finished study" if (folder / RECORD).is_file() else "exists and is not a study"
         raise FileExistsError(f"{folder} {what}; nothing is overwritten. Choose another --to, or remove it.")
     if folder.exists() and (folder / _PLAN).read_text(encoding="utf-8") != wanted:
-        raise FileExistsError(f"{folder} holds an unfinished study with other settings (see {folder / _PLAN}). Choose another --to, or remove it.")
+        raise FileExistsError(
+            f"{folder} holds an unfinished study with other settings (see {folder / _PLAN}). Choose another --to, or remove it."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _PLAN).exists():
         _write(folder / _PLAN, wanted)
@@ -158,7 +138,14 @@ class _Study:
         home = self.folder / "arms" / arm
         taught = [model.transcript(q.question, q.completion(model.markers)) for q in self.train]
         names = ("accuracy", "nll", "drift", "drift-general", "change")
-        watched = watches(names, model, self.watched, GENERAL_TEXT[:12], self.plan.watch_every, max_new_tokens=self.plan.max_new_tokens)
+        watched = watches(
+            names,
+            model,
+            self.watched,
+            GENERAL_TEXT[:12],
+            self.plan.watch_every,
+            max_new_tokens=self.plan.max_new_tokens,
+        )
         done = tune(
             model,
             taught,
@@ -186,7 +173,10 @@ class _Study:
         for arm in ("base", *ARMS):
             with self.arm(arm, stored=True) as model:
                 given = model.generate(
-                    [q.question for q in self.test], max_new_tokens=self.plan.max_new_tokens, batch_size=64, progress=self.progress
+                    [q.question for q in self.test],
+                    max_new_tokens=self.plan.max_new_tokens,
+                    batch_size=64,
+                    progress=self.progress,
                 )
             found = accuracy(self.test, given)
             rows.append({"arm": arm, **_numbers(found.overall), "missing": found.missing})
@@ -202,7 +192,9 @@ class _Study:
 
         def measure(arm: str, strength: float) -> list[dict[str, Any]]:
             with self.arm(arm, strength, stored=True) as model:
-                given = model.generate([q.question for q in questions], max_new_tokens=self.plan.max_new_tokens, batch_size=64)
+                given = model.generate(
+                    [q.question for q in questions], max_new_tokens=self.plan.max_new_tokens, batch_size=64
+                )
                 nats = text_nll(model, GENERAL_TEXT[: self.plan.sweep_texts], seed=self.plan.seed).mean
             shared = {"arm": arm, "strength": strength}
             right = accuracy(questions, given)
@@ -231,14 +223,21 @@ class _Study:
                 gold = [model.transcript(q.question, q.completion(model.markers)) for q in questions]
                 traces = {"gold": gold}
                 if arm != "base":
-                    traces["own"] = model.generate([q.question for q in questions], max_new_tokens=self.plan.max_new_tokens, batch_size=64)
+                    traces["own"] = model.generate(
+                        [q.question for q in questions], max_new_tokens=self.plan.max_new_tokens, batch_size=64
+                    )
                 for kind, transcripts in traces.items():
-                    read = early_answers(model, questions, transcripts, seed=self.plan.seed, progress=self.progress)
                     shared = {"arm": arm, "traces": kind}
+                    if not any(t.thinking and t.answer for t in transcripts):  # too little training to write any
+                        found["summary"].append(
+                            {**shared, "measure": "self-splice change", "missing": len(transcripts)}
+                        )
+                        continue
+                    read = early_answers(model, questions, transcripts, seed=self.plan.seed, progress=self.progress)
                     found["curves"] += [{**shared, **row} for row in _rows(read.curve())]
                     found["summary"] += [{**shared, **row} for row in _rows(read.summary())]
-                    extra = {"missing": read.missing, "self_splice": read.self_splice, "n": read.n}
-                    found["summary"] += [{**shared, "measure": "self-splice change", "value": read.self_splice, **extra}]
+                    extra = {"missing": read.missing, "value": read.self_splice, "n": read.n}
+                    found["summary"].append({**shared, "measure": "self-splice change", **extra})
         return found
 
     def drift(self) -> dict[str, Any]:
@@ -263,8 +262,12 @@ class _Study:
                     found = drift(before[name], after, ts, over=over, seed=self.plan.seed, progress=self.progress)
                     rows += [{"arm": arm, "text": name, **row} for row in _rows(found.frame())]
                 for name, (ts, over) in texts.items():
-                    found_kl = output_kl(self.untouched, model, ts[: self.plan.drift_items // 3], over, seed=self.plan.seed)
-                    divergence += [{"arm": arm, "text": name, "span": span, **_numbers(kl)} for span, kl in found_kl.items()]
+                    found_kl = output_kl(
+                        self.untouched, model, ts[: self.plan.drift_items // 3], over, seed=self.plan.seed
+                    )
+                    divergence += [
+                        {"arm": arm, "text": name, "span": span, **_numbers(kl)} for span, kl in found_kl.items()
+                    ]
         return {"rows": rows, "kl": divergence}
 
     def geometry(self) -> dict[str, Any]:
@@ -348,7 +351,10 @@ def frames(results: Mapping[str, Any]) -> dict[str, DataFrame]:
     for arm, found in results["arms"].items():
         logs += [{"arm": arm, "step": i + 1, "measure": "loss", "value": v} for i, v in enumerate(found["losses"])]
         for line in results["logs"][arm]:
-            logs += [{"arm": arm, "step": line["step"], "measure": measure, "value": line[key]} for measure, key in _watched(line)]
+            logs += [
+                {"arm": arm, "step": line["step"], "measure": measure, "value": line[key]}
+                for measure, key in _watched(line)
+            ]
     return {
         "before-after": pd.DataFrame(results["accuracy"]["rows"]),
         "training": pd.DataFrame(logs),

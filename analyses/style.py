@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 # Okabe and Ito's palette, told apart by readers with any colour vision.
-COLOURS = {"base": "#666666", "lift": "#0072B2", "full": "#D55E00", "lora": "#009E73", "smallest": "#CC79A7", "random": "#E69F00"}
+COLOURS = {
+    "base": "#666666",
+    "lift": "#0072B2",
+    "full": "#D55E00",
+    "lora": "#009E73",
+    "smallest": "#CC79A7",
+    "random": "#E69F00",
+}
 CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666"]
 
 

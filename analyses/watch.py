@@ -25,10 +25,18 @@ class Answers:
         self._questions, self._length = list(questions), max_new_tokens
 
     def __call__(self, model: Model, step: int) -> dict[str, float]:
-        given = model.generate([q.question for q in self._questions], max_new_tokens=self._length, batch_size=len(self._questions))
+        given = model.generate(
+            [q.question for q in self._questions], max_new_tokens=self._length, batch_size=len(self._questions)
+        )
         found = accuracy(self._questions, given)
         overall = found.overall
-        return {"accuracy": overall.value, "low": overall.low, "high": overall.high, "missing": found.missing, "n": found.n}
+        return {
+            "accuracy": overall.value,
+            "low": overall.low,
+            "high": overall.high,
+            "missing": found.missing,
+            "n": found.n,
+        }
 
 
 class AnswerLikelihood:
@@ -52,7 +60,9 @@ class DriftFromStart:
 
     __name__ = "drift"
 
-    def __init__(self, transcripts: Sequence[Transcript], layers: Sequence[int] | None = None, over: str = "completion"):
+    def __init__(
+        self, transcripts: Sequence[Transcript], layers: Sequence[int] | None = None, over: str = "completion"
+    ):
         self._transcripts, self._layers, self._over = list(transcripts), layers, over
         self._start: Activations | None = None
 
@@ -73,7 +83,13 @@ def as_transcripts(model: Model, texts: Sequence[str]) -> list[Transcript]:
 
 
 def watches(
-    names: Sequence[str], model: Model, questions: Sequence[Question], texts: Sequence[str], steps: int, *, max_new_tokens: int = 64
+    names: Sequence[str],
+    model: Model,
+    questions: Sequence[Question],
+    texts: Sequence[str],
+    steps: int,
+    *,
+    max_new_tokens: int = 64,
 ) -> list[Watch]:
     """The monitors of these names, each every `steps` optimizer steps. Raises ValueError for a name that is none of `WATCHES`."""
     unknown = [name for name in names if name not in WATCHES]

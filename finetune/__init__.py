@@ -1,0 +1,35 @@
+"""Changing weights by gradient, inside transformers.Trainer and TRL. Read in this order:
+
+lift      principal_indices() and LIFT, a torch optimizer over the chosen entries
+monitors  every(n, fn) and the Recorder: any callable, inside the training loop
+tune      tune() puts optimizer, loss mask and monitors into SFTTrainer
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune.lift import LIFT as LIFT
+    from finetune.lift import principal_indices as principal_indices
+    from finetune.monitors import ChangeNorm as ChangeNorm
+    from finetune.monitors import Recorder as Recorder
+    from finetune.monitors import every as every
+    from finetune.tune import Tuned as Tuned
+    from finetune.tune import tune as tune
+
+_HOMES = {
+    "ChangeNorm": "monitors",
+    "LIFT": "lift",
+    "Recorder": "monitors",
+    "Tuned": "tune",
+    "every": "monitors",
+    "principal_indices": "lift",
+    "tune": "tune",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:  # names are loaded when first used, so that importing the package is free
+    if name in _HOMES:
+        return getattr(import_module(f"finetune.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'finetune' has no attribute {name!r}")

@@ -94,7 +94,9 @@ def tune(
     """
     _check(method, steps, batch_size, accumulate, density, lora_rank, select, save_every, checkpoints, watch, log)
     if method != "lift" and any(p.dtype != torch.float32 for p in model.module.parameters()):
-        raise ValueError(f"{method} tuning needs fp32 weights, or its steps vanish in rounding. Load the model with dtype='float32'.")
+        raise ValueError(
+            f"{method} tuning needs fp32 weights, or its steps vanish in rounding. Load the model with dtype='float32'."
+        )
     peak = LEARNING_RATES[method] if lr is None else lr
     settings = {
         "method": method, "steps": steps, "lr": peak, "batch_size": batch_size, "accumulate": accumulate, "density": density,
@@ -112,7 +114,13 @@ def tune(
     class Trainer(SFTTrainer):
         def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
             if self.optimizer is None and method == "lift":
-                options = {"filter_rank": filter_rank, "refresh": refresh, "select": select, "weight_decay": weight_decay, "seed": seed}
+                options = {
+                    "filter_rank": filter_rank,
+                    "refresh": refresh,
+                    "select": select,
+                    "weight_decay": weight_decay,
+                    "seed": seed,
+                }
                 self.optimizer = LIFT(chosen, lr=peak, **sparse, **options)
             return super().create_optimizer()
 
@@ -124,7 +132,9 @@ def tune(
                 return lift.clip_grad_norm_(math.inf)  # measured, not clipped
             return super()._get_grad_norm(model, grad_norm)
 
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             if return_outputs or not self.model.training or model_device.type != "cpu":
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             with self.accelerator.autocast():  # TRL's tiles save a GPU's memory; on a CPU they cost half the step
@@ -133,7 +143,9 @@ def tune(
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             loss = super().training_step(*args, **kwargs)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"The training loss became {float(loss)} at step {self.state.global_step + 1}. Try a smaller lr than {peak}.")
+                raise FloatingPointError(
+                    f"The training loss became {float(loss)} at step {self.state.global_step + 1}. Try a smaller lr than {peak}."
+                )
             return loss
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -150,7 +162,7 @@ def tune(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size // accumulate,
             gradient_accumulation_steps=accumulate, learning_rate=peak, lr_scheduler_type=schedule, warmup_steps=warmup,
             weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed, data_seed=seed, bf16=autocast,
-            use_cpu=model.device.type == "cpu", gradient_checkpointing=False, logging_steps=1, logging_nan_inf_filter=False,
+            use_cpu=model.device.type == "cpu", activation_checkpointing=False, logging_steps=1, logging_nan_inf_filter=False,
             save_strategy="steps" if save_every else "no", save_steps=save_every or steps, save_total_limit=2, report_to=[],
             disable_tqdm=not progress, remove_unused_columns=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
             dataloader_pin_memory=model.device.type == "cuda",
@@ -177,8 +189,14 @@ def tune(
         if method == "lora":
             trainer.model.merge_and_unload()  # type: ignore[union-attr, operator]
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        trainable = sum(len(s["indices"]) for s in lift.state.values()) if lift else sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)  # type: ignore[union-attr]
-        seconds = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), float("nan"))
+        trainable = (
+            sum(len(s["indices"]) for s in lift.state.values())
+            if lift
+            else sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        )  # type: ignore[union-attr]
+        seconds = next(
+            (e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), float("nan")
+        )
     return Tuned(
         method,
         trainer.state.global_step,
@@ -191,7 +209,9 @@ def tune(
     )
 
 
-def completion_loss(module: Any, inputs: Mapping[str, Tensor], tokens: Tensor | int | None = None, share: bool = True) -> Tensor:
+def completion_loss(
+    module: Any, inputs: Mapping[str, Tensor], tokens: Tensor | int | None = None, share: bool = True
+) -> Tensor:
     """Mean negative log-likelihood of the labelled tokens, in nats: the sum over the batch divided by `tokens` (default: its own count).
 
     inputs: input_ids, attention_mask and labels, each ``[batch, token]``, padded on the right; labels not shifted, -100 where there is no
@@ -226,7 +246,9 @@ def _check(
     if method == "full" and lora_rank is not None:
         raise ValueError("lora_rank is a budget of lift and lora; full trains everything.")
     if steps < 1 or batch_size < 1 or accumulate < 1 or batch_size % accumulate:
-        raise ValueError(f"steps={steps}, batch_size={batch_size}, accumulate={accumulate}: all at least 1, and the batch divisible by accumulate.")
+        raise ValueError(
+            f"steps={steps}, batch_size={batch_size}, accumulate={accumulate}: all at least 1, and the batch divisible by accumulate."
+        )
     if save_every and not checkpoints:
         raise ValueError("save_every needs checkpoints, the folder to save to.")
     if bool(watch) != bool(log):
@@ -305,7 +327,9 @@ def _last_complete(folder: Path, settings: dict[str, Any]) -> Path | None:
     saved = json.loads((whole[-1] / _COMPLETE).read_text(encoding="utf-8"))
     differing = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in settings.items() if saved.get(k) != v]
     if differing:
-        raise ValueError(f"{folder} holds a checkpoint of another run ({'; '.join(differing[:3])}). Choose another folder, or remove it.")
+        raise ValueError(
+            f"{folder} holds a checkpoint of another run ({'; '.join(differing[:3])}). Choose another folder, or remove it."
+        )
     return whole[-1]
 
 

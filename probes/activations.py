@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class Activations:
         return cls(dict(sorted((Site.parse(name), v) for name, v in tensors.items())), transcript, position, over)
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Raised inside a forward pass once the last wanted site has been seen."""
 
 
@@ -86,7 +86,7 @@ def streams(
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             into[site] = args[0] if args else kwargs["hidden_states"]
             if site == stop_after:
-                raise _Enough
+                raise _EnoughError
 
         return hook
 
@@ -162,11 +162,9 @@ def forward_until(model: Model, rows: Sequence[Sequence[int]], points: Mapping[S
     backbone = model.module.base_model  # no need of the vocabulary
     last = max(points, key=lambda s: (s.layer or 0, s.part == "mid"))
     prefix = model.module.base_model_prefix + "."
-    with streams(backbone, {s: p.removeprefix(prefix) for s, p in points.items()}, seen, stop_after=last):
-        try:
-            backbone(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-        except _Enough:
-            pass
+    inner = {s: p.removeprefix(prefix) for s, p in points.items()}
+    with suppress(_EnoughError), streams(backbone, inner, seen, stop_after=last):
+        backbone(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
     return seen
 
 

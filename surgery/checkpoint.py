@@ -6,8 +6,11 @@ time into a temporary folder beside the destination, hashes while it writes, rea
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import io
 import json
+import math
 import os
 import queue
 import shutil
@@ -18,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -33,17 +37,32 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RECORD = "record.json"
 _MAX_HEADER = 100_000_000  # the format's own limit
-_CHUNK = 1 << 20  # entries computed at a time: fits the cache, and bounds memory for a huge embedding
+_CHUNK = 1 << 18  # entries computed at a time: fits the cache, and bounds memory for a huge embedding
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_WEIGHTS = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+}  # a copy would be stale
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class CheckpointError(ValueError):
     """A folder that is not a readable checkpoint: the message says what was looked for, what is there and what to do."""
+
+
+class VerificationError(CheckpointError):
+    """What was written is not what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -73,23 +92,28 @@ class Checkpoint(Weights):
         self.layout = self
         self._shapes = {site: self._site_shape(site) for site in self.anatomy.places}
         self._open: dict[str, Any] = {}
+        self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
     def shapes(self) -> Mapping[Site, torch.Size]:
         return self._shapes
 
     def dtype(self, site: Site | str) -> torch.dtype:
-        return self.tensors[self.anatomy.places[self._resolve(site)].name].dtype
+        return self.tensors[self.anatomy.places[self._existing(site)].name].dtype
 
     def _read(self, site: Site, rows: slice) -> Tensor:
         place = self.anatomy.places[site]
-        return place.take(self.stored(place.name))[rows]
+        tensor = place.take(self.stored(place.name))[rows]
+        return tensor.clone() if rows == slice(None) else tensor  # whole, it is the caller's own, to write to as well
 
     def stored(self, name: str) -> Tensor:
         """A tensor as the file has it, by the file's name for it."""
-        file = self.tensors[name].file
-        if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
-        return self._open[file].get_tensor(name)
+        last = self._last  # one look: another thread may put its own there
+        if last[0] != name:  # a walk in chunks asks for the same one many times
+            file = self.tensors[name].file
+            if file not in self._open:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            self._last = last = (name, self._open[file].get_tensor(name))
+        return last[1]
 
     @property
     def files(self) -> list[str]:
@@ -335,7 +359,7 @@ def write(
     stored in the dtype it was found in, or in `dtype`. Tensors that nothing changed keep their bytes. The copy is then checked by
     `verify_written`.
 
-    Raises FileExistsError if `to` exists, ValueError for non-finite values (naming the site), CheckpointError if verification fails.
+    Raises FileExistsError if `to` exists, ValueError for non-finite values (naming the site), VerificationError if the check fails.
     """
     layout = weights.layout
     if layout is None:
@@ -354,8 +378,9 @@ def write(
         new_folder(to) as partial,
         tqdm(total=layout.nbytes, unit="B", unit_scale=True, desc=f"writing {to.name}", disable=not progress) as bar,
     ):
-        for file in layout.files:
-            _write_file(weights, layout, partial / file, dtype, hashes, base_hashes, kept, bar)
+        with _one_core_free():
+            for file in layout.files:
+                _write_file(weights, layout, partial / file, dtype, hashes, base_hashes, kept, bar)
         _copy_side_files(layout.folder, partial, dtype)
         checks = verify_written(partial, hashes)
         tensors, _ = _read_headers(partial)
@@ -366,7 +391,7 @@ def verify_written(folder: Path, hashes: Mapping[str, str]) -> list[str]:
     """Load a folder as anybody would, through transformers, and compare every parameter with the hash taken while it was computed.
 
     Bit-equal parameters in the same architecture give bit-equal logits, so nothing larger is compared; the logits of a probe are
-    required to be finite. Returns what was checked, in words. Raises CheckpointError naming the first culprit.
+    required to be finite. Returns what was checked, in words. Raises VerificationError naming the first culprit.
     """
     module = load_module(folder, "auto")
     anatomy = Checkpoint(folder).anatomy
@@ -380,7 +405,7 @@ def verify_written(folder: Path, hashes: Mapping[str, str]) -> list[str]:
             continue
         digest = hashlib.sha256(_bytes(parameter)).hexdigest()
         if digest != hashes[name]:
-            raise CheckpointError(
+            raise VerificationError(
                 f"{name} as loaded differs from {name} as computed: the file or its loading is at fault."
             )
         compared += 1
@@ -388,19 +413,19 @@ def verify_written(folder: Path, hashes: Mapping[str, str]) -> list[str]:
         unread = {n: h for n, h in _hash_tensors(folder, _read_headers(folder)[0]).items() if n not in parameters}
         wrong = [n for n, digest in unread.items() if digest != hashes[n]]
         if wrong:
-            raise CheckpointError(f"{wrong[0]} on disk differs from {wrong[0]} as computed.")
+            raise VerificationError(f"{wrong[0]} on disk differs from {wrong[0]} as computed.")
     tied = []
     for site, target in anatomy.ties.items():
         head, embed = (
             m.weight for m in (module.get_output_embeddings(), module.get_input_embeddings()) if m is not None
         )
         if head is not embed:
-            raise CheckpointError(f"{site} should be tied to {target}, but loading made them two tensors.")
+            raise VerificationError(f"{site} should be tied to {target}, but loading made them two tensors.")
         tied.append(f"{site} tied to {target}")
     with torch.no_grad():
         probe = torch.arange(min(16, anatomy.vocab))[None]
-        if not bool(torch.isfinite(module(input_ids=probe).logits).all()):
-            raise CheckpointError("The written model gives logits that are NaN or infinite.")
+        if not bool(torch.isfinite(module(input_ids=probe, attention_mask=torch.ones_like(probe)).logits).all()):
+            raise VerificationError("The written model gives logits that are NaN or infinite.")
     return [f"{compared} of {len(hashes)} tensors bit-equal as loaded by transformers", *tied, "probe logits finite"]
 
 
@@ -413,9 +438,9 @@ def new_folder(to: Path) -> Iterator[Path]:
     if to.exists() or to.is_symlink():
         raise FileExistsError(f"{to} exists already and is never overwritten. Choose another --to, or remove it.")
     to.parent.mkdir(parents=True, exist_ok=True)
-    for stale in to.parent.glob(f".{to.name}.partial-*"):
+    for stale in to.parent.glob(f".{glob.escape(to.name)}.partial-*"):
         pid = stale.name.rsplit("-", 1)[-1]
-        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+        if pid.isdecimal() and not _alive(int(pid)):
             shutil.rmtree(stale, ignore_errors=True)
     partial = to.parent / f".{to.name}.partial-{os.getpid()}"
     if partial.exists():
@@ -427,6 +452,27 @@ def new_folder(to: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _one_core_free() -> Iterator[None]:
+    """Arithmetic on all cores but one, which hashes and writes: two kinds of threads on one core would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _write_file(
@@ -452,38 +498,43 @@ def _write_file(
         at += length
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as sink, _Hasher(hashes) as written, _Hasher(base_hashes) as base:
+    with path.open("wb", buffering=0) as sink:
         sink.write(len(text).to_bytes(8, "little") + text)
-        for tensor in stored:
-            out = _out_dtype(tensor.dtype, dtype)
-            sites = homes[tensor.name]
-            for before, after in _chunks(weights, layout, tensor, [s for s in sites if s in changed], out, kept):
-                if out.is_floating_point and not bool(torch.isfinite(after.sum(dtype=torch.float32))):
-                    _require_finite(after, sites)
-                data = _bytes(after)
-                sink.write(data)
-                written.update(tensor.name, data)
-                base.update(tensor.name, data if before is after else _bytes(before))
-            bar.update(tensor.end - tensor.begin)
-        sink.flush()
+        with _Worker(hashes, sink) as written, _Worker(base_hashes) as base:
+            for tensor in stored:
+                out = _out_dtype(tensor.dtype, dtype)
+                for before, after in _chunks(weights, layout, tensor, homes[tensor.name], changed, out, kept):
+                    data = _bytes(after)
+                    written.put(tensor.name, data)
+                    base.put(tensor.name, data if before is after else _bytes(before))
+                bar.update(tensor.end - tensor.begin)
         os.fsync(sink.fileno())
 
 
 def _chunks(
-    weights: Weights, layout: Checkpoint, tensor: Stored, changed: list[Site], out: torch.dtype, kept: dict[Site, Kept]
+    weights: Weights,
+    layout: Checkpoint,
+    tensor: Stored,
+    sites: list[Site],
+    touched: set[Site],
+    out: torch.dtype,
+    kept: dict[Site, Kept],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Pieces of one stored tensor, in storage order: as it was, and as it will be stored."""
     before = layout.stored(tensor.name)
     places = layout.anatomy.places
     rows = max(1, _CHUNK // max(1, tensor.shape[1:].numel())) if tensor.shape else 1
     pieces = [slice(i, i + rows) for i in range(0, tensor.shape[0], rows)] if tensor.shape else [slice(None)]
+    changed = [s for s in sites if s in touched]
     if not changed:
-        for piece in pieces if out != tensor.dtype else [slice(None)]:
+        for piece in pieces:
             was = before[piece] if tensor.shape else before
+            if out.is_floating_point and not bool(torch.isfinite(was.sum(dtype=torch.float32))):
+                _require_finite(was, sites)
             yield was, was if was.dtype == out else was.to(out)
         return
     if len(changed) == 1 and places[changed[0]].rows is None and not places[changed[0]].transposed:
-        tally = _Tally()
+        tally = _Tally(changed[0])
         for piece in pieces:
             wish = weights.rows(changed[0], piece)
             after = wish.to(out)
@@ -494,7 +545,7 @@ def _chunks(
     after = before.to(out)
     for site in changed:  # pieces of one fused tensor, or a transposed one: put together whole
         wish = weights[site]
-        tally = _Tally()
+        tally = _Tally(site)
         tally.add(places[site].take(before), wish, wish.to(out))
         kept[site] = tally.kept()
         after = places[site].put(after, wish)
@@ -502,20 +553,27 @@ def _chunks(
 
 
 class _Tally:
-    """Sums behind `Kept`, over the chunks of a tensor."""
+    """Sums behind `Kept`, over the chunks of a tensor. Raises ValueError at the first value that is not finite."""
 
-    def __init__(self) -> None:
+    def __init__(self, site: Site) -> None:
+        self._site = site
         self._asked = self._kept = self._inner = 0.0
         self._moving = self._moved = 0
 
     def add(self, before: Tensor, wish: Tensor, after: Tensor) -> None:
         was = before.float()
-        asked, got = (wish - was).view(-1), (after - was).view(-1)
+        asked = (wish.float() - was).view(-1)
+        got = asked if after.dtype == torch.float32 else after.float().sub_(was).view(-1)
+        kept = float(got.dot(got))
+        if not math.isfinite(kept):  # what is not finite is not after squaring either
+            _require_finite(before, [self._site])
+            _require_finite(after, [self._site])
         self._asked += float(asked.dot(asked))
-        self._kept += float(got.dot(got))
+        self._kept += kept
         self._inner += float(asked.dot(got))
-        self._moving += int(torch.count_nonzero(asked))
-        self._moved += int(torch.count_nonzero(got))
+        # numpy counts booleans several times as fast as torch
+        self._moving += int(np.count_nonzero(asked.ne(0).numpy()))
+        self._moved += int(np.count_nonzero(got.ne(0).numpy()))
 
     def kept(self) -> Kept:
         norms = (self._asked * self._kept) ** 0.5
@@ -539,43 +597,53 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-class _Hasher:
-    """SHA-256 of tensors that arrive in pieces, one tensor after another, on a thread of its own; a few pieces wait at most."""
+class _Worker:
+    """SHA-256 of tensors that arrive in pieces, one tensor after another, on a thread of its own, which also writes them to `sink`.
 
-    def __init__(self, into: dict[str, str]) -> None:
-        self._into = into
+    A few pieces wait at most. What goes wrong on the thread (a full disk) is raised by the next `put`, or on leaving.
+    """
+
+    def __init__(self, into: dict[str, str], sink: io.FileIO | None = None) -> None:
+        self._into, self._sink = into, sink
         self._queue: queue.Queue[tuple[str, memoryview] | None] = queue.Queue(maxsize=4)
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, daemon=True)
 
-    def __enter__(self) -> _Hasher:
+    def __enter__(self) -> _Worker:
         self._thread.start()
         return self
 
-    def update(self, name: str, data: memoryview) -> None:
+    def put(self, name: str, data: memoryview) -> None:
+        if self._error:
+            raise self._error
         self._queue.put((name, data))
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._queue.put(None)
         self._thread.join()
+        if self._error and kind is None:
+            raise self._error
 
     def _work(self) -> None:
         digests: dict[str, Any] = {}
         while (item := self._queue.get()) is not None:
+            if self._error:
+                continue  # drained, so that nobody waits
             name, data = item
-            digests.setdefault(name, hashlib.sha256()).update(data)
+            try:
+                digests.setdefault(name, hashlib.sha256()).update(data)
+                while self._sink and len(data):
+                    data = data[self._sink.write(data) :]
+            except OSError as error:
+                self._error = error
         self._into.update({name: digest.hexdigest() for name, digest in digests.items()})
 
 
 def _copy_side_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     """Tokenizer, template, processor and generation files; the config with its dtype made true."""
-    skip = {RECORD, INDEX}
+    skip = {RECORD, INDEX, "pytorch_model.bin.index.json"}
     for path in sorted(source.iterdir()):
-        if (
-            path.is_file()
-            and not path.is_symlink() | path.name.startswith(".")
-            and path.suffix != ".safetensors"
-            and path.name not in skip
-        ) or (path.is_symlink() and path.suffix != ".safetensors" and path.is_file()):
+        if path.is_file() and not path.name.startswith(".") and path.suffix not in _WEIGHTS and path.name not in skip:
             _copy(path, target / path.name)
     if dtype is not None:
         config = json.loads((target / "config.json").read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ class LiveWeights(Weights):
 
     def parameter(self, site: Site | str) -> nn.Parameter:
         """The live parameter a site's tensor is, or is a piece of."""
-        return self._parameters[self.anatomy.places[self._resolve(site)].name]
+        return self._parameters[self.anatomy.places[self._existing(site)].name]
 
     def _read(self, site: Site, rows: slice) -> Tensor:
         return self.anatomy.places[site].take(self.parameter(site).detach())[rows]
@@ -80,7 +81,7 @@ class Model:
         module.to(pick_device(device))  # type: ignore[arg-type]
         return cls(module, tokenizer, checkpoint)
 
-    @property
+    @cached_property  # one point, so that model.weights - model.weights cancels
     def weights(self) -> LiveWeights:
         return LiveWeights(self.module, self.anatomy, self.checkpoint)
 
@@ -155,7 +156,11 @@ class Model:
         from transformers import GenerationConfig
 
         ids, mask, start = pad_after_prefix(prompts, self.pad_id)
-        options: dict[str, Any] = {"past_key_values": cache} if start and (cache := prefix_cache(self.module, prompts[0][:start], len(prompts))) else {}
+        options: dict[str, Any] = (
+            {"past_key_values": cache}
+            if start and (cache := prefix_cache(self.module, prompts[0][:start], len(prompts)))
+            else {}
+        )
         if not options:
             ids, mask, _ = pad_after_prefix(prompts, self.pad_id, share=False)
         config = GenerationConfig(

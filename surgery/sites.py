@@ -134,10 +134,12 @@ def _nothing_matched(pattern: str, sites: list[Site]) -> str:
     layers = [s.layer for s in sites if s.layer is not None]
     parts = sorted({s.part for s in sites if s.layer is not None})
     outside = [str(s) for s in sites if s.layer is None]
-    near = difflib.get_close_matches(pattern.split(".", 1)[-1], parts + outside, n=1, cutoff=0.6)
+    layer, dot, part = pattern.partition(".")
+    near = difflib.get_close_matches(part or layer, parts + outside, n=1, cutoff=0.6)
+    meant = [f"{layer if dot else '*'}.{name}" if name in parts else name for name in near]
     lines = [f"The pattern {pattern!r} matches no site."]
-    if near:
-        lines[0] += f" Did you mean {pattern.split('.', 1)[0] + '.' if near[0] in parts else ''}{near[0]}?"
+    if meant and meant[0] != pattern:  # equal where only the layer does not exist
+        lines[0] += f" Did you mean {meant[0]}?"
     if layers:
         lines.append(f"Layers {min(layers)} to {max(layers)} have: {', '.join(parts)}.")
     if outside:

@@ -39,11 +39,14 @@ class _Tensors(Mapping[Site, Tensor]):
     def _resolve(self, site: Site | str) -> Site:
         return Site.parse(site).whole
 
-    def __getitem__(self, site: Site | str) -> Tensor:
+    def _existing(self, site: Site | str) -> Site:
         whole = self._resolve(site)
         if whole not in self.shapes():
             match(str(site), self.shapes())  # raises, listing what exists
-        return self._read(whole, _ALL)
+        return whole
+
+    def __getitem__(self, site: Site | str) -> Tensor:
+        return self._read(self._existing(site), _ALL)
 
     def rows(self, site: Site | str, rows: slice) -> Tensor:
         """Some rows of the tensor at a site; the others are not computed. Bounds memory where a tensor is huge."""
@@ -59,7 +62,7 @@ class _Tensors(Mapping[Site, Tensor]):
         return len(self.shapes())
 
     def shape(self, site: Site | str) -> torch.Size:
-        return self.shapes()[self._resolve(site)]
+        return self.shapes()[self._existing(site)]
 
     def __repr__(self) -> str:
         count = sum(s.numel() for s in self.shapes().values())
@@ -87,6 +90,12 @@ class Weights(_Tensors):
         tensor = super().__getitem__(site)
         parsed = Site.parse(site)
         return tensor if parsed.head is None else tensor[self.anatomy.head_slice(parsed)]
+
+    def shape(self, site: Site | str) -> torch.Size:
+        whole, parsed = super().shape(site), Site.parse(site)
+        if parsed.head is None:
+            return whole
+        return torch.empty(whole, device="meta")[self.anatomy.head_slice(parsed)].shape
 
     @overload
     def __sub__(self, other: Weights) -> Delta: ...
@@ -117,8 +126,17 @@ class Weights(_Tensors):
 class Delta(_Tensors):
     """A vector: what separates two points, as a lazy mapping from `Site` to an fp32 tensor ``[out, in]``.
 
-    A site that a Delta lacks is a site it does not move.
+    A site that a Delta lacks is a site it does not move. It has no heads: where those lie only a model knows.
     """
+
+    def _resolve(self, site: Site | str) -> Site:
+        parsed = Site.parse(site)
+        if parsed.head is not None:
+            raise ValueError(f"{parsed} asks a change for one head, but it has whole tensors: ask for {parsed.whole}.")
+        return parsed
+
+    def __contains__(self, site: object) -> bool:
+        return isinstance(site, Site | str) and Site.parse(site) in self.shapes()
 
     def terms(self) -> list[tuple[float, _Tensors]]:
         """The leaves this vector is a sum of, with their coefficients; points among them sum to zero."""
@@ -156,7 +174,7 @@ class Delta(_Tensors):
 
     def keep(self, at: str | Site | Iterable[str | Site]) -> Delta:
         """The same vector at the sites the patterns match, nothing elsewhere. Raises ValueError when they match nothing."""
-        return _Kept(self, frozenset(s.whole for s in match(at, self)))
+        return _Kept(self, frozenset(map(self._resolve, match(at, self))))
 
     def norms(self) -> dict[Site, float]:
         """Frobenius norm at each site."""
@@ -211,6 +229,8 @@ class Difference(Delta):
         return self._terms
 
     def _read(self, site: Site, rows: slice) -> Tensor:
+        if not any(site in leaf for _, leaf in self._terms):  # all that moved it has cancelled
+            return torch.zeros(self._shapes[site])[rows]
         return _sum(self._terms, site, rows)
 
 
@@ -218,10 +238,9 @@ class Moved(Weights):
     """A point and a vector: ``start + delta``. Sites the vector lacks are the start's own, byte for byte."""
 
     def __init__(self, start: Weights, delta: Delta):
-        missing = [s for s in delta if s not in start]
-        clash = [s for s in delta if s in start and start.shape(s) != delta.shape(s)]
-        if missing or clash:
-            raise ValueError(_shape_clash(start, delta, [*missing, *clash]))
+        clash = [s for s, shape in delta.shapes().items() if start.shapes().get(s) != shape]
+        if clash:
+            raise ValueError(_shape_clash(start, delta, clash))
         base = start._terms if isinstance(start, Moved) else [(1.0, start)]
         self._terms = _merged([*base, *delta.terms()])
         self._start = start._start if isinstance(start, Moved) else start
@@ -301,18 +320,20 @@ def linear_sites(weights: Weights) -> list[Site]:
 
 
 def require_same_sites(a: _Tensors, b: _Tensors) -> None:
-    """Raise ValueError naming the first three sites at which two models differ in presence or shape."""
-    differing = [s for s in a if s not in b or a.shape(s) != b.shape(s)] + [s for s in b if s not in a]
+    """Raise ValueError naming the first three sites at which two models differ in presence or shape, or in what they tie."""
+    one, other = a.shapes(), b.shapes()
+    differing = sorted(s for s in one.keys() | other.keys() if one.get(s) != other.get(s))
     if differing:
         raise ValueError(_shape_clash(a, b, differing))
 
 
 def _shape_clash(a: _Tensors, b: _Tensors, sites: list[Site]) -> str:
     def shape(w: _Tensors, site: Site) -> str:
-        return str(tuple(w.shape(site))) if site in w else "absent"
+        return str(tuple(w.shapes()[site])) if site in w.shapes() else "absent"
 
     first = "; ".join(f"{s}: {shape(a, s)} against {shape(b, s)}" for s in sites[:3])
-    return f"These do not have the same anatomy: {len(sites)} sites differ, first {first}. Differences need the same architecture and vocabulary."
+    differ = "1 site differs" if len(sites) == 1 else f"{len(sites)} sites differ"
+    return f"These do not have the same anatomy: {differ}, first {first}. Differences need the same architecture and vocabulary."
 
 
 def _merged(terms: list[tuple[float, _Tensors]]) -> list[tuple[float, _Tensors]]:
@@ -337,13 +358,14 @@ def _sum(terms: list[tuple[float, _Tensors]], site: Site, rows: slice, start: We
     elif points:
         anchor = min(points, key=lambda term: term[0])[1]
     origin = None if anchor is None else anchor.rows(site, rows).float()
-    total = None if origin is None or start is None else origin.clone()
+    total = None if start is None else origin
     for coefficient, leaf in terms:
         if leaf is anchor or site not in leaf:
             continue
-        value = leaf.rows(site, rows)
-        value = value - origin if origin is not None and isinstance(leaf, Weights) else value.float()
-        total = value * coefficient if total is None else total.add_(value.to(total), alpha=coefficient)
+        value = leaf.rows(site, rows).to(None if origin is None else origin.device, torch.float32)
+        if origin is not None and isinstance(leaf, Weights):
+            value = value - origin
+        total = value * coefficient if total is None else torch.add(total, value.to(total.device), alpha=coefficient)
     assert total is not None  # a site exists only where some leaf has it
     return total
 

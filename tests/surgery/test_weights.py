@@ -1,0 +1,278 @@
+"""Points and vectors, on every family: what is equal is equal to the bit."""
+
+import math
+
+import pytest
+import torch
+
+from surgery.checkpoint import Checkpoint, write
+from surgery.delta import StoredDelta, save_delta
+from surgery.edits import Scale
+from surgery.model import Model
+from surgery.sites import Site, match
+from surgery.weights import apply, linear_sites, survival
+from tests.families import FAMILIES, save_tiny
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """(family, tied) -> base and tuned, each a checkpoint; the tuned one has two shards, the base one file."""
+    made = {}
+
+    def pair(family, tied=True, dtype=torch.bfloat16):
+        if (family, tied, dtype) not in made:
+            folder = tmp_path_factory.mktemp(family)
+            save_tiny(family, folder / "base", tied=tied, dtype=dtype)
+            save_tiny(family, folder / "tuned", tied=tied, dtype=dtype, seed=1, shards=2)
+            made[family, tied, dtype] = Checkpoint(folder / "base"), Checkpoint(folder / "tuned")
+        return made[family, tied, dtype]
+
+    return pair
+
+
+def same(a, b):
+    return list(a) == list(b) and all(torch.equal(a[s], b[s]) and a[s].dtype == b[s].dtype for s in a)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_algebra(pairs, family, tied, tmp_path):
+    base, tuned = pairs(family, tied)
+    delta = tuned - base
+    assert same(base + delta, tuned)
+    assert same(tuned - delta, base)
+    assert same(base + (0.25 * delta + 0.75 * delta), tuned)
+    assert same((base + 0.5 * delta) + 0.5 * delta, tuned)
+    assert same(base - -delta, tuned)
+    assert same(base + 2.0 * delta - delta, tuned)
+    for site in base:
+        direct = tuned[site].float() - base[site].float()
+        assert delta[site].dtype == torch.float32
+        assert torch.equal(delta[site], direct)
+        assert torch.equal((-delta)[site], -direct)
+        assert torch.equal((base + 0.0 * delta)[site], base[site].float())
+        torch.testing.assert_close((base + 0.3 * delta)[site], base[site].float() + 0.3 * direct, rtol=0, atol=1e-6)
+        torch.testing.assert_close((base - delta / 4.0)[site], base[site].float() - direct / 4, rtol=0, atol=1e-6)
+        assert delta.shape(site) == delta[site].shape == base.shape(site) == base[site].shape
+    # and on disk: the bytes of the tuned tensors
+    written = write(base + delta, tmp_path / "again")
+    assert written.hashes == tuned.hashes()
+    assert written.hash == tuned.hash()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_algebra_of_live_models(pairs, family):
+    base, tuned = (Model.load(c.folder) for c in pairs(family))
+    a, b = base.weights, tuned.weights
+    assert same(a + (b - a), b)
+    assert same(base.weights, pairs(family)[0])  # by site, the file is the module
+    assert same(base.weights + (b - base.weights), b)  # two looks at one module are one point
+    file = pairs(family)[0]
+    assert all(float(n) == 0 for n in (a - file).norms().values())
+
+
+def test_a_point_plus_a_point(pairs):
+    base, tuned = pairs("llama")
+    with pytest.raises(TypeError, match=r"A model plus a model is not a model\. Add a difference"):
+        base + tuned  # pyright: ignore[reportOperatorIssue]
+    for wrong in (lambda: 2 * base, lambda: base + 1, lambda: base - 1, lambda: -base, lambda: (tuned - base) + base):
+        with pytest.raises(TypeError):
+            wrong()
+    for wrong in (lambda: (tuned - base) * "2", lambda: (tuned - base) * (tuned - base), lambda: (tuned - base) + 1):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_small_changes_are_not_lost_in_large_weights(pairs):
+    base, tuned = pairs("llama")
+    site = Site(1, "mlp.down")
+    small = apply(lambda _, W: W + 2.0**-20, base, "1.mlp.down") - base
+    moved = base + 1000.0 * (small + (tuned - base) - (tuned - base))
+    exact = base[site].double() + 1000 * ((base[site].float() + 2.0**-20) - base[site].float()).double()
+    torch.testing.assert_close(moved[site].double(), exact, rtol=0, atol=1e-6)
+
+
+def test_sums_of_vectors(pairs):
+    base, tuned = pairs("llama")
+    delta = tuned - base
+    assert same(sum([0.5 * delta, 0.5 * delta]), delta)
+    for site in base:
+        assert not (delta - delta)[site].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keep(pairs, family):
+    base, tuned = pairs(family)
+    kept = (tuned - base).keep(at=["*.attn.o", "0.mlp.*"])
+    chosen = set(match(["*.attn.o", "0.mlp.*"], base))
+    assert set(kept) == chosen
+    view = base + kept
+    assert set(view) == set(base)
+    for site in base:
+        if site in chosen:
+            torch.testing.assert_close(view[site], tuned[site].float(), rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(view[site], base[site])
+            assert site not in kept
+    assert view.changed_from(base) == chosen
+    with pytest.raises(ValueError, match=r"'\*\.attn\.oo' matches no site\. Did you mean \*\.attn\.o\?"):
+        kept.keep("*.attn.oo")
+    with pytest.raises(ValueError, match="matches no site"):
+        kept["1.attn.q"]
+
+
+def test_a_vector_has_no_heads(pairs):
+    """Only a model knows where a head lies; a vector must not give the whole tensor for one."""
+    base, tuned = pairs("llama")
+    delta = tuned - base
+    for wrong in (lambda: delta["0.attn.o.h1"], lambda: delta.keep("*.attn.o.h1"), lambda: delta.shape("0.attn.o.h1")):
+        with pytest.raises(ValueError, match=r"0\.attn\.o\.h1.*whole tensors"):
+            wrong()
+    assert "0.attn.o.h1" not in delta
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_is_a_slice(pairs, family):
+    base, _ = pairs(family)
+    anatomy, width = base.anatomy, base.anatomy.head_dim
+    for part, count in [("q", anatomy.n_heads), ("k", anatomy.n_kv_heads), ("v", anatomy.n_kv_heads)]:
+        heads = [base[f"1.attn.{part}.h{h}"] for h in range(count)]
+        assert all(base.shape(f"1.attn.{part}.h{h}") == heads[h].shape == (width, 32) for h in range(count))
+        assert torch.equal(torch.cat(heads), base[f"1.attn.{part}"])
+    heads = [base[f"1.attn.o.h{h}"] for h in range(anatomy.n_heads)]
+    assert torch.equal(torch.cat(heads, 1), base["1.attn.o"])
+    with pytest.raises(ValueError, match=r"1\.attn\.o\.h4 does not exist: 1\.attn\.o has heads h0 to h3"):
+        base["1.attn.o.h4"]
+    with pytest.raises(ValueError, match=r"1\.mlp\.down has no heads"):
+        base["1.mlp.down.h0"]
+
+
+def test_reading_what_is_not_there(pairs):
+    base, tuned = pairs("llama")
+    for points in (base, base + 0.5 * (tuned - base), tuned - base):
+        for read in (points.__getitem__, points.shape):
+            with pytest.raises(ValueError, match=r"'1\.attn\.qq' matches no site\. Did you mean 1\.attn\.q\?"):
+                read("1.attn.qq")
+        assert "1.attn.qq" not in points
+        assert "1.attn.q" in points
+        assert 7 not in points
+    with pytest.raises(ValueError, match=r"'1\.attn\.qq' matches no site"):
+        base.dtype("1.attn.qq")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_are_the_rows(pairs, family):
+    base, tuned = pairs(family)
+    half = apply(Scale(0.5), base + 0.5 * (tuned - base), "*.attn.o.h1")
+    for points in (base, tuned - base, half):
+        for site in points:
+            assert torch.equal(points.rows(site, slice(1, 4)), points[site][1:4])
+
+
+def test_norms_cosines_survival(pairs):
+    base, tuned = pairs("llama")
+    delta = 0.01 * (tuned - base)
+    for site, norm in delta.norms().items():
+        assert norm == pytest.approx(float(delta[site].double().norm()), rel=1e-5)
+    assert all(c == pytest.approx(-1, abs=1e-5) for c in delta.cosines(-3.0 * delta).values())
+    other = (tuned - base).keep("*.mlp.up")
+    assert set(delta.cosines(other)) == set(other)
+    assert all(math.isnan(c) for c in delta.cosines(0.0 * delta).values())
+    with pytest.raises(ValueError, match="no site in common"):
+        delta.keep("*.attn.o").cosines(other)
+    for site, s in delta.survival(torch.bfloat16, base).items():
+        was, wish = base[site].double(), (base[site].float() + delta[site]).double()
+        got = wish.float().to(torch.bfloat16).double()
+        asked, kept = wish - was, got - was
+        assert s.asked == pytest.approx(float(asked.norm()), rel=1e-4)
+        assert s.kept == pytest.approx(float(kept.norm()), rel=1e-4)
+        assert s.cosine == pytest.approx(float((asked * kept).sum() / asked.norm() / kept.norm()), rel=1e-3)
+        stuck = ((kept == 0) & (asked != 0)).sum() / (asked != 0).sum()
+        assert s.unmoved == pytest.approx(float(stuck), abs=1e-6)
+        assert 0 < s.unmoved < 1 or site.part == "norm" or "norm" in site.part
+
+
+def test_survival_by_hand():
+    before = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    after = torch.tensor([1.0, 1.0 + 2**-9, 1.0 + 2**-7, 2.0])  # bf16 keeps steps of 2**-7 above 1
+    s = survival(before, after, torch.bfloat16)
+    assert s.unmoved == pytest.approx(1 / 3)
+    assert s.asked == pytest.approx(math.sqrt(2**-18 + 2**-14 + 1))
+    assert s.kept == pytest.approx(math.sqrt(2**-14 + 1))
+    nothing = survival(before, before, torch.bfloat16)
+    assert nothing.asked == nothing.kept == nothing.unmoved == 0
+    assert math.isnan(nothing.cosine)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_apply_is_a_view(pairs, family):
+    base, _ = pairs(family)
+    edited = apply(Scale(0.0), base, ["*.attn.o.h1", "2.mlp.up"])
+    touched = {s.whole for s in match(["*.attn.o.h1", "2.mlp.up"], base)}
+    for site in base:
+        if site not in touched:
+            assert torch.equal(edited[site], base[site])
+            assert edited[site].dtype == base[site].dtype
+    for layer in range(3):
+        expected = base[f"{layer}.attn.o"].float()
+        w = base.anatomy.head_dim
+        expected[:, w : 2 * w] = 0
+        assert torch.equal(edited[f"{layer}.attn.o"], expected)
+    assert not edited["2.mlp.up"].any()
+    twice = apply(Scale(3.0), apply(Scale(2.0), base, "0.attn.v"), "0.attn.v")
+    assert torch.equal(twice["0.attn.v"], 6 * base["0.attn.v"].float())
+    assert (
+        len(linear_sites(edited)) == len(match(["*.attn.[qkvo]", "*.mlp.gate", "*.mlp.up", "*.mlp.down"], base))
+        if "2.mlp.gate" in base
+        else True
+    )
+
+
+def test_apply_to_nothing(pairs):
+    base, _ = pairs("llama")
+    with pytest.raises(ValueError, match=r"'\*\.attn\.z' matches no site.*Layers 0 to 2 have"):
+        apply(Scale(0.0), base, "*.attn.z")
+    with pytest.raises(ValueError, match=r"0\.attn\.k\.h2 does not exist: 0\.attn\.k has heads h0 to h1"):
+        apply(Scale(0.0), base, "*.attn.k.h2")
+    with pytest.raises(ValueError, match=r"0\.mlp\.up has no heads"):
+        apply(Scale(0.0), base, "*.mlp.up.h0")
+    wrong = apply(lambda _, W: W[:1], base, "0.attn.o")
+    with pytest.raises(ValueError, match=r"The edit turned 0\.attn\.o from \(32, 48\) into \(1, 48\)"):
+        wrong["0.attn.o"]
+
+
+def test_different_architectures_name_three_differences(pairs, tmp_path):
+    base, _ = pairs("llama")
+    other, _ = pairs("qwen2")
+    untied, _ = pairs("llama", tied=False)
+    with pytest.raises(
+        ValueError,
+        match=r"do not have the same anatomy: 9 sites differ, first 0\.attn\.k\.bias: \(24,\) against absent; 0\.attn\.q\.bias: \(48,\) against absent; "
+        r"0\.attn\.v\.bias: \(24,\) against absent\. Differences need the same architecture and vocabulary",
+    ):
+        other - base
+    with pytest.raises(ValueError, match=r"1 sites? differ.*first head: absent against \(100, 32\)"):
+        base - untied
+    gpt2, gpt2_tuned = pairs("gpt2")
+    with pytest.raises(
+        ValueError, match=r"do not have the same anatomy.*first 0\.attn\.k: \(24, 32\) against \(32, 32\)"
+    ):
+        base + (gpt2_tuned - gpt2)
+    with pytest.raises(ValueError, match=r"do not have the same anatomy.*0\.attn\.k: "):
+        (base - pairs("llama")[1]) + (gpt2_tuned - gpt2)
+    saved = StoredDelta(save_delta(gpt2_tuned - gpt2, tmp_path / "delta", base_hash="x"))
+    with pytest.raises(ValueError, match="do not have the same anatomy"):
+        base + saved
+
+
+def test_nothing_is_read_before_it_is_asked(pairs, monkeypatch):
+    base, tuned = pairs("llama")
+    read = []
+    for point in (base, tuned):
+        monkeypatch.setattr(point, "_read", lambda *a, real=point._read: read.append(a[0]) or real(*a))
+    view = apply(Scale(2.0), base + 0.5 * (tuned - base).keep("1.mlp.up"), "0.attn.o")
+    import traceback; monkeypatch.setattr(base, "_read", lambda *a: traceback.print_stack(limit=9) or 1/0)
+    repr(view), len(view), view.shape("embed"), list(view), view.changed_from(base)
+    assert read == []
+    view["embed"]
+    assert read == [Site(None, "embed")]
