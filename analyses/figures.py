@@ -59,7 +59,7 @@ def drift(frame: DataFrame, ax: Axes | None = None, *, measure: str = "mean_shif
     frame: columns layer, span, measure, value, low, high, floor and perhaps arm.
     """
     ax = _axes(ax)
-    table = frame[frame["measure"] == measure]
+    table: Any = frame[frame["measure"] == measure]
     if table.empty:
         raise ValueError(
             f"There is no measure {measure!r} in this table; it has {', '.join(sorted(frame['measure'].unique()))}."
@@ -80,7 +80,7 @@ def drift(frame: DataFrame, ax: Axes | None = None, *, measure: str = "mean_shif
     return ax
 
 
-def geometry(frame: DataFrame, ax: Axes | None = None, *, measure: str = "energy_principal") -> Axes:
+def geometry(frame: Any, ax: Axes | None = None, *, measure: str = "energy_principal") -> Axes:
     """One number of the update's geometry against the layer: the mean over a layer's matrices, with their range shaded.
 
     frame: columns layer, measure columns, density and perhaps arm. For overlaps and energies the dotted line is what a random update gives.
@@ -94,7 +94,7 @@ def geometry(frame: DataFrame, ax: Axes | None = None, *, measure: str = "energy
         ax.plot(mean.index, mean, color=colour(arm, i), label=arm or None)
         ax.fill_between(mean.index, by_layer.min(), by_layer.max(), color=colour(arm, i), alpha=0.15, linewidth=0)
     if measure.startswith(("overlap", "energy")):
-        ax.axhline(frame["density"].mean(), color="black", linestyle=":", linewidth=0.9, label="chance")
+        ax.axhline(float(frame["density"].mean()), color="black", linestyle=":", linewidth=0.9, label="chance")
     ax.set(xlabel="layer", ylabel=measure.replace("_", " "))
     if ax.get_legend_handles_labels()[0]:
         ax.legend()
@@ -107,7 +107,7 @@ def sweep(frame: DataFrame, ax: Axes | None = None, *, measure: str = "accuracy"
     frame: columns strength, measure, value, low, high and perhaps arm.
     """
     ax = _axes(ax)
-    table = frame[frame["measure"] == measure]
+    table: Any = frame[frame["measure"] == measure]
     if table.empty:
         raise ValueError(
             f"There is no measure {measure!r} in this table; it has {', '.join(sorted(frame['measure'].unique()))}."
@@ -130,7 +130,7 @@ def sweep(frame: DataFrame, ax: Axes | None = None, *, measure: str = "accuracy"
 def training(frame: DataFrame, ax: Axes | None = None, *, measure: str = "loss") -> Axes:
     """A training curve. frame: columns step, measure, value and perhaps arm."""
     ax = _axes(ax)
-    table = frame[frame["measure"] == measure]
+    table: Any = frame[frame["measure"] == measure]
     if table.empty:
         raise ValueError(
             f"There is no measure {measure!r} in this table; it has {', '.join(sorted(frame['measure'].unique()))}."
@@ -153,10 +153,10 @@ def training(frame: DataFrame, ax: Axes | None = None, *, measure: str = "loss")
 def before_after(frame: DataFrame, ax: Axes | None = None) -> Axes:
     """Accuracy of each arm as a bar with its interval. frame: columns arm, value, low, high."""
     ax = _axes(ax)
-    for i, row in enumerate(frame.itertuples()):
-        value: Any = row.value
-        ax.bar(i, value, color=colour(str(row.arm), i), width=0.65)
-        ax.errorbar(i, value, yerr=[[value - row.low], [row.high - value]], color="black", capsize=3, linewidth=1)  # type: ignore[operator]
+    for i, row in enumerate(frame.to_dict("records")):
+        value, low, high = row["value"], row["low"], row["high"]
+        ax.bar(i, value, color=colour(str(row["arm"]), i), width=0.65)
+        ax.errorbar(i, value, yerr=[[value - low], [high - value]], color="black", capsize=3, linewidth=1)
     ax.set(xticks=range(len(frame)), xticklabels=list(frame["arm"]), ylabel="held-out accuracy", ylim=(0, 1))
     ax.grid(axis="x", visible=False)
     return ax
@@ -217,7 +217,7 @@ def _axes(ax: Axes | None) -> Axes:
     return plt.gca()
 
 
-def _arms(frame: DataFrame) -> Iterator[tuple[str, DataFrame]]:
+def _arms(frame: Any) -> Iterator[tuple[str, Any]]:
     if "arm" not in frame:
         yield "", frame
         return

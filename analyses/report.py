@@ -50,7 +50,8 @@ def write_report(results: Mapping[str, Any], folder: Path, record: Record) -> Pa
 
 def draw_study(tables: Mapping[str, DataFrame]) -> dict[str, Figure]:
     """Every figure of the page, by file name."""
-    drift, curves = tables["drift"], tables["early-answers"]
+    drift: Any = tables["drift"]
+    curves: Any = tables["early-answers"]
     task, general = drift[drift["text"] == "task"], drift[drift["text"] == "general"]
     drawn = {
         "before_after": figures.draw(figures.before_after, tables["before-after"], width=4, ratio=0.7),
@@ -180,7 +181,7 @@ def _arm_row(arm: str, found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _headline_faithfulness(table: DataFrame) -> DataFrame:
+def _headline_faithfulness(table: Any) -> DataFrame:
     wanted = [
         "AOC",
         "AOC, chance-corrected",
@@ -194,7 +195,7 @@ def _headline_faithfulness(table: DataFrame) -> DataFrame:
     return kept[["arm", "traces", "measure", "value", "low", "high", "n", "missing"]]
 
 
-def _headline_geometry(table: DataFrame) -> DataFrame:
+def _headline_geometry(table: Any) -> DataFrame:
     wanted = [
         "changed",
         "changed_stored",
@@ -210,7 +211,7 @@ def _headline_geometry(table: DataFrame) -> DataFrame:
     return kept.drop(columns=[c for c in ("part", "level") if c in kept])
 
 
-def _table(table: DataFrame, columns: list[str] | None) -> str:
+def _table(table: Any, columns: list[str] | None) -> str:
     shown = table if columns is None else table[columns]
     return shown.to_html(index=False, border=0, na_rep="", float_format=lambda v: f"{v:.4g}")
 

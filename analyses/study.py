@@ -8,6 +8,7 @@ Stages write whole files and are skipped when their file is there, so an interru
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -47,7 +48,8 @@ def study(plan: Plan, to: str | Path, *, progress: bool = True) -> Path:
     from analyses.report import write_report
 
     record.inputs = {"model": {"ref": plan.model, "hash": study.base_hash}}
-    record.results = {"headline": study.headline(), "seconds": study.clock()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    record.results = {"headline": study.headline(), "seconds": study.clock(), "peak_resident_mb": round(peak)}
     write_report(study.results(), folder, record)
     record.save(folder, reproducible=["tables/*.json", "arms/*/vector/*"])
     return folder / "report.html"
@@ -331,7 +333,7 @@ def _numbers(e: Estimate) -> dict[str, Any]:
 
 
 def _rows(frame: DataFrame) -> list[dict[str, Any]]:
-    return json.loads(frame.to_json(orient="records", double_precision=15))
+    return json.loads(str(frame.to_json(orient="records", double_precision=15)))
 
 
 def _write(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ COLOURS = {
 CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666"]
 
 
-def paper(width: float = 5.5, ratio: float = 0.62) -> dict[str, Any]:
+def paper(width: float = 5.5, ratio: float = 0.62) -> Any:
     """Settings for a figure `width` inches wide (5.5 is the text width of the NeurIPS style) and `ratio` as high."""
     return {
         "figure.figsize": (width, width * ratio),

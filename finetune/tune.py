@@ -135,7 +135,7 @@ def tune(
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            if return_outputs or not self.model.training or model_device.type != "cpu":
+            if return_outputs or not module.training or model_device.type != "cpu":
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             with self.accelerator.autocast():  # TRL's tiles save a GPU's memory; on a CPU they cost half the step
                 return completion_loss(module, inputs, num_items_in_batch)
@@ -150,7 +150,7 @@ def tune(
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             super()._save_checkpoint(*args, **kwargs)
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             (folder / _COMPLETE).write_text(json.dumps(settings), encoding="utf-8")
 
     with ExitStack() as borrowed:
@@ -167,8 +167,9 @@ def tune(
             disable_tqdm=not progress, remove_unused_columns=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
             dataloader_pin_memory=model.device.type == "cuda",
         )  # fmt: skip
+        learner: Any = _with_adapter(module, model, lora_rank or 16) if method == "lora" else module
         trainer = Trainer(
-            model=_with_adapter(module, model, lora_rank or 16) if method == "lora" else module,
+            model=learner,
             args=args,
             train_dataset=_dataset(rows),
             data_collator=DataCollatorForLanguageModeling(pad_token_id=model.pad_id),
@@ -187,13 +188,13 @@ def tune(
         if lift:
             lift.close()
         if method == "lora":
-            trainer.model.merge_and_unload()  # type: ignore[union-attr, operator]
+            learner.merge_and_unload()
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         trainable = (
             sum(len(s["indices"]) for s in lift.state.values())
             if lift
-            else sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        )  # type: ignore[union-attr]
+            else sum(p.numel() for p in learner.parameters() if p.requires_grad)
+        )
         seconds = next(
             (e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), float("nan")
         )

@@ -250,7 +250,7 @@ def read_header(path: Path) -> tuple[list[Stored], dict[str, str]]:
                 (int(e["data_offsets"][0]), int(e["data_offsets"][1]), name, DTYPES[e["dtype"]], torch.Size(e["shape"]))
                 for name, e in header.items()
             )
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged header: {error!r}. Download it again.") from error
     start, at = 8 + length, 0
     stored = []
@@ -334,7 +334,8 @@ class Written:
 
     def __str__(self) -> str:
         if not self.kept:
-            return f"{self.folder}: an exact copy, nothing changed"
+            same = self.hash == self.base_hash
+            return f"{self.folder}: {'an exact copy, nothing changed' if same else 'no site changed, stored in another dtype'}"
         t = self.total()
         return (
             f"{self.folder}: {len(self.kept)} sites changed; asked {t.asked:.4g}, kept {t.kept:.4g} (cosine {t.cosine:.4f}, "

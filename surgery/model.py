@@ -205,7 +205,9 @@ def installed(weights: Weights, model: Model) -> Iterator[Model]:
     from surgery.weights import require_same_sites
 
     live = model.weights
-    require_same_sites(live, weights)
+    require_same_sites(
+        live, weights, live.shapes().keys() | {s for s in weights if not s.is_unnamed}
+    )  # files may hold buffers
     by_parameter: dict[str, list[Site]] = {}
     for site, place in model.anatomy.places.items():
         by_parameter.setdefault(place.name, []).append(site)

@@ -52,6 +52,11 @@ class Site:
         """The tensor a head belongs to."""
         return Site(self.layer, self.part)
 
+    @property
+    def is_unnamed(self) -> bool:
+        """Whether the family's table does not name this tensor."""
+        return self.part.startswith(_UNNAMED)
+
     @classmethod
     def parse(cls, text: str | Site) -> Site:
         """The inverse of ``str(site)``. Raises ValueError on text that is no site, a pattern for example."""

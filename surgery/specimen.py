@@ -162,6 +162,13 @@ def _from_hub(folder: Path, refusals: list[str]) -> dict[str, str] | None:
     return {"source": "hub", "revision": revision}
 
 
+def hub_reachable() -> bool:
+    """Whether the hub answers within `PROBE_SECONDS`; False at once where HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants
+
+    return not constants.HF_HUB_OFFLINE and _unreachable(constants.ENDPOINT) is None
+
+
 def _unreachable(url: str) -> str | None:
     """Why a URL does not answer, or None if it does; at most `PROBE_SECONDS`, proxies honoured.
 

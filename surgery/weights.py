@@ -319,10 +319,10 @@ def linear_sites(weights: Weights) -> list[Site]:
     return weights.anatomy.linear_sites()
 
 
-def require_same_sites(a: _Tensors, b: _Tensors) -> None:
-    """Raise ValueError naming the first three sites at which two models differ in presence or shape, or in what they tie."""
+def require_same_sites(a: _Tensors, b: _Tensors, among: Iterable[Site] | None = None) -> None:
+    """Raise ValueError naming the first three sites (of all, or `among` some) at which two models differ in presence, shape or ties."""
     one, other = a.shapes(), b.shapes()
-    differing = sorted(s for s in one.keys() | other.keys() if one.get(s) != other.get(s))
+    differing = sorted(s for s in (one.keys() | other.keys() if among is None else among) if one.get(s) != other.get(s))
     if differing:
         raise ValueError(_shape_clash(a, b, differing))
 

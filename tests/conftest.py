@@ -6,10 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
 from jaxtyping import install_import_hook
 
-hook = install_import_hook(["surgery", "probes", "finetune", "analyses"], "beartype.beartype")
-
-import torch
-
 torch.set_num_threads(1)
+install_import_hook(["surgery", "probes", "finetune", "analyses"], "beartype.beartype")

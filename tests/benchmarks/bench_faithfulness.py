@@ -1,13 +1,9 @@
 """Early answers with shared prefixes beside every cut from scratch, on chained-sum traces.
 
-    python -m tests.benchmarks.bench_faithfulness FOLDER
-
 Counted are forward tokens: new positions that go through the model, without padding; padded counts are in the note. The
 check that reads the first cut both ways is counted on our side.
 """
 
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -49,8 +45,3 @@ def run(folder: str | Path, count: int = COUNT) -> list[dict]:
 def _row(name: str, ours: float, peer: float, limit: float | None, note: str) -> dict:
     ratio = ours / peer if peer else ours
     return {"name": name, "ours": ours, "peer": peer, "ratio": ratio, "limit": limit, "note": note}
-
-
-if __name__ == "__main__":
-    for row in run(sys.argv[1]):
-        sys.stdout.write(json.dumps(row) + "\n")

@@ -1,12 +1,10 @@
 """LIFT against what it replaces: mask refresh against full SVD, optimizer step and state against torch's AdamW.
 
-Usage: python tests/benchmarks/bench_lift.py FOLDER [ROUNDS], FOLDER being a model in Hugging Face format. Ours and
-the peer's take turns in one process; times are medians over the rounds.
+Ours and the peer's take turns in one process; times are medians over the rounds.
 """
 
 import re
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -123,18 +121,3 @@ def row(name: str, ours: float, peer: float, limit: float, note: str) -> dict[st
 def run(folder: str, rounds: int = 3) -> list[dict[str, Any]]:
     weights = list(matrices(folder).values())
     return refresh_rows(weights, rounds) + step_rows(weights, max(5, rounds))
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| what | ours | peer | ratio | limit | note |", "| --- | --- | --- | --- | --- | --- |"]
-    for r in rows:
-        lines.append(
-            f"| {r['name']} | {r['ours']:.4g} | {r['peer']:.4g} | {r['ratio']:.3f} | {r['limit']:.3f} | {r['note']} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        raise SystemExit(__doc__)
-    sys.stdout.write(markdown(run(sys.argv[1], *map(int, sys.argv[2:]))))

@@ -32,10 +32,10 @@ class Row(TypedDict):
     """One line of a results table: `ratio` is ours over the peer's, which must be at most `limit`."""
 
     name: str
-    ours: str
-    peer: str
+    ours: str | float
+    peer: str | float
     ratio: float
-    limit: float
+    limit: float | None
     note: str
 
 
@@ -158,9 +158,12 @@ def table(lines: Iterable[Row]) -> str:
     """A Markdown table; a ratio over its limit is said in bold."""
     made = ["| what | ours | peer | ratio | at most | note |", "| --- | ---: | ---: | ---: | ---: | --- |"]
     for line in lines:
-        ratio = f"{line['ratio']:.3g}" if line["ratio"] <= line["limit"] else f"**{line['ratio']:.3g} (over)**"
+        limit, ratio = line["limit"], f"{line['ratio']:.3g}"
+        if limit is not None and line["ratio"] > limit:
+            ratio = f"**{ratio} (over)**"
+        ours, peer = (v if isinstance(v, str) else f"{v:.4g}" for v in (line["ours"], line["peer"]))
         made.append(
-            f"| {line['name']} | {line['ours']} | {line['peer']} | {ratio} | {line['limit']:g} | {line['note']} |"
+            f"| {line['name']} | {ours} | {peer} | {ratio} | {'' if limit is None else f'{limit:.3g}'} | {line['note']} |"
         )
     return "\n".join(made) + "\n"
 

@@ -1,6 +1,9 @@
 """Points and vectors, on every family: what is equal is equal to the bit."""
 
 import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -251,11 +254,16 @@ def test_different_architectures_name_three_differences(pairs, tmp_path):
         r"0\.attn\.v\.bias: \(24,\) against absent\. Differences need the same architecture and vocabulary",
     ):
         other - base
-    with pytest.raises(ValueError, match=r"1 sites? differ.*first head: absent against \(100, 32\)"):
+    with pytest.raises(ValueError, match=r"1 site differs, first head: absent against \(100, 32\)"):
         base - untied
+    with pytest.raises(ValueError, match=r"1 site differs, first head: \(100, 32\) against absent"):
+        untied - base
+    with pytest.raises(ValueError, match=r"1 site differs, first head: absent against \(100, 32\)"):
+        base + (untied - pairs("llama", tied=False)[1])
     gpt2, gpt2_tuned = pairs("gpt2")
     with pytest.raises(
-        ValueError, match=r"do not have the same anatomy.*first 0\.attn\.k: \(24, 32\) against \(32, 32\)"
+        ValueError,
+        match=r"first norm\.bias: absent against \(32,\); position: absent.*; 0\.attn\.k: \(24, 32\) against \(32, 32\)",
     ):
         base + (gpt2_tuned - gpt2)
     with pytest.raises(ValueError, match=r"do not have the same anatomy.*0\.attn\.k: "):
@@ -265,14 +273,37 @@ def test_different_architectures_name_three_differences(pairs, tmp_path):
         base + saved
 
 
-def test_nothing_is_read_before_it_is_asked(pairs, monkeypatch):
-    base, tuned = pairs("llama")
-    read = []
-    for point in (base, tuned):
-        monkeypatch.setattr(point, "_read", lambda *a, real=point._read: read.append(a[0]) or real(*a))
-    view = apply(Scale(2.0), base + 0.5 * (tuned - base).keep("1.mlp.up"), "0.attn.o")
-    import traceback; monkeypatch.setattr(base, "_read", lambda *a: traceback.print_stack(limit=9) or 1/0)
-    repr(view), len(view), view.shape("embed"), list(view), view.changed_from(base)
-    assert read == []
-    view["embed"]
-    assert read == [Site(None, "embed")]
+def test_nothing_is_read_before_it_is_asked(pairs):
+    code = """
+import sys
+from surgery.checkpoint import Checkpoint
+from surgery.edits import Scale
+from surgery.weights import apply
+read = []
+base, tuned = map(Checkpoint, sys.argv[1:])
+for point in (base, tuned):
+    point._read = lambda site, rows, real=point._read: read.append(str(site)) or real(site, rows)
+view = apply(Scale(2.0), base + 0.5 * (tuned - base).keep("1.mlp.up"), "0.attn.o")
+repr(view), len(view), view.shape("embed"), list(view), view.changed_from(base), "embed" in view
+assert read == [], read
+view["embed"]
+assert read == ["embed"], read
+"""
+    folders = [str(c.folder) for c in pairs("llama")]  # apart: checking types at run time reads tensors
+    subprocess.run([sys.executable, "-c", code, *folders], check=True)
+
+
+def test_threads_read_their_own(pairs):
+    base, _ = pairs("llama")
+    expected = {s: base[s] for s in base}
+    with ThreadPoolExecutor(4) as pool:
+        for site, tensor in zip([*base] * 50, pool.map(base.__getitem__, [*base] * 50), strict=True):
+            assert torch.equal(tensor, expected[site])
+
+
+def test_writing_to_what_was_read_changes_nothing(pairs):
+    base, tuned = pairs("llama", dtype=torch.float32)
+    for points in (base, base + 0.5 * (tuned - base), tuned - base, apply(Scale(2.0), base, "embed")):
+        before = points["embed"].clone()
+        points["embed"].zero_()
+        assert torch.equal(points["embed"], before)

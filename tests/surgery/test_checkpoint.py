@@ -1,0 +1,590 @@
+"""Written whole or not at all, read or refused with a reason; what nothing touched keeps its bytes."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from surgery.checkpoint import Checkpoint, CheckpointError, load_module, new_folder, read_header, write
+from surgery.edits import Scale
+from surgery.model import Model
+from surgery.weights import apply
+from tests.families import FAMILIES, TEMPLATE, save_tiny, tiny
+
+SIDE = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_tiny("llama", tmp_path / "model", shards=3)
+
+
+def nothing_left(folder: Path, but: tuple[str, ...] = ("model",)) -> bool:
+    return sorted(p.name for p in folder.iterdir()) == sorted(but)
+
+
+def bytes_of(path: Path) -> dict[str, bytes]:
+    """Every tensor's bytes in a folder, by name, found without the code under test."""
+    found = {}
+    for file in path.glob("*.safetensors"):
+        raw = file.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        for name, entry in json.loads(raw[8:start]).items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                found[name] = raw[start + begin : start + end]
+    return found
+
+
+# --- reading and writing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_what_was_edited_changes(family, tied, shards, tmp_path):
+    source = save_tiny(family, tmp_path / "model", tied=tied, shards=shards, dtype=torch.bfloat16)
+    base = Checkpoint(source)
+    edited = apply(Scale(0.5), apply(lambda _, W: W + 0.1, base, "*.mlp.up"), ["1.attn.o.h2", "0.attn.k"])
+    written = write(edited, tmp_path / "out")
+    before, after = bytes_of(source), bytes_of(tmp_path / "out")
+    touched = {base.anatomy.places[s].name for s in edited.changed_from(base)}
+    assert {name for name in before if before[name] != after[name]} == touched
+    assert before.keys() == after.keys()
+    again = Checkpoint(tmp_path / "out")
+    for site in base:
+        assert torch.equal(again[site], edited[site].to(torch.bfloat16))
+    assert set(written.kept) == edited.changed_from(base)
+    for site, kept in written.kept.items():
+        direct = (edited[site] - base[site].float()).double()
+        got = (again[site].float() - base[site].float()).double()
+        assert kept.asked == pytest.approx(float(direct.norm()), rel=1e-4)
+        assert kept.kept == pytest.approx(float(got.norm()), rel=1e-4)
+        assert kept.cosine == pytest.approx(float((direct * got).sum() / direct.norm() / got.norm()), rel=1e-4)
+        assert kept.entries == int((direct != 0).sum())
+        assert kept.unmoved == pytest.approx(float(((got == 0) & (direct != 0)).sum() / (direct != 0).sum()), abs=1e-6)
+    assert written.hash == again.hash()
+    assert written.base_hash == base.hash()
+    assert written.hashes == again.hashes()
+    # the layout: files, their metadata, the tensors in each; tokenizer, template and configuration
+    assert sorted(p.name for p in source.iterdir()) == sorted(p.name for p in (tmp_path / "out").iterdir())
+    for file in base.files:
+        (mine, metadata), (theirs, found) = read_header(tmp_path / "out" / file), read_header(source / file)
+        assert [(t.name, t.dtype, t.shape) for t in mine] == [(t.name, t.dtype, t.shape) for t in theirs]
+        assert metadata == found == {"format": "pt"}
+    for name in SIDE:
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    if shards > 1:
+        assert json.loads((tmp_path / "out" / INDEX).read_text()) == json.loads((source / INDEX).read_text())
+    # and transformers, which knows nothing of sites, loads it
+    module = load_module(tmp_path / "out", "auto")
+    assert (module.get_output_embeddings().weight is module.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_is_a_copy(family, tied, tmp_path):
+    source = save_tiny(family, tmp_path / "model", tied=tied, shards=2)
+    written = write(Checkpoint(source), tmp_path / "out")
+    assert bytes_of(source) == bytes_of(tmp_path / "out")
+    assert written.hash == written.base_hash == Checkpoint(source).hash()
+    assert str(written).endswith("an exact copy, nothing changed")
+    assert written.kept == {}
+    single = save_tiny(family, tmp_path / "single", tied=tied)
+    assert Checkpoint(single).hash() == written.hash  # whatever files it is split into
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_another_dtype(family, dtype, tmp_path):
+    found = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    source = save_tiny(family, tmp_path / "model", dtype=found, shards=2)
+    base = Checkpoint(source)
+    edited = apply(Scale(1.001), base, "1.attn.o")
+    written = write(edited, tmp_path / "out", dtype=dtype)
+    again = Checkpoint(tmp_path / "out")
+    for site in base:
+        assert again[site].dtype == dtype
+        assert torch.equal(again[site], edited[site].to(dtype))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert "torch_dtype" not in config
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == again.nbytes == base.nbytes * dtype.itemsize // found.itemsize
+    assert Model.load(tmp_path / "out").module.dtype == dtype
+    assert written.hash == again.hash()
+    copied = write(base, tmp_path / "copy", dtype=dtype)
+    assert "an exact copy" not in str(copied)  # nothing was edited, but every byte is another
+    with pytest.raises(ValueError, match=r"Weights cannot be stored as torch\.int8"):
+        write(base, tmp_path / "never", dtype=torch.int8)
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_file_that_repeats_the_tied_head_stays_consistent(tmp_path):
+    source = save_tiny("llama", tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    base = Checkpoint(source)
+    assert "head" in base
+    assert [str(s) for s in base if s.layer is None] == ["embed", "norm"]
+    write(apply(Scale(0.5), base, "embed"), tmp_path / "out")
+    after = bytes_of(tmp_path / "out")
+    assert after["lm_head.weight"] == after["model.embed_tokens.weight"] != bytes_of(source)["lm_head.weight"]
+
+
+def test_a_bare_backbone_with_buffers(tmp_path):
+    """GPT-2's own files: no prefix, and attention masks among the weights."""
+    source = save_tiny("gpt2", tmp_path / "model")
+    tensors = {k.removeprefix("transformer."): v for k, v in load_file(source / "model.safetensors").items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+    save_file(tensors, source / "model.safetensors")
+    base = Checkpoint(source)
+    assert "file:h.0.attn.bias" in base
+    edited = apply(Scale(0.5), base, "*.mlp.up")
+    write(edited, tmp_path / "out")
+    model = Model.load(source)
+    with model.installed(edited):
+        for site in model.weights:
+            assert torch.equal(model.weights[site], edited[site])
+    assert bytes_of(tmp_path / "out")["h.0.attn.bias"] == bytes_of(source)["h.0.attn.bias"]
+
+
+def test_names_in_files_are_not_names_in_modules(tmp_path):
+    source = save_tiny("gpt-neox", tmp_path / "model", tied=False)
+    base, model = Checkpoint(source), Model.load(source)
+    assert base.anatomy.places[next(s for s in base if s.part == "head")].name == "embed_out.weight"
+    assert "embed_out.weight" not in dict(model.module.named_parameters())
+    write(apply(Scale(2.0), model.weights, "head"), tmp_path / "out")  # a live module is written under its files' names
+    assert torch.equal(Checkpoint(tmp_path / "out")["head"], 2 * base["head"])
+    assert bytes_of(tmp_path / "out").keys() == bytes_of(source).keys()
+
+
+def test_a_live_model_without_files(tmp_path):
+    module, tokenizer = tiny("llama")
+    with pytest.raises(ValueError, match=r"no checkpoint behind it.*Use module\.save_pretrained"):
+        write(Model(module, tokenizer).weights, tmp_path / "out")
+    assert nothing_left(tmp_path, ())
+
+
+def test_weights_in_other_formats_are_not_carried_along(folder, tmp_path):
+    for name in ("pytorch_model.bin", "model.gguf", "optimizer.pt", ".hidden"):
+        (folder / name).write_bytes(b"stale")
+    (folder / "notes.txt").write_text("kept")
+    write(apply(Scale(0.0), Checkpoint(folder), "0.attn.o"), tmp_path / "out")
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert "notes.txt" in names
+    assert not names & {"pytorch_model.bin", "model.gguf", "optimizer.pt", ".hidden"}
+    assert Model.load(tmp_path / "out").tokenizer.chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_modes_honour_the_umask(folder, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write(apply(Scale(0.0), Checkpoint(folder), "0.attn.o"), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
+
+
+def test_files_that_are_links_are_read_and_copied(folder, tmp_path):
+    """The hub's cache is a folder of links."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in folder.iterdir():
+        (linked / path.name).symlink_to(path)
+    write(Checkpoint(linked), tmp_path / "out")
+    assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in folder.iterdir())
+
+
+def test_writing_says_nothing(folder, tmp_path, capfd, caplog):
+    write(Checkpoint(folder), tmp_path / "out")
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+# --- folders that are not checkpoints -----------------------------------------------------------------------------------------
+
+
+def refuse(folder: Path, *said: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint(folder)
+    for words in (folder.name, *said):
+        assert words in str(error.value), str(error.value)
+
+
+def test_no_such_folder(tmp_path):
+    refuse(tmp_path / "none", "is not a folder", "config.json and safetensors files")
+
+
+def test_an_empty_folder(tmp_path):
+    refuse(tmp_path, "has no config.json (there is: nothing)", "A checkpoint is a folder with")
+
+
+def test_a_folder_of_something_else(tmp_path):
+    (tmp_path / "holiday.jpg").touch()
+    refuse(tmp_path, "has no config.json (there is: holiday.jpg)")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": "no-such-model"}'])
+def test_a_config_that_says_nothing(folder, text):
+    (folder / "config.json").write_text(text)
+    refuse(folder, "config.json")
+
+
+def test_a_family_without_a_table(folder):
+    (folder / "config.json").write_text('{"model_type": "bloom"}')
+    with pytest.raises(
+        ValueError, match=r"is a 'bloom' model, a family without a table\. Known: .*llama.*anatomies\.toml"
+    ):
+        Checkpoint(folder)
+
+
+def test_a_missing_shard(folder):
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    refuse(folder, "lacks 1 of 3 shards, first model-00002-of-00003.safetensors", "Download it again")
+
+
+def test_an_extra_shard(folder):
+    save_file({"x": torch.ones(1)}, folder / "model-00004-of-00004.safetensors")
+    refuse(folder, "model-00004-of-00004.safetensors, which model.safetensors.index.json does not mention", "Remove")
+
+
+def test_no_weights_at_all(folder):
+    for path in folder.glob("*safetensors*"):
+        path.unlink()
+    refuse(folder, "has no weights: neither model.safetensors nor model.safetensors.index.json is there")
+
+
+def test_shards_without_their_index(folder):
+    (folder / INDEX).unlink()
+    refuse(folder, "has 3 safetensors files", "but no model.safetensors.index.json to say which belong")
+
+
+def test_pickles_are_refused_with_the_way_out(folder):
+    for path in folder.glob("*safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+    refuse(folder, "holds pickles (pytorch_model.bin)", "can run code", "save_pretrained(NEW_FOLDER)")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_file(folder, keep):
+    path = folder / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refuse(folder, path.name, "truncated" if keep < 0 else "is not a complete safetensors file")
+
+
+def test_a_padded_file(folder):
+    path = folder / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes() + b"more")
+    refuse(folder, path.name, "truncated or padded", "its header promises", "Download it again")
+
+
+@pytest.mark.parametrize("length", [2**64 - 1, 2**40, 10**8 + 1])
+def test_a_header_of_absurd_length(folder, length):
+    path = folder / "model-00001-of-00003.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    refuse(folder, path.name, f"with a header that claims {length}")
+
+
+def with_header(path: Path, header: object, data: bytes = b"") -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{not json",
+        b"\xff\xfe",
+        b"[" * 50_000,
+        [],
+        {"x": 3},
+        {"x": {"dtype": "F32", "shape": [1]}},
+        {"x": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+        {"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}},
+        {"x": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 0]}},
+        {"x": {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]}},
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, float("inf")]}},
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "y": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+    ],
+)  # fmt: skip
+def test_a_corrupted_header(tmp_path, header):
+    path = tmp_path / "model.safetensors"
+    with_header(path, header, b"\0" * 4)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors (has a damaged header|is not a complete|is truncated)"
+    ):
+        read_header(path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_flipped_byte_in_a_header_is_found_or_harmless(tmp_path, data):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(4)}, path)
+    raw = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, 8 + int.from_bytes(raw[:8], "little") - 1))
+    raw[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(raw)
+    with contextlib.suppress(CheckpointError):  # nothing else may come out
+        for tensor in read_header(path)[0]:
+            assert 0 <= tensor.begin <= tensor.end <= len(raw)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", "weights.bin"])
+def test_an_index_that_points_outside(folder, name):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    (folder / INDEX).write_text(json.dumps(index))
+    refuse(folder, f"points to {name!r}", "inside the folder itself")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index(folder, text):
+    (folder / INDEX).write_text(text)
+    refuse(folder, "is not a safetensors index")
+
+
+def test_an_index_of_another_checkpoint(folder):
+    index = json.loads((folder / INDEX).read_text())
+    kept = dict(index["weight_map"])
+    file = index["weight_map"].pop("model.norm.weight")
+    (folder / INDEX).write_text(json.dumps(index))
+    refuse(folder, f"{file} contains model.norm.weight", "does not mention it")
+    other = next(f for f in kept.values() if f != file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {**kept, "model.norm.weight": other}}))
+    refuse(folder, f"{file} contains model.norm.weight", f"says it is in {other}")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {**kept, "ghost": file}}))
+    refuse(folder, f"promises ghost in {file}, which does not contain it")
+
+
+def test_a_required_tensor_that_is_not_there(tmp_path):
+    source = save_tiny("llama", tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"llama of 3 layers but lacks 1 of its tensors, first model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
+        Checkpoint(source)
+
+
+# --- writes that fail ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("edited", ["embed", "1.mlp.up", "2.attn.v"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_source_that_is_not_finite(family, edited, bad, tmp_path):
+    source = save_tiny(family, tmp_path / "model")
+    name = Checkpoint(source).anatomy.places[next(s for s in Checkpoint(source) if str(s) == "1.mlp.up")].name
+    tensors = load_file(source / "model.safetensors")
+    tensors[name][3, 5] = bad
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"1\.mlp\.up has 1 values? that (is|are) NaN or infinite; nothing was written"
+    ):
+        write(apply(Scale(0.5), Checkpoint(source), edited), tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_an_edit_that_overflows_the_stored_dtype(tmp_path):
+    source = save_tiny("llama", tmp_path / "model", dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"0\.attn\.o has \d+ values"):
+        write(apply(Scale(1e9), Checkpoint(source), "0.attn.o"), tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_an_edit_that_raises(folder, tmp_path):
+    def broken(site, W):
+        raise ZeroDivisionError(str(site))
+
+    with pytest.raises(ZeroDivisionError, match=r"2\.mlp\.up"):
+        write(apply(broken, Checkpoint(folder), "2.mlp.up"), tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "dangling link"])
+def test_what_exists_is_never_overwritten(folder, tmp_path, what):
+    out = tmp_path / "out"
+    {"folder": out.mkdir, "file": out.touch, "dangling link": lambda: out.symlink_to(tmp_path / "nowhere")}[what]()
+    with pytest.raises(FileExistsError, match=r"out exists already and is never overwritten\. Choose another"):
+        write(Checkpoint(folder), out)
+    assert nothing_left(tmp_path, ("model", "out"))
+
+
+def test_a_written_file_that_is_damaged_is_found(folder, tmp_path, monkeypatch):
+    import surgery.checkpoint as checkpoint
+
+    real = checkpoint._copy_side_files
+
+    def sabotage(source, target, dtype):
+        real(source, target, dtype)
+        path = target / "model-00002-of-00003.safetensors"
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+
+    monkeypatch.setattr(checkpoint, "_copy_side_files", sabotage)
+    last = read_header(folder / "model-00002-of-00003.safetensors")[0][-1].name
+    with pytest.raises(CheckpointError, match=f"{last} as loaded differs from {last} as computed"):
+        write(Checkpoint(folder), tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_leftovers_of_the_dead_are_removed_and_of_the_living_not(folder, tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    dead, living, other = (tmp_path / f".o[u]t.partial-{n}" for n in (child.pid, os.getppid(), "note"))
+    for path in (dead, living, other):
+        path.mkdir()
+    write(Checkpoint(folder), tmp_path / "o[u]t")
+    assert (dead.exists(), living.exists(), other.exists()) == (False, True, True)
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
+    with new_folder(tmp_path / "deep/er/out") as partial:
+        (partial / "x").touch()
+        assert not (tmp_path / "deep/er/out").exists()
+    assert nothing_left(tmp_path / "deep/er", ("out",))
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "deep/er/next") as partial:
+        (partial / "x").touch()
+        raise KeyboardInterrupt
+    assert nothing_left(tmp_path / "deep/er", ("out",))
+
+
+# --- a full disk, an interrupt, a kill: real processes -------------------------------------------------------------------------
+
+SERVER = """
+import os, sys, traceback
+import torch, transformers
+from transformers import LlamaForCausalLM
+from surgery.checkpoint import Checkpoint, write
+from surgery.edits import Scale
+from surgery.weights import apply
+torch.set_num_threads(1)
+print("up", flush=True)
+for line in sys.stdin:  # imports take seconds: each writer is a fork of one process that has done them
+    source, to, limit = line.split()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if int(limit):
+                import resource, signal
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+            write(apply(Scale(0.5), Checkpoint(source), "**.attn.*"), to)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """Starts a write in a process of its own: (source, to, limit on a file's bytes) -> its id, and its end to wait for."""
+    log = tmp_path_factory.mktemp("log") / "err"
+    with log.open("w") as err:
+        server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True
+        )
+    assert server.stdin
+    assert server.stdout
+    stdin, stdout = server.stdin, server.stdout
+    assert stdout.readline() == "up\n"
+
+    def start(source, to, limit=0):
+        print(source, to, limit, file=stdin, flush=True)
+        pid = int(stdout.readline())
+        return pid, lambda: (int(stdout.readline()), log.read_text())
+
+    yield start
+    stdin.close()
+    server.wait(timeout=30)
+    stdout.close()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A llama of some 50 MB: long enough in writing to be caught at it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.families import characters
+
+    folder = tmp_path_factory.mktemp("large") / "model"
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="20MB")
+    characters().save_pretrained(folder)
+    return folder
+
+
+def test_a_full_disk(large, writer, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = os.geteuid() == 0 and not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=25m", "tmpfs", str(disk)], capture_output=True, check=False
+    ).returncode  # fmt: skip
+    before = Checkpoint(large).hash()
+    try:
+        status, err = writer(large, disk / "out", 0 if mounted else 9_000_000)[1]()
+        assert os.waitstatus_to_exitcode(status) == 1
+        assert ("No space left on device" if mounted else "File too large") in err.splitlines()[-1]
+        assert nothing_left(disk, ())
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)
+    assert Checkpoint(large).hash() == before
+
+
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_at_any_moment(large, writer, tmp_path, blow):
+    before = Checkpoint(large).hash()
+    caught = 0
+    for attempt in range(5):
+        out = tmp_path / f"out{attempt}"
+        pid, end = writer(large, out)
+        while not out.exists() and not any(tmp_path.glob(f".out{attempt}.partial-*/*.safetensors")):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0.0, 0.2) if attempt else 0.0)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, blow)
+        status = os.waitstatus_to_exitcode(end()[0])
+        if out.exists():  # it was faster: then the model is whole
+            assert Checkpoint(out).hash() != before
+            load_module(out, "auto")
+            continue
+        caught += 1
+        assert status == (130 if blow == signal.SIGINT else -signal.SIGKILL)
+        left = [path.name for path in tmp_path.glob(f".out{attempt}.partial-*")]
+        assert left == ([] if blow == signal.SIGINT else [f".out{attempt}.partial-{pid}"])
+        if left and caught == 1:
+            write(apply(Scale(0.5), Checkpoint(large), "0.attn.q"), out)
+            assert not any(tmp_path.glob(f".out{attempt}.partial-*"))
+    assert caught, "the writer was never caught at it"
+    assert Checkpoint(large).hash() == before
