@@ -521,9 +521,10 @@ def main() -> None:
     """The console script: one clear line for what went wrong, and an exit code that says what kind it was."""
     try:
         app()
-    except KeyboardInterrupt:
-        typer.echo("surgery: interrupted; nothing half-written was left", err=True)
-        sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code == 130:  # typer's, for an interrupt
+            typer.echo("surgery: interrupted; nothing half-written was left", err=True)
+        raise
     except (ValueError, OSError, KeyError, FloatingPointError) as error:
         typer.echo(f"surgery: {error.args[0] if isinstance(error, KeyError) and error.args else error}", err=True)
         sys.exit(1 if type(error).__name__ == "VerificationError" else 2)

@@ -11,20 +11,20 @@ class Plan:
 
     steps, batch_size: of both arms, which see the same data in the same order. watch_every: optimizer steps between measurements,
     on watch_items questions. held_out: questions for before and after. sweep_items, sweep_texts: questions and general passages at each
-    strength. faith_items, drift_items: questions whose thinking is cut, and whose activations are compared.
+    strength. faith_items: questions whose thinking is cut. drift_items: questions, and at most as many passages, whose activations are compared.
     """
 
     model: str = "specimen"
     seed: int = 0
-    steps: int = 48
+    steps: int = 40
     batch_size: int = 16
-    watch_every: int = 16
+    watch_every: int = 20
     watch_items: int = 16
     held_out: int = 128
     sweep_items: int = 32
-    sweep_texts: int = 20
+    sweep_texts: int = 16
     faith_items: int = 48
-    drift_items: int = 48
+    drift_items: int = 24
     max_new_tokens: int = 60
     device: str = "auto"
 

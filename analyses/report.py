@@ -208,7 +208,7 @@ def _headline_geometry(table: Any) -> DataFrame:
         "stable_rank",
     ]
     kept = table[(table["part"] == "all") & table["measure"].isin(wanted)]
-    return kept.drop(columns=[c for c in ("part", "level") if c in kept])
+    return kept.drop(columns=["part", "seed", "method"])
 
 
 def _table(table: Any, columns: list[str] | None) -> str:

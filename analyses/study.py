@@ -251,7 +251,7 @@ class _Study:
 
         model = self.model
         task = [model.transcript(q.question, q.completion(model.markers)) for q in self.test[: self.plan.drift_items]]
-        general = as_transcripts(model, GENERAL_TEXT)
+        general = as_transcripts(model, GENERAL_TEXT[: self.plan.drift_items])
         texts = {"task": (task, ("thinking", "answer")), "general": (general, ("all",))}
         rows: list[dict[str, Any]] = []
         divergence: list[dict[str, Any]] = []

@@ -53,27 +53,33 @@ class AnswerLikelihood:
 
 
 class DriftFromStart:
-    """How far the residual stream has moved since step 0, on fixed transcripts: the normalised mean shift at some layers.
+    """How far the residual stream has moved since this was made, on fixed transcripts: the normalised mean shift at some layers.
 
-    Gives one number a layer (``L15``) and their mean (``all``), in units of the spread at step 0.
+    Gives one number a layer (``L15``) and their mean (``all``), in units of the spread at the start. Make it before training: a
+    resumed run then measures from the same start.
     """
 
     __name__ = "drift"
 
     def __init__(
-        self, transcripts: Sequence[Transcript], layers: Sequence[int] | None = None, over: str = "completion"
+        self,
+        model: Model,
+        transcripts: Sequence[Transcript],
+        layers: Sequence[int] | None = None,
+        over: str = "completion",
     ):
-        self._transcripts, self._layers, self._over = list(transcripts), layers, over
-        self._start: Activations | None = None
+        depth = model.anatomy.n_layers
+        self._transcripts, self._over = list(transcripts), over
+        self._layers = sorted({depth // 4, depth // 2, 3 * depth // 4, depth}) if layers is None else list(layers)
+        self._start = self._collect(model)
 
     def __call__(self, model: Model, step: int) -> dict[str, float]:
-        depth = model.anatomy.n_layers
-        layers = self._layers or sorted({depth // 4, depth // 2, 3 * depth // 4, depth})
-        now = collect(model, self._transcripts, at=[Site(layer, "resid") for layer in layers], over=self._over)
-        if self._start is None:
-            self._start = now
+        now = self._collect(model)
         shifts = {f"L{s.layer}": mean_shift(self._start[s], now[s]) for s in now.sites}
         return {"all": sum(shifts.values()) / len(shifts), **shifts}
+
+    def _collect(self, model: Model) -> Activations:
+        return collect(model, self._transcripts, at=[Site(n, "resid") for n in self._layers], over=self._over)
 
 
 def as_transcripts(model: Model, texts: Sequence[str]) -> list[Transcript]:
@@ -99,8 +105,8 @@ def watches(
     makers: Mapping[str, Callable[[], Monitor]] = {
         "accuracy": lambda: Answers(questions, max_new_tokens),
         "nll": lambda: AnswerLikelihood(teacher),
-        "drift": lambda: DriftFromStart(teacher),
-        "drift-general": lambda: DriftFromStart(as_transcripts(model, texts), over="all"),
+        "drift": lambda: DriftFromStart(model, teacher),
+        "drift-general": lambda: DriftFromStart(model, as_transcripts(model, texts), over="all"),
         "change": lambda: ChangeNorm(model),
     }
     return [every(steps, makers[name](), name) for name in names]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import TrainerCallback
@@ -21,6 +21,7 @@ from surgery.sites import Site
 from surgery.weights import linear_sites
 
 
+@runtime_checkable
 class Monitor(Protocol):
     """What can be measured while training. It must not change the model."""
 

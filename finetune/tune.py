@@ -1,13 +1,15 @@
 """`tune` puts an optimizer, a loss mask and monitors into TRL's SFTTrainer. No trainer of our own.
 
-What is borrowed is given back: the module's forward, its training mode, ``requires_grad`` and its hooks are afterwards as before;
-only the weights have changed.
+What is borrowed is given back, after an error too: the module's forward and settings, its training mode, ``requires_grad``, its hooks and
+the random state are afterwards as before; only the weights have changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.lift import LIFT, Select
+from finetune.lift import LIFT, Select, budget
 from surgery.model import Model, common_prefix, prefix_cache
 from surgery.transcript import Transcript
 from surgery.weights import linear_sites
@@ -33,7 +36,7 @@ _COMPLETE = "complete.json"
 class Tuned:
     """What a run did. losses: training loss of every optimizer step. trainable: how many numbers were free to move.
 
-    refreshes: for LIFT with a refresh interval, the mask overlap at each refresh. seconds: the training loop's own time.
+    refreshes: for LIFT with a refresh interval, the mask overlap at each refresh (of a resumed run: since then). seconds: the training loop's own time.
     """
 
     method: Method
@@ -92,7 +95,8 @@ def tune(
     Raises ValueError for settings out of range, for transcripts without the span, and for full or lora tuning of weights that are not
     fp32 (their steps would vanish in rounding: load with dtype="float32"); FloatingPointError when the loss is not finite, naming the step.
     """
-    _check(method, steps, batch_size, accumulate, density, lora_rank, select, save_every, checkpoints, watch, log)
+    _check(method, steps, batch_size, accumulate, save_every, checkpoints, watch, log)
+    _check_budget(method, density, lora_rank, filter_rank, refresh, select)
     if method != "lift" and any(p.dtype != torch.float32 for p in model.module.parameters()):
         raise ValueError(
             f"{method} tuning needs fp32 weights, or its steps vanish in rounding. Load the model with dtype='float32'."
@@ -104,12 +108,13 @@ def tune(
         "schedule": schedule, "warmup": warmup, "max_grad_norm": max_grad_norm, "over": over, "autocast": autocast, "seed": seed,
     }  # fmt: skip
     rows = _labelled(transcripts, over)
+    settings["data"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    sparse = {"density": density, "lora_rank": lora_rank} if density or lora_rank else {"density": 0.05}
+    sparse = {"density": 0.05 if density is None and lora_rank is None else density, "lora_rank": lora_rank}
 
     class Trainer(SFTTrainer):
         def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -121,7 +126,7 @@ def tune(
                     "weight_decay": weight_decay,
                     "seed": seed,
                 }
-                self.optimizer = LIFT(chosen, lr=peak, **sparse, **options)
+                self.optimizer = borrowed.enter_context(LIFT(chosen, lr=peak, **sparse, **options))
             return super().create_optimizer()
 
         def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -149,9 +154,13 @@ def tune(
             return loss
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            if self.state.global_step >= steps:
+                return  # nothing is left to resume, and resuming there would take one step more
             super()._save_checkpoint(*args, **kwargs)
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            (folder / _COMPLETE).write_text(json.dumps(settings), encoding="utf-8")
+            part = folder / f".{_COMPLETE}.partial"
+            part.write_text(json.dumps(settings), encoding="utf-8")
+            part.replace(folder / _COMPLETE)
 
     with ExitStack() as borrowed:
         module, model_device = borrowed.enter_context(_as_before(model.module)), model.device
@@ -167,7 +176,11 @@ def tune(
             disable_tqdm=not progress, remove_unused_columns=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
             dataloader_pin_memory=model.device.type == "cuda",
         )  # fmt: skip
-        learner: Any = _with_adapter(module, model, lora_rank or 16) if method == "lora" else module
+        learner: Any = module
+        if method == "lora":
+            torch.manual_seed(seed)  # an adapter begins at random
+            learner = _with_adapter(module, model, lora_rank or 16)
+            borrowed.callback(learner.unload)  # after a merge there is nothing left to unload
         trainer = Trainer(
             model=learner,
             args=args,
@@ -185,16 +198,14 @@ def tune(
             trainer.add_callback(Recorder(model, watch, log))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         lift = _lift(trainer)
-        if lift:
-            lift.close()
-        if method == "lora":
-            learner.merge_and_unload()
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
         trainable = (
-            sum(len(s["indices"]) for s in lift.state.values())
+            sum(len(state["indices"]) for state in lift.state.values())
             if lift
             else sum(p.numel() for p in learner.parameters() if p.requires_grad)
         )
+        if method == "lora":
+            learner.merge_and_unload()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
         seconds = next(
             (e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), float("nan")
         )
@@ -237,23 +248,36 @@ def completion_loss(
 
 
 def _check(
-    method: str, steps: int, batch_size: int, accumulate: int, density: float | None, lora_rank: int | None, select: str,
-    save_every: int | None, checkpoints: object, watch: Sequence[Any], log: object,
+    method: str, steps: int, batch_size: int, accumulate: int, save_every: int | None, checkpoints: object, watch: Sequence[Any],
+    log: object,
 ) -> None:  # fmt: skip
     if method not in get_args(Method):
         raise ValueError(f"There is no method {method!r}. Choose {', '.join(get_args(Method))}.")
-    if method != "lift" and (density is not None or select != "largest"):
-        raise ValueError(f"density and select are LIFT's; {method} does not have them.")
-    if method == "full" and lora_rank is not None:
-        raise ValueError("lora_rank is a budget of lift and lora; full trains everything.")
     if steps < 1 or batch_size < 1 or accumulate < 1 or batch_size % accumulate:
         raise ValueError(
             f"steps={steps}, batch_size={batch_size}, accumulate={accumulate}: all at least 1, and the batch divisible by accumulate."
         )
+    if save_every is not None and save_every < 1:
+        raise ValueError(f"save_every={save_every}: a checkpoint every 1 or more steps, or None for none.")
     if save_every and not checkpoints:
         raise ValueError("save_every needs checkpoints, the folder to save to.")
     if bool(watch) != bool(log):
         raise ValueError("watch and log go together: the monitors, and the file their lines are written to.")
+
+
+def _check_budget(
+    method: str, density: float | None, lora_rank: int | None, filter_rank: int, refresh: int | None, select: str
+) -> None:
+    if method != "lift" and (density, filter_rank, refresh, select) != (None, 16, None, "largest"):
+        raise ValueError(f"density, filter_rank, refresh and select are LIFT's; {method} does not have them.")
+    if method == "full" and lora_rank is not None:
+        raise ValueError("lora_rank is a budget of lift and lora; full trains everything.")
+    if density is not None or lora_rank is not None:
+        budget((1, 1), density, lora_rank)
+    if refresh is not None and refresh < 1:
+        raise ValueError(f"refresh={refresh}: choose anew every 1 or more steps, or None to keep the first choice.")
+    if select not in get_args(Select):
+        raise ValueError(f"There is no select {select!r}. Choose {', '.join(get_args(Select))}.")
 
 
 def _labelled(transcripts: Sequence[Transcript], over: str) -> list[dict[str, list[int]]]:
@@ -302,15 +326,23 @@ def _lift(trainer: Any) -> LIFT | None:
 
 @contextmanager
 def _as_before(module: nn.Module) -> Iterator[nn.Module]:
-    """Give back the forward that TRL replaces, the mode, and what had a gradient."""
+    """Give back what a trainer puts on a module (its forward, its marks, settings of its config), the mode, what had a gradient, and
+    the random state."""
     training, free = module.training, [(p, p.requires_grad) for p in module.parameters()]
-    own = module.__dict__.get("forward")
+    own, config = dict(module.__dict__), dict(vars(module.config))
+    draws = random.getstate(), np.random.get_state()
     try:
-        yield module
+        with torch.random.fork_rng():
+            yield module
     finally:
-        module.__dict__.pop("forward", None)
-        if own is not None:
-            module.forward = own
+        random.setstate(draws[0])
+        np.random.set_state(draws[1])
+        for name in module.__dict__.keys() - own.keys():
+            del module.__dict__[name]
+        if "forward" in own:
+            module.forward = own["forward"]
+        vars(module.config).clear()
+        vars(module.config).update(config)
         module.train(training)
         for parameter, needed in free:
             parameter.requires_grad_(needed)

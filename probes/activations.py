@@ -37,7 +37,8 @@ class Activations:
         return list(self.values)
 
     def __getitem__(self, site: Site | str) -> Float[Tensor, "row d"]:
-        return self.values[match(str(site), self.values)[0]]
+        wanted = Site.parse(site)
+        return self.values[wanted if wanted in self.values else match(str(site), self.values)[0]]
 
     def __len__(self) -> int:
         return len(self.transcript)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from surgery.sites import Site, match
+from surgery.sites import Site, nothing_matched
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,7 +163,7 @@ class Anatomy:
     def hook_point(self, site: Site) -> str:
         """Path of the module whose *input* is the stream at an activation site."""
         if site not in self.activation_sites():
-            match(str(site), self.activation_sites())  # raises, listing what exists
+            raise ValueError(nothing_matched(str(site), self.activation_sites()))
         if site.part == "mid":
             return f"{self.blocks}.{site.layer}.{self.mid}"
         if site.layer == self.n_layers:
@@ -171,43 +171,85 @@ class Anatomy:
         return f"{self.blocks}.{site.layer}"
 
     def check(self, module: nn.Module, seed: int = 0) -> None:
-        """Prove the map on a live module: perturb each site in turn and require the logits to move.
+        """Prove the map on a live module: perturb each site in turn and see what moves.
 
-        Raises RuntimeError naming the first site whose shape contradicts the config or that moves nothing. Weights are restored
-        bit for bit.
+        The logits must; of the streams, those before the site must not, and the one between attention and MLP must move for
+        attention alone; on a single token, whose attention is 1 whatever q and k are, v must matter and q and k must not. (What
+        this cannot tell apart: q from k where they have equally many heads, gate from up.) Raises RuntimeError naming the first site that
+        behaves otherwise, or whose shape contradicts the config. Weights are restored bit for bit.
         """
         parameters = dict(module.named_parameters())
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, self.vocab, (1, 8), generator=generator).to(next(module.parameters()).device)
-        rows = {
-            "attn.q": self.n_heads * self.head_dim,
-            "attn.k": self.n_kv_heads * self.head_dim,
-            "attn.o": self.d_model,
-        }
-        with torch.no_grad():
-            before = module(input_ids=ids).logits
-            for site, place in self.places.items():
-                parameter = parameters[place.name]
-                tensor = place.take(parameter)
-                if site.part in rows and tensor.shape[0] != rows[site.part]:
-                    raise RuntimeError(
-                        f"{site} has {tensor.shape[0]} rows where the config of this {self.family} says {rows[site.part]}."
+        seen: dict[Site, Tensor] = {}
+
+        def run(tokens: Tensor) -> Tensor:
+            return module(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+
+        def keep(site: Site) -> Any:
+            return lambda _, args, kwargs: seen.update({site: args[0] if args else kwargs["hidden_states"]})
+
+        hooks = [
+            module.get_submodule(self.hook_point(site)).register_forward_pre_hook(keep(site), with_kwargs=True)
+            for site in self.activation_sites()
+        ]
+        try:
+            with torch.no_grad():
+                alone, before, streams = run(ids[:, :1]), run(ids), dict(seen)
+                for site, place in self.places.items():
+                    parameter = parameters[place.name]
+                    tensor = place.take(parameter)
+                    self._check_shape(site, tensor.shape)
+                    original = parameter.detach().clone()
+                    spread = tensor.float().std(unbiased=False) + 0.5
+                    noise = torch.randn(tensor.shape, generator=generator).to(tensor) * spread
+                    used = tensor + noise
+                    if site.part == "embed":
+                        used = tensor.clone()
+                        used[ids[0]] += noise[ids[0]]
+                    try:
+                        parameter.copy_(place.put(parameter, used))
+                        single, moved = not torch.equal(run(ids[:, :1]), alone), not torch.equal(run(ids), before)
+                    finally:
+                        parameter.copy_(original)
+                    wrong = self._behaves(
+                        site, moved, single, {s for s in streams if not torch.equal(seen[s], streams[s])}
                     )
-                original = parameter.detach().clone()
-                noise = torch.randn(tensor.shape, generator=generator).to(tensor) * (
-                    tensor.float().std(unbiased=False) + 0.5
-                )
-                used = tensor + noise
-                if site.part == "embed":
-                    used = tensor.clone()
-                    used[ids[0]] += noise[ids[0]]
-                parameter.copy_(place.put(parameter, used))
-                moved = not torch.equal(module(input_ids=ids).logits, before)
-                parameter.copy_(original)
-                if not moved and not site.part.endswith(
-                    "k.bias"
-                ):  # a key bias cancels in the softmax of an unrotated query
-                    raise RuntimeError(f"{site} (stored as {place.name}) was perturbed and the logits did not move.")
+                    if wrong:
+                        raise RuntimeError(f"{site} (stored as {place.name}) was perturbed and {wrong}.")
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_shape(self, site: Site, found: torch.Size) -> None:
+        d, q, kv = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int | None, ...]] = {
+            "embed": (self.vocab, d), "head": (self.vocab, d), "norm": (d,), "attn.q": (q, d), "attn.k": (kv, d),
+            "attn.v": (kv, d), "attn.o": (d, q), "mlp.gate": (None, d), "mlp.up": (None, d), "mlp.down": (d, None),
+        }  # fmt: skip
+        said = shapes.get(site.part, (None,) * len(found))
+        if len(said) != len(found) or any(n not in (None, m) for n, m in zip(said, found, strict=True)):
+            raise RuntimeError(f"{site} has shape {tuple(found)} where the config of this {self.family} says {said}.")
+
+    def _behaves(self, site: Site, moved: bool, single: bool, streams: set[Site]) -> str | None:
+        """What is wrong with what a perturbed site moved: the logits, those of a single token, the streams."""
+        kind, _, name = site.part.removesuffix(".bias").partition(".")
+        if not moved and site.part != "attn.k.bias":  # which cancels in the softmax of an unrotated query
+            return "the logits did not move"
+        if site.layer is None:
+            return None
+        early = sorted(s for s in streams if (s.layer or 0, s.part == "mid") <= (site.layer, kind == "mlp"))
+        if early:
+            return f"{early[0]}, which comes before it, moved"
+        if kind == "attn" and moved and self.mid and Site(site.layer, "mid") not in streams:
+            return f"{site.layer}.mid, which comes after it, did not move"
+        if moved and Site(site.layer + 1, "resid") not in streams:
+            return f"{site.layer + 1}.resid, which comes after it, did not move"
+        if kind == "attn" and name in ("q", "k", "q_norm", "k_norm") and single:
+            return "the logits of a single token moved"
+        if site.part == "attn.v" and not single:
+            return "the logits of a single token did not move"
+        return None
 
 
 @dataclass(frozen=True)

@@ -563,8 +563,8 @@ class _Tally:
 
     def add(self, before: Tensor, wish: Tensor, after: Tensor) -> None:
         was = before.float()
-        asked = (wish.float() - was).view(-1)
-        got = asked if after.dtype == torch.float32 else after.float().sub_(was).view(-1)
+        asked = (wish.float() - was).reshape(-1)
+        got = asked if after.dtype == torch.float32 else (after.float() - was).reshape(-1)
         kept = float(got.dot(got))
         if not math.isfinite(kept):  # what is not finite is not after squaring either
             _require_finite(before, [self._site])
@@ -642,7 +642,7 @@ class _Worker:
 
 def _copy_side_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     """Tokenizer, template, processor and generation files; the config with its dtype made true."""
-    skip = {RECORD, INDEX, "pytorch_model.bin.index.json"}
+    skip = {RECORD, INDEX, "pytorch_model.bin.index.json", "provenance.json"}  # true of the original only
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(".") and path.suffix not in _WEIGHTS and path.name not in skip:
             _copy(path, target / path.name)

@@ -61,10 +61,10 @@ class Record:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        self._clock = time.monotonic() - self.seconds
         if not self.started:
             self.started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             self.environment = environment()
-            self._clock = time.monotonic()
 
     def save(self, folder: str | os.PathLike[str], reproducible: Sequence[str] = ("*",)) -> Path:
         """Hash the folder's files and write the record beside them. `reproducible`: patterns of the files `replay` will compare."""

@@ -99,7 +99,7 @@ def match(patterns: str | Site | Iterable[str | Site], sites: Iterable[Site]) ->
         test = _compiled(whole)
         hits = [s for s, text in zip(existing, texts, strict=True) if test(text)]
         if not hits:
-            raise ValueError(_nothing_matched(str(pattern), existing))
+            raise ValueError(nothing_matched(str(pattern), existing))
         for site in hits:
             chosen[Site(site.layer, site.part, head) if head is not None else site] = None
     order = {s: i for i, s in enumerate(existing)}
@@ -135,7 +135,8 @@ def _segment_matches(wanted: str, found: str) -> bool:
     return fnmatchcase(found, wanted)
 
 
-def _nothing_matched(pattern: str, sites: list[Site]) -> str:
+def nothing_matched(pattern: str, sites: list[Site]) -> str:
+    """What to say of a pattern that names none of the sites: the nearest name, and what exists."""
     layers = [s.layer for s in sites if s.layer is not None]
     parts = sorted({s.part for s in sites if s.layer is not None})
     outside = [str(s) for s in sites if s.layer is None]

@@ -140,7 +140,9 @@ def read_transcript(
         closed = text.find(markers.close, opened, body_end)
         inner = opened + len(markers.open)
         first = _first_token_from(offsets, inner, start)
-        last = _first_token_from(offsets, closed if closed >= 0 else body_end, first)
+        last = first  # strictly between: a token that reaches into the closing marker is not thinking
+        while last < stop and (closed < 0 or offsets[last][1] <= closed) and offsets[last][0] < body_end:
+            last += 1
         spans["thinking"] = (first, min(last, stop))
         if closed >= 0:
             after = _first_token_from(offsets, closed + len(markers.close), last)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -54,6 +54,9 @@ class _Tensors(Mapping[Site, Tensor]):
 
     def __contains__(self, site: object) -> bool:  # Mapping's own would read the tensor
         return isinstance(site, Site | str) and self._resolve(site) in self.shapes()
+
+    def get(self, site: Site | str, default: Any = None) -> Any:  # Mapping's own expects a KeyError
+        return self[site] if site in self else default
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.shapes())
@@ -107,7 +110,7 @@ class Weights(_Tensors):
         if not isinstance(other, Weights):
             return NotImplemented
         require_same_sites(self, other)
-        return Difference([(1.0, self), (-1.0, other)], self.shapes())
+        return Difference(_merged([(1.0, self), (-1.0, other)]), self.shapes())
 
     def __add__(self, other: Delta) -> Weights:
         if isinstance(other, Weights):

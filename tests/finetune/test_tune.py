@@ -1,0 +1,483 @@
+"""Laws of tuning: the loss is the module's own, what a step does not depend on, what is given back, and what a killed run leaves."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from analyses.tasks import chained_sums
+from finetune.lift import LIFT, principal_indices
+from finetune.monitors import every
+from finetune.tune import Tuned, completion_loss, tune
+from surgery.model import Model
+from surgery.transcript import Transcript
+from surgery.weights import linear_sites
+from tests.families import tiny
+
+QUESTIONS = chained_sums(16, seed=3, terms=(2, 3))
+SMALL: dict[str, Any] = {"steps": 3, "batch_size": 4, "autocast": False}
+STARTS = {"llama": tiny("llama")[0]}
+
+
+def model(family: str = "llama", dtype: torch.dtype = torch.float32) -> Model:
+    module, tokenizer = tiny(family, dtype=dtype)
+    return Model(module, tokenizer)
+
+
+def taught(m: Model, count: int = 16) -> list[Transcript]:
+    return [m.transcript(q.question, q.completion(m.markers)) for q in QUESTIONS[:count]]
+
+
+def tensors(m: Model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in m.module.named_parameters()}
+
+
+def run(**options: Any) -> tuple[Model, Tuned]:
+    m = model()
+    return m, tune(m, taught(m), **(SMALL | options))
+
+
+def same(a: Model, b: Model) -> bool:
+    return all(torch.equal(x, tensors(b)[name]) for name, x in tensors(a).items())
+
+
+def moved(m: Model) -> set[str]:
+    start = dict(STARTS["llama"].named_parameters())
+    return {name for name, p in m.module.named_parameters() if not torch.equal(p, start[name])}
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def batch(m: Model, count: int = 4) -> dict[str, torch.Tensor]:
+    rows = []
+    for t in taught(m, count):
+        begin, end = t.spans["completion"]
+        ids = torch.tensor(t.ids)
+        labels = torch.full_like(ids, -100)
+        labels[begin:end] = ids[begin:end]
+        rows.append((ids, labels))
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([r[0] for r in rows], batch_first=True)
+    mask = pad([torch.ones_like(r[0]) for r in rows], batch_first=True)
+    labels = pad([r[1] for r in rows], batch_first=True, padding_value=-100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3", "gpt-neox"])
+def test_loss_and_gradients_are_the_modules_own(family: str, share: bool) -> None:
+    m = model(family)
+    inputs = batch(m)
+    own = m.module(**inputs).loss
+    own.backward()
+    expected = {name: p.grad.clone() for name, p in m.module.named_parameters() if p.grad is not None}
+    m.module.zero_grad()
+    found = completion_loss(m.module, inputs, share=share)
+    found.backward()
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=0)
+    for name, p in m.module.named_parameters():
+        if name in expected:
+            assert p.grad is not None, name
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=2e-5 * float(expected[name].abs().max()))
+
+
+def test_loss_of_one_row_and_of_a_given_count() -> None:
+    m = model()
+    one = {k: v[:1] for k, v in batch(m).items()}
+    torch.testing.assert_close(completion_loss(m.module, one), m.module(**one).loss)
+    inputs = batch(m)
+    n = int((inputs["labels"][:, 1:] != -100).sum())
+    torch.testing.assert_close(completion_loss(m.module, inputs, 2 * n), m.module(**inputs).loss / 2)
+
+
+def test_training_is_trls_own() -> None:
+    """Full tuning with our loss, step by step, against SFTTrainer with nothing of ours in it."""
+    import tempfile
+
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    ours, done = run(method="full", lr=1e-3, batch_size=4, accumulate=2)
+    theirs = model()
+    rows = []
+    for t in taught(theirs):
+        begin, _ = t.spans["completion"]
+        rows.append({"input_ids": list(t.ids), "labels": [-100] * begin + list(t.ids[begin:])})
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            output_dir=folder, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3,
+            weight_decay=0.0, seed=0, data_seed=0, bf16=False, use_cpu=True, logging_steps=1, save_strategy="no",
+            report_to=[], disable_tqdm=True, max_length=None, remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False, dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = SFTTrainer(
+            model=theirs.module,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=0),
+            processing_class=theirs.tokenizer,
+        )
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert done.losses == pytest.approx(losses, rel=1e-4)
+    for name, tensor in tensors(ours).items():
+        torch.testing.assert_close(tensor, tensors(theirs)[name], rtol=1e-3, atol=1e-4)
+
+
+def test_tokens_outside_the_span_have_no_loss() -> None:
+    """The answer's loss is a per-token mean over the answer alone, computed here from the logits."""
+    m = model()
+    told = taught(m, 4)
+    nats, count = 0.0, 0
+    with torch.no_grad():
+        for t in told:
+            begin, end = t.spans["answer"]
+            log_probabilities = m.module(input_ids=torch.tensor([t.ids])).logits[0].log_softmax(-1)
+            for i in range(begin, end):
+                nats -= float(log_probabilities[i - 1, t.ids[i]])
+                count += 1
+    done = tune(m, told, over="answer", **(SMALL | {"steps": 1}))
+    assert done.losses == [pytest.approx(nats / count, rel=1e-5)]
+    assert done.losses[0] != pytest.approx(tune(model(), told, **(SMALL | {"steps": 1})).losses[0], rel=1e-2)
+
+
+# --- what a step does -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lift", "full"])
+def test_accumulation_is_one_large_batch(method: Any) -> None:
+    small, a = run(method=method, batch_size=16, accumulate=4)
+    large, b = run(method=method, batch_size=16, accumulate=1)
+    assert a.losses == pytest.approx(b.losses, rel=1e-5)
+    assert a.gradient_norms == pytest.approx(b.gradient_norms, rel=1e-4)
+    for name, tensor in tensors(small).items():
+        torch.testing.assert_close(tensor, tensors(large)[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"select": "random"}, {"method": "full"}, {"method": "lora"}], ids=str)
+def test_a_run_repeats_whatever_the_random_state(options: dict[str, Any]) -> None:
+    first = run(**options)[0]
+    torch.manual_seed(17)
+    assert same(first, run(**options)[0])
+
+
+@pytest.mark.parametrize("method", ["lift", "full"])
+def test_clipping_acts_and_the_norm_is_that_before_it(method: Any) -> None:
+    # without steps of its own (lr 0) the gradient's norm does not depend on the clip
+    reported = [run(method=method, lr=0.0, max_grad_norm=norm)[1].gradient_norms for norm in (0.0, 1.0, 1e-9)]
+    assert reported[0] == pytest.approx(reported[1], rel=1e-5)
+    assert reported[0] == pytest.approx(reported[2], rel=1e-5)
+    assert min(reported[0]) > 1
+    tightly, loosely = run(method=method, max_grad_norm=1e-9)[0], run(method=method, max_grad_norm=1.0)[0]
+    assert not same(tightly, loosely)
+    # Adam divides the scale away, but not below its eps: 1e-8
+    start = dict(STARTS["llama"].named_parameters())
+    far = {
+        m: max(float((p - start[n]).detach().abs().max()) for n, p in m.module.named_parameters())
+        for m in (tightly, loosely)
+    }
+    assert far[tightly] < far[loosely] / 2
+
+
+def test_lifts_own_clip_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    clip = LIFT.clip_grad_norm_
+    monkeypatch.setattr(LIFT, "clip_grad_norm_", lambda self, norm: (asked.append(norm), clip(self, norm))[1])
+    run(max_grad_norm=0.25)
+    assert asked == [0.25] * 3
+
+
+def test_lift_leaves_every_other_entry_its_bytes() -> None:
+    m = model()
+    start = {s: m.weights[s].clone() for s in m.weights}
+    done = tune(m, taught(m), density=0.1, filter_rank=4, **SMALL)
+    assert done.trainable == sum(max(1, int(0.1 * start[s].numel())) for s in linear_sites(m.weights))
+    for site, before in start.items():
+        after = m.weights[site]
+        changed = (before.view(torch.int32) != after.view(torch.int32)).reshape(-1).nonzero().squeeze(1)
+        if site in linear_sites(m.weights):
+            allowed = principal_indices(before, 4, max(1, int(0.1 * before.numel())))
+            assert len(changed) > 0.9 * len(allowed)
+            assert not set(changed.tolist()) - set(allowed.tolist()), site
+        else:
+            assert not len(changed), site
+
+
+def test_lift_tunes_bfloat16_in_place() -> None:
+    m = model(dtype=torch.bfloat16)
+    done = tune(m, taught(m), lr=1e-2, **(SMALL | {"steps": 6}))
+    assert done.losses[-1] < done.losses[0]
+    assert {p.dtype for p in m.module.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("method", "free"), [("lift", 1260), ("full", 28768), ("lora", 0)])
+def test_each_method_trains(method: Any, free: int) -> None:
+    m = model()
+    done = tune(
+        m, taught(m), method=method, lr=1e-2, lora_rank=4 if method == "lora" else None, **(SMALL | {"steps": 6})
+    )
+    assert done.losses[-1] < done.losses[0] - 0.5
+    assert len(done.losses) == len(done.gradient_norms) == done.steps == 6
+    assert done.seconds > 0
+    everything = set(dict(m.module.named_parameters()))
+    matrices = {m.anatomy.places[s].name for s in linear_sites(m.weights)}
+    assert moved(m) == (everything if method == "full" else matrices)
+    if method == "lora":
+        free = sum(4 * (a + b) for a, b in (m.weights.shape(s) for s in linear_sites(m.weights)))
+    assert done.trainable == free
+
+
+def test_a_merged_adapter_has_its_rank() -> None:
+    m = model()
+    start = {s: m.weights[s].clone() for s in linear_sites(m.weights)}
+    tune(m, taught(m), method="lora", lora_rank=2, lr=1e-2, **SMALL)
+    for site, before in start.items():
+        assert torch.linalg.matrix_rank(m.weights[site] - before, rtol=1e-4) <= 2
+
+
+def test_each_select_trains_another_set() -> None:
+    changed = {}
+    for select in ("largest", "smallest", "magnitude", "random"):
+        m, _ = run(select=select, filter_rank=4, steps=1)
+        start = dict(STARTS["llama"].named_parameters())
+        flat = [(p != start[n]).reshape(-1) for n, p in m.module.named_parameters()]
+        changed[select] = frozenset(torch.cat(flat).nonzero().squeeze(1).tolist())
+        assert changed[select]
+    assert len(set(changed.values())) == 4
+    assert not changed["largest"] & changed["smallest"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"lr": 2e-3}, {"batch_size": 8}, {"steps": 4}, {"density": 0.1}, {"lora_rank": 1}, {"filter_rank": 2}, {"refresh": 1},
+        {"select": "random"}, {"weight_decay": 0.5}, {"schedule": "constant"}, {"warmup": 2}, {"max_grad_norm": 1e-9},
+        {"over": "answer"}, {"autocast": True}, {"seed": 1}, {"method": "full"}, {"method": "lora"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_option_changes_something(option: dict[str, Any], plain: Model) -> None:
+    assert not same(run(**option)[0], plain)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Model:
+    return run()[0]
+
+
+def test_refreshes_are_reported() -> None:
+    done = run(refresh=2, lr=0.1, steps=4)[1]
+    assert [r.step for r in done.refreshes] == [2, 4]
+    assert all(0 < r.overlap < 1 for r in done.refreshes)
+
+
+# --- what is given back -----------------------------------------------------------------------------------------------
+
+
+def belongings(m: Model) -> dict[str, Any]:
+    """Everything of a model and of the process that tuning borrows."""
+    hooks = [len(p._post_accumulate_grad_hooks or ()) + len(p._backward_hooks or ()) for p in m.module.parameters()]
+    modules = [
+        (
+            name,
+            type(part),
+            part.training,
+            len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks),
+        )
+        for name, part in m.module.named_modules()
+    ]
+    return {
+        "names": sorted(m.module.__dict__),
+        "parameters": [(n, id(p), p.requires_grad, p.grad is None) for n, p in m.module.named_parameters()],
+        "modules": modules,
+        "hooks": hooks,
+        "config": copy.deepcopy(m.module.config.to_dict()),
+        "generation": copy.deepcopy(m.module.generation_config.to_dict()),
+        "forward": m.module.forward.__func__,
+        "tokenizer": (m.tokenizer.padding_side, m.tokenizer.pad_token, m.tokenizer.eos_token, m.tokenizer.model_max_length),
+        # not Python's own random state: the type checker of these tests draws from it
+        "random": (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+        "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["lift", "full", "lora"])
+@pytest.mark.parametrize("failing", [False, True])
+def test_what_is_borrowed_is_given_back(method: Any, failing: bool, tmp_path: Path) -> None:
+    m = model()
+    next(m.module.parameters()).requires_grad_(False)
+    told, before = taught(m), belongings(m)
+    ids = torch.tensor([told[0].ids])
+    if failing:
+
+        def fails(model: Model, step: int) -> dict[str, float]:
+            if step == 2:
+                raise RuntimeError("a monitor's own error")
+            return {}
+
+        with pytest.raises(RuntimeError, match="a monitor's own error"):
+            tune(m, told, method=method, watch=[every(1, fails)], log=tmp_path / "log", **SMALL)
+    else:
+        tune(m, told, method=method, **SMALL)
+    after = belongings(m)
+    for key, value in before.items():
+        assert after[key] == value, key
+    with torch.no_grad():
+        assert m.module(input_ids=ids).logits.shape[-1] == m.anatomy.vocab
+
+
+def test_a_module_that_had_a_forward_of_its_own_keeps_it() -> None:
+    m = model()
+    own = m.module.forward
+    m.module.forward = own
+    tune(m, taught(m), **(SMALL | {"steps": 1}))
+    assert m.module.__dict__["forward"] == own
+
+
+# --- interruption and resuming ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["lift", "full", "lora"])
+def whole(request: pytest.FixtureRequest) -> tuple[str, Model, Tuned]:
+    options: dict[str, Any] = {"refresh": 2} if request.param == "lift" else {}
+    m, done = run(method=request.param, steps=6, **options)
+    return request.param, m, done
+
+
+def interrupted(folder: Path, method: Any, **options: Any) -> Model:
+    """A run of 6 steps with a checkpoint at 3, stopped in step 4 as by Ctrl-C."""
+
+    def stop(model: Model, step: int) -> dict[str, float]:
+        if step == 4:
+            raise KeyboardInterrupt
+        return {"step": float(step)}
+
+    m = model()
+    watch = {"watch": [every(1, stop)], "log": folder / "log.jsonl"}
+    with pytest.raises(KeyboardInterrupt):
+        tune(m, taught(m), method=method, checkpoints=folder, save_every=3, **(SMALL | {"steps": 6} | watch | options))
+    return m
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(whole: tuple[str, Model, Tuned], tmp_path: Path) -> None:
+    method, expected, done = whole
+    options: dict[str, Any] = {"refresh": 2} if method == "lift" else {}
+    interrupted(tmp_path, method, **options)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    half = tmp_path / "checkpoint-5"  # as left by a kill while it was being written
+    half.mkdir()
+    (half / "trainer_state.json").write_text("{")
+    m, again = model(), None
+    torch.manual_seed(99)  # a fresh process has another random state
+    again = tune(m, taught(m), method=method, checkpoints=tmp_path, save_every=3, **(SMALL | {"steps": 6} | options))
+    assert same(m, expected)
+    assert again.losses == done.losses
+    assert again.gradient_norms == done.gradient_norms
+    assert again.trainable == done.trainable
+    assert again.refreshes == [r for r in done.refreshes if r.step > 3]
+    assert not half.exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    interrupted(tmp_path, "lift")
+    for other in ({"lr": 5e-4}, {"seed": 1}, {"density": 0.1}, {"steps": 7}):
+        m = model()
+        with pytest.raises(ValueError, match=f"checkpoint of another run.*{next(iter(other))}"):
+            tune(m, taught(m), checkpoints=tmp_path, save_every=3, **(SMALL | {"steps": 6} | other))
+        assert not moved(m)
+    m = model()
+    with pytest.raises(ValueError, match=r"checkpoint of another run.*data"):
+        tune(m, taught(m, 8), checkpoints=tmp_path, save_every=3, **(SMALL | {"steps": 6}))
+
+
+def test_without_save_every_nothing_is_saved(tmp_path: Path) -> None:
+    run(checkpoints=tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_run_that_had_finished_ends_the_same_again(steps: int, tmp_path: Path) -> None:
+    first, done = run(steps=steps, schedule="constant", checkpoints=tmp_path, save_every=3)
+    second, again = run(steps=steps, schedule="constant", checkpoints=tmp_path, save_every=3)
+    assert same(first, second)
+    assert again.losses == done.losses
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_the_step() -> None:
+    m = model()
+    with torch.no_grad():
+        m.module.get_input_embeddings().weight[5].fill_(float("nan"))
+        m.module.get_input_embeddings().weight[:] += 0 * m.module.get_input_embeddings().weight[5, 0]
+    with pytest.raises(FloatingPointError, match=r"nan at step 1.*lr"):
+        tune(m, taught(m), **SMALL)
+    with pytest.raises(FloatingPointError, match=r"at step [2-9].*lr"):
+        run(method="full", lr=1e30, steps=9, max_grad_norm=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0.0}, "density"),
+        ({"density": 1.5}, "density.*1.5"),
+        ({"density": -0.1}, "density"),
+        ({"density": 0.1, "lora_rank": 2}, "exactly one"),
+        ({"lora_rank": 0}, "lora_rank"),
+        ({"method": "lora", "lora_rank": 0}, "lora_rank"),
+        ({"filter_rank": 0}, "rank"),
+        ({"refresh": 0}, "refresh"),
+        ({"method": "full", "density": 0.1}, "density.*full"),
+        ({"method": "full", "lora_rank": 2}, "lora_rank"),
+        ({"method": "full", "refresh": 2}, "refresh.*full"),
+        ({"method": "full", "filter_rank": 3}, "filter_rank.*full"),
+        ({"method": "lora", "select": "random"}, "select.*lora"),
+        ({"steps": 0}, "steps=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"accumulate": 3}, "divisible"),
+        ({"accumulate": 0}, "accumulate=0"),
+        ({"over": "thoughts"}, "no span 'thoughts'.*completion"),
+        ({"save_every": 2}, "checkpoints"),
+        ({"save_every": 0, "checkpoints": "x"}, "save_every=0"),
+        ({"watch": [every(1, lambda model, step: {})]}, "watch and log"),
+        ({"log": "x"}, "watch and log"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else str(v)[:50],
+)
+def test_bad_settings_are_one_clear_error(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    m = model()
+    for key in ("checkpoints", "log"):
+        if key in options:
+            options = options | {key: tmp_path / "x"}
+    with pytest.raises(ValueError, match=message):
+        tune(m, taught(m, 4), **(SMALL | options))
+    assert not moved(m)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_learn_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no transcripts"):
+        tune(model(), [], **SMALL)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_low_precision_weights_are_refused_where_steps_would_vanish(method: Any) -> None:
+    m = model(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"fp32.*float32"):
+        tune(m, taught(m), method=method, **SMALL)
+
+
+def test_a_checkpoint_says_what_run_it_is_of(tmp_path: Path) -> None:
+    _, done = run(checkpoints=tmp_path, save_every=2)
+    saved = json.loads((tmp_path / "checkpoint-2" / "complete.json").read_text())
+    assert saved == done.settings

@@ -1,0 +1,134 @@
+"""A live model: weights lent and given back, text that depends on its seed alone."""
+
+import pytest
+import torch
+
+from surgery.checkpoint import write
+from surgery.edits import Scale
+from surgery.model import Model, as_dtype, find, pad_after_prefix, pick_device, prefix_cache
+from surgery.weights import apply
+from tests.families import FAMILIES, save_tiny, tiny
+
+IDS = torch.arange(4, 24)[None]
+QUESTIONS = ["one", "two and two", "a much longer question, it is", "on"]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.module(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_installed_is_what_is_written_and_is_given_back(family, tied, tmp_path):
+    model = Model.load(save_tiny(family, tmp_path / "model", tied=tied))
+    edited = apply(Scale(0.5), model.weights, ["*.attn.q.h1", "*.mlp.up", "embed"])
+    before, parameters = logits(model), {n: (p, p.clone()) for n, p in model.module.named_parameters()}
+    with model.installed(edited):
+        inside = logits(model)
+        assert (model.module.get_output_embeddings().weight is model.module.get_input_embeddings().weight) == tied
+    assert not torch.equal(inside, before)
+    write(edited, tmp_path / "out")
+    assert torch.equal(logits(Model.load(tmp_path / "out")), inside)
+
+    def interrupted():
+        with model.installed(edited):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert torch.equal(logits(model), before)
+    for name, parameter in model.module.named_parameters():
+        assert parameter is parameters[name][0]
+        assert torch.equal(parameter, parameters[name][1])
+    other = Model(*tiny("llama" if family == "gpt2" else "gpt2", tied=tied))
+    with pytest.raises(ValueError, match="do not have the same anatomy"), model.installed(other.weights):
+        pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_batch_does_not_matter(family):
+    model = Model(*tiny(family))
+    together = model.generate(QUESTIONS, max_new_tokens=8)
+    alone = [model.generate(q, max_new_tokens=8)[0] for q in QUESTIONS]
+    assert [t.ids for t in together] == [t.ids for t in alone]
+    assert [t.question for t in together] == QUESTIONS
+    assert all(t.prompt == model.prompt(q).strip() for t, q in zip(together, QUESTIONS, strict=True))
+    sampled = model.generate(QUESTIONS, samples=2, temperature=5.0, seed=3, max_new_tokens=6)
+    assert [t.meta["sample"] for t in sampled] == [0, 1] * 4
+    assert [
+        t.ids for t in model.generate(QUESTIONS, samples=2, temperature=5.0, seed=3, max_new_tokens=6, batch_size=3)
+    ] == [t.ids for t in sampled]
+    assert [t.ids for t in model.generate(QUESTIONS[:2], samples=1, temperature=5.0, seed=3, max_new_tokens=6)] == [
+        sampled[0].ids,
+        sampled[2].ids,
+    ]
+    assert sampled[0].ids != sampled[1].ids
+    assert [t.ids for t in model.generate(QUESTIONS, samples=2, temperature=5.0, seed=4, max_new_tokens=6)] != [
+        t.ids for t in sampled
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shared_prefix_changes_nothing(family):
+    model = Model(*tiny(family))
+    prompts = [model.prompt_ids(q) for q in QUESTIONS]
+    ids, mask, start = pad_after_prefix(prompts, 0)
+    assert start > 3
+    plain, plain_mask, none = pad_after_prefix(prompts, 0, share=False)
+    assert none == 0
+    assert [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)] == prompts
+    assert [row[m.bool()].tolist() for row, m in zip(plain, plain_mask, strict=True)] == prompts
+    with torch.no_grad():
+        cache = prefix_cache(model.module, prompts[0][:start], len(prompts))
+        assert (cache is None) == (family in ("mistral", "gemma2", "gemma3"))  # windows
+        if cache is None:
+            return
+        where = (mask.cumsum(1) - 1).clamp_min(0)
+        shared = model.module(
+            input_ids=ids[:, start:], attention_mask=mask, position_ids=where[:, start:], past_key_values=cache
+        ).logits
+        where = (plain_mask.cumsum(1) - 1).clamp_min(0)
+        whole = model.module(input_ids=plain, attention_mask=plain_mask, position_ids=where).logits
+    torch.testing.assert_close(shared[:, -1], whole[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("heat", [0.7, 2.0])
+def test_samples_follow_the_temperature(heat):
+    model = Model(*tiny("llama"))
+    count = 3000
+    runs = model.generate("one", samples=count, temperature=heat, max_new_tokens=1, batch_size=1000)
+    ids = torch.tensor([model.prompt_ids("one")])
+    with torch.no_grad():
+        expected = count * (model.module(input_ids=ids).logits[0, -1].double() / heat).softmax(0)
+    found = torch.bincount(torch.tensor([t.ids[ids.shape[1]] for t in runs]), minlength=len(expected)).double()
+    common = expected >= 5
+    observed = torch.cat([found[common], found[~common].sum()[None]])
+    wanted = torch.cat([expected[common], expected[~common].sum()[None]])
+    degrees = len(wanted) - 1
+    chi = float(((observed - wanted) ** 2 / wanted).sum())
+    assert abs(chi - degrees) < 4.5 * (2 * degrees) ** 0.5
+
+
+def test_requests_that_cannot_be(tmp_path):
+    model = Model(*tiny("llama"))
+    for wrong in ({"samples": 0}, {"samples": 2, "temperature": 0.0}, {"temperature": -1.0}):
+        with pytest.raises(ValueError, match=r"samples=\d at temperature=.*ask for at least one sample"):
+            model.generate("one", **wrong)
+    assert model.generate([]) == []
+    with pytest.raises(ValueError, match=r"There is no device 'abacus' here\. Use auto, cpu"):
+        pick_device("abacus")
+    for dtype in ("int8", "float31"):
+        with pytest.raises(ValueError, match=rf"'{dtype}' is not a dtype of weights\. Choose float32"):
+            as_dtype(dtype)
+    with pytest.raises(FileNotFoundError, match=r"'no/such-model' is neither a folder here nor a model that the hub"):
+        find("no/such-model")
+    with pytest.raises(ValueError, match=r"is not a folder\. A checkpoint is a folder with"):
+        Model.load(tmp_path / "none")
+
+
+def test_a_teachers_transcript():
+    model = Model(*tiny("llama"))
+    t = model.transcript("why", "<think>\na\n</think>\nb", source="teacher")
+    assert (t.thinking, t.answer, t.finished, t.meta) == ("a", "b", True, {"source": "teacher"})
+    assert t.prompt == model.prompt("why").strip() != ""

@@ -1,0 +1,101 @@
+"""A receipt names what changed; a replay gives the same or says what differs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from surgery.checkpoint import Checkpoint, read_header, write
+from surgery.edits import Scale
+from surgery.record import Record, RecordError, compare_environment, environment, replay, verify
+from surgery.weights import apply
+from tests.families import save_tiny
+
+
+def scale(model: str, factor: float, to: Path) -> None:
+    """A toy command."""
+    base = Checkpoint(model)
+    record = Record("scale", {"model": model, "factor": factor}, inputs={"model": {"ref": model, "hash": base.hash()}})
+    write(apply(Scale(factor), base, "*.attn.o"), to)
+    record.save(to)
+
+
+@pytest.fixture
+def run(tmp_path):
+    scale(str(save_tiny("llama", tmp_path / "model")), 0.5, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_all_is_as_recorded(run):
+    assert verify(run) == []
+    record = Record.load(run)
+    assert record.command == "scale"
+    assert record.outputs["model.safetensors"]["(header)"]
+    assert record.environment == environment()
+
+
+def test_one_flipped_byte_names_its_tensor(run):
+    path = run / "model.safetensors"
+    for tensor in read_header(path)[0][::9]:
+        raw = bytearray(path.read_bytes())
+        raw[tensor.begin] ^= 1
+        path.write_bytes(raw)
+        assert verify(run) == [f"model.safetensors: tensor {tensor.name} differs"]
+        raw[tensor.begin] ^= 1
+        path.write_bytes(raw)
+    assert verify(run) == []
+
+
+def test_missing_extra_and_changed_files(run):
+    (run / "tokenizer.json").unlink()
+    (run / "stray.txt").touch()
+    (run / "config.json").write_text("{}")
+    assert verify(run) == ["config.json differs", "stray.txt is not in the record", "tokenizer.json is missing"]
+
+
+def test_a_replay(run, tmp_path):
+    again = replay(run, tmp_path / "again", {"scale": scale})
+    assert again.ok
+    assert "model.safetensors" in again.equal
+    assert again.environment == []
+    broken = replay(run, tmp_path / "other", {"scale": lambda model, factor, to: scale(model, 2 * factor, to)})
+    assert not broken.ok
+    assert broken.differing[0].startswith("model.safetensors: tensor model.layers.0.self_attn.o_proj.weight differs")
+
+
+def test_a_replay_that_cannot_be(run, tmp_path):
+    with pytest.raises(RecordError, match=r"The record's command is 'scale'; this version knows merge"):
+        replay(run, tmp_path / "a", {"merge": scale})
+    model = Path(Record.load(run).arguments["model"])
+    for path in model.iterdir():
+        path.unlink()
+    save_tiny("llama", model, seed=3)
+    with pytest.raises(RecordError, match=r"The input model \(.*model\) is not what it was"):
+        replay(run, tmp_path / "b", {"scale": scale})
+
+
+def test_no_record_and_a_damaged_one(run, tmp_path):
+    with pytest.raises(RecordError, match=r"has no record\.json: it was not made by a surgery command"):
+        verify(tmp_path)
+    for text in ("{", "[]", '{"command": "x", "arguments": {}, "nonsense": 1}'):
+        (run / "record.json").write_text(text)
+        with pytest.raises(RecordError, match=r"record\.json is damaged"):
+            verify(run)
+
+
+def test_a_loaded_record_can_be_saved_again(run):
+    record = Record.load(run)
+    started = record.started
+    record.results["accuracy"] = 0.5
+    record.save(run)
+    assert Record.load(run).started == started
+    assert verify(run) == []
+    assert not (run / "record.partial").exists()
+    json.loads((run / "record.json").read_text())
+
+
+def test_environments_are_compared_gravest_first():
+    now = environment()
+    then = {**now, "threads": 99, "device": "abacus", "packages": {**now["packages"], "torch": "0.1", "peft": "0.1"}}
+    assert [grade for grade, _ in compare_environment(then, now)] == ["high", "high", "medium", "low"]
+    assert compare_environment(now, now) == []
