@@ -498,6 +498,7 @@ def _common(traces: Sequence[Trace]) -> tuple[int, ...]:
 _TRUNK, _PAD = -1, -2
 _ANYWHERE = 2**62
 _Grid = Int[Tensor, "row slot"]
+_New = Int[Tensor, "row new"]
 
 
 @dataclass
@@ -622,7 +623,7 @@ class _Tree:
         self.cost += Cost(sum(map(len, lines)), ids.numel(), 1)
         return out.logits[:, places]
 
-    def _mask(self, position: _Grid, branch: _Grid, limit: _Grid, key_position: _Grid, key_branch: _Grid) -> Any:
+    def _mask(self, position: _New, branch: _New, limit: _New, key_position: _Grid, key_branch: _Grid) -> Any:
         """What is added to the attention scores ``[row, 1, new, slot]``; one mask a layer type where the types differ."""
         seen = visible(position, branch, limit, key_position, key_branch)
         if self.kinds == {"full_attention"} or not self.window:
@@ -645,7 +646,7 @@ class _Tree:
 
 
 def visible(
-    position: _Grid, branch: _Grid, limit: _Grid, key_position: _Grid, key_branch: _Grid
+    position: _New, branch: _New, limit: _New, key_position: _Grid, key_branch: _Grid
 ) -> Bool[Tensor, "row new slot"]:
     """Whether a new token sees a slot: it is not later, and it is of the same branch, or trunk before the cut."""
     trunk = (key_branch[:, None, :] == _TRUNK) & (key_position[:, None, :] < limit[:, :, None])

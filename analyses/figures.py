@@ -36,7 +36,14 @@ def early_answers(curve: DataFrame, ax: Axes | None = None) -> Axes:
                 "linestyle": ["-", "--", ":", "-."][lengths.index(length) % 4],
             }
             ax.plot(line["fraction"], line["same"], marker="o", markersize=3, label=label, **shape)
-            ax.fill_between(line["fraction"], line["low"], line["high"], color=colour(arm, i), alpha=0.12, linewidth=0)
+            ax.fill_between(
+                line["fraction"],
+                line["low"].astype(float),
+                line["high"].astype(float),
+                color=colour(arm, i),
+                alpha=0.12,
+                linewidth=0,
+            )
     ax.set(
         xlabel="share of the thinking given", ylabel="same answer as with all of it", xlim=(0, 1), ylim=(-0.03, 1.03)
     )
@@ -72,7 +79,14 @@ def drift(frame: DataFrame, ax: Axes | None = None, *, measure: str = "mean_shif
             ax.plot(
                 line["layer"], line["value"], color=shade, linestyle=style, label=f"{arm + ', ' if arm else ''}{span}"
             )
-            ax.fill_between(line["layer"], line["low"], line["high"], color=shade, alpha=0.15, linewidth=0)
+            ax.fill_between(
+                line["layer"],
+                line["low"].astype(float),
+                line["high"].astype(float),
+                color=shade,
+                alpha=0.15,
+                linewidth=0,
+            )
             if measure not in ("cka", "relative_change"):  # measured row by row: without a change they are 1 and 0
                 ax.plot(line["layer"], line["floor"], color=shade, linestyle=":", linewidth=0.9)
     ax.set(xlabel="layer (residual stream entering it)", ylabel=DRIFT_LABELS.get(measure, measure))
@@ -115,7 +129,14 @@ def sweep(frame: DataFrame, ax: Axes | None = None, *, measure: str = "accuracy"
     for i, (arm, line) in enumerate(_arms(table)):
         line = line.sort_values("strength")
         ax.plot(line["strength"], line["value"], color=colour(arm, i), marker="o", markersize=3, label=arm or None)
-        ax.fill_between(line["strength"], line["low"], line["high"], color=colour(arm, i), alpha=0.15, linewidth=0)
+        ax.fill_between(
+            line["strength"],
+            line["low"].astype(float),
+            line["high"].astype(float),
+            color=colour(arm, i),
+            alpha=0.15,
+            linewidth=0,
+        )
     for strength in (0, 1):
         ax.axvline(strength, color="black", linestyle=":", linewidth=0.7)
     ax.set(

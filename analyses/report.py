@@ -54,30 +54,30 @@ def draw_study(tables: Mapping[str, DataFrame]) -> dict[str, Figure]:
     curves: Any = tables["early-answers"]
     task, general = drift[drift["text"] == "task"], drift[drift["text"] == "general"]
     drawn = {
-        "before_after": figures.draw(figures.before_after, tables["before-after"], width=4, ratio=0.7),
-        "loss": figures.draw(figures.training, tables["training"], measure="loss", width=4, ratio=0.7),
+        "before_after": figures.draw(figures.before_after, tables["before-after"], width=4.0, ratio=0.7),
+        "loss": figures.draw(figures.training, tables["training"], measure="loss", width=4.0, ratio=0.7),
         "watch_accuracy": figures.draw(
-            figures.training, tables["training"], measure="held-out accuracy", width=4, ratio=0.7
+            figures.training, tables["training"], measure="held-out accuracy", width=4.0, ratio=0.7
         ),
         "watch_drift": figures.draw(
-            figures.training, tables["training"], measure="drift on task text", width=4, ratio=0.7
+            figures.training, tables["training"], measure="drift on task text", width=4.0, ratio=0.7
         ),
-        "sweep_accuracy": figures.draw(figures.sweep, tables["sweep"], measure="accuracy", width=4, ratio=0.7),
-        "sweep_text": figures.draw(figures.sweep, tables["sweep"], measure="text_nll", width=4, ratio=0.7),
-        "early_answers": figures.draw(figures.early_answers, curves[curves["traces"] == "gold"], width=6),
-        "drift_task": figures.draw(figures.drift, task, measure="mean_shift", width=5),
-        "drift_general": figures.draw(figures.drift, general, measure="mean_shift", width=5),
-        "cka_task": figures.draw(figures.drift, task, measure="cka", width=5),
-        "angles_task": figures.draw(figures.drift, task, measure="angle_mean", width=5),
+        "sweep_accuracy": figures.draw(figures.sweep, tables["sweep"], measure="accuracy", width=4.0, ratio=0.7),
+        "sweep_text": figures.draw(figures.sweep, tables["sweep"], measure="text_nll", width=4.0, ratio=0.7),
+        "early_answers": figures.draw(figures.early_answers, curves[curves["traces"] == "gold"], width=6.0),
+        "drift_task": figures.draw(figures.drift, task, measure="mean_shift", width=5.0),
+        "drift_general": figures.draw(figures.drift, general, measure="mean_shift", width=5.0),
+        "cka_task": figures.draw(figures.drift, task, measure="cka", width=5.0),
+        "angles_task": figures.draw(figures.drift, task, measure="angle_mean", width=5.0),
         "geometry_energy": figures.draw(
-            figures.geometry, tables["geometry"], measure="energy_principal", width=4, ratio=0.7
+            figures.geometry, tables["geometry"], measure="energy_principal", width=4.0, ratio=0.7
         ),
         "geometry_rank": figures.draw(
-            figures.geometry, tables["geometry"], measure="effective_rank", width=4, ratio=0.7
+            figures.geometry, tables["geometry"], measure="effective_rank", width=4.0, ratio=0.7
         ),
     }
     if (curves["traces"] == "own").any():
-        drawn["early_answers_own"] = figures.draw(figures.early_answers, curves[curves["traces"] == "own"], width=6)
+        drawn["early_answers_own"] = figures.draw(figures.early_answers, curves[curves["traces"] == "own"], width=6.0)
     return drawn
 
 

@@ -7,20 +7,23 @@ Stages write whole files and are skipped when their file is there, so an interru
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analyses.plan import Plan
 from analyses.statistics import Estimate
 from analyses.tasks import accuracy, chained_sums
-from surgery.model import Model
+from surgery.checkpoint import Checkpoint
+from surgery.model import Model, find
 from surgery.record import RECORD, Record, typed
-from surgery.weights import Delta, Weights
+from surgery.weights import Delta
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -49,7 +52,7 @@ def study(plan: Plan, to: str | Path, *, progress: bool = True) -> Path:
 
     record.inputs = {"model": {"ref": plan.model, "hash": study.base_hash}}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    record.results = {"headline": study.headline(), "seconds": study.clock(), "peak_resident_mb": round(peak)}
+    record.results = {"headline": study.headline(), "seconds": study.clock(), "peak_resident_mib": round(peak)}
     write_report(study.results(), folder, record)
     record.save(folder, reproducible=["tables/*.json", "arms/*/vector/*"])
     return folder / "report.html"
@@ -167,6 +170,8 @@ class _Study:
             shutil.rmtree(home / "vector")
         vector = model.weights - self.base
         save_delta(vector, home / "vector", base_hash=self.base_hash)
+        del model, watched, vector
+        gc.collect()  # a trainer is full of cycles, and the next arm needs the room
         return asdict(done)
 
     def accuracy(self) -> dict[str, Any]:
@@ -281,17 +286,14 @@ class _Study:
 
     # --- what stages share ----------------------------------------------------------------------------------------------------
 
-    @property
-    def base(self) -> Weights:
-        checkpoint = self.model.checkpoint
-        assert checkpoint is not None
-        return checkpoint
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The base on disk: both task vectors are measured from it."""
+        return Checkpoint(find(self.plan.model))
 
-    @property
+    @cached_property
     def base_hash(self) -> str:
-        checkpoint = self.model.checkpoint
-        assert checkpoint is not None
-        return checkpoint.hash()
+        return self.base.hash()
 
     def _load(self, role: str, dtype: str) -> Model:
         if role not in self._models:

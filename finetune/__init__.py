@@ -2,7 +2,7 @@
 
 lift      principal_indices() and LIFT, a torch optimizer over the chosen entries
 monitors  every(n, fn) and the Recorder: any callable, inside the training loop
-tune      tune() puts optimizer, loss mask and monitors into SFTTrainer
+tune      tune() puts optimizer, loss mask and monitors into SFTTrainer: ``from finetune.tune import tune``
 """
 
 from importlib import import_module
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from finetune.monitors import Recorder as Recorder
     from finetune.monitors import every as every
     from finetune.tune import Tuned as Tuned
-    from finetune.tune import tune as tune
 
 _HOMES = {
     "ChangeNorm": "monitors",
@@ -24,7 +23,6 @@ _HOMES = {
     "Tuned": "tune",
     "every": "monitors",
     "principal_indices": "lift",
-    "tune": "tune",
 }
 __all__ = list(_HOMES)
 

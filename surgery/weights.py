@@ -56,7 +56,7 @@ class _Tensors(Mapping[Site, Tensor]):
         return isinstance(site, Site | str) and self._resolve(site) in self.shapes()
 
     def get(self, site: Site | str, default: Any = None) -> Any:  # Mapping's own expects a KeyError
-        return self[site] if site in self else default
+        return self[site] if site in self else default  # noqa: SIM401 - this is it
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.shapes())

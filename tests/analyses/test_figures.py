@@ -94,6 +94,13 @@ def test_measure_chooses(name: str, measure: str) -> None:
     assert figures.png(figures.draw(figures.FIGURES[name], FRAMES[name], measure=measure)) != figures.png(default)
 
 
+def test_an_interval_that_is_not_there_is_not_drawn() -> None:
+    frame = pd.DataFrame(
+        {"T": 2, "fraction": [0.0, 1.0], "same": [0.5, 1.0], "low": [None, None], "high": [None, None], "n": 1}
+    )
+    assert len(figures.early_answers(frame, Figure().subplots()).lines) == 1
+
+
 def test_without_axes_the_current_ones_are_used() -> None:
     import matplotlib.pyplot as plt
 
@@ -118,12 +125,12 @@ def test_a_saved_figure_is_the_same_bytes_again(ending: str, tmp_path: Path) -> 
 
 def test_drawing_sets_nothing_global_and_uses_the_style() -> None:
     before: dict[str, Any] = dict(mpl.rcParams)
-    drawn = figures.draw(figures.sweep, FRAMES["sweep"], width=4, ratio=0.5)
+    drawn = figures.draw(figures.sweep, FRAMES["sweep"], width=4.0, ratio=0.5)
     assert dict(mpl.rcParams) == before
     assert tuple(drawn.get_size_inches()) == (4, 2)
     ax: Axes = drawn.axes[0]
     assert not ax.spines["top"].get_visible()
-    assert paper(3)["figure.figsize"][0] == 3
+    assert paper(3.0)["figure.figsize"][0] == 3
 
 
 def test_an_arm_has_one_colour_and_others_take_the_cycle() -> None:

@@ -34,7 +34,7 @@ def main() -> None:
             for name, seconds in clock.items()
         )
         sections.append(
-            f"Study: {sum(clock.values()) / 60:.1f} minutes (at most 12), peak resident memory {record['results']['peak_resident_mb'] / 1024:.1f} GB (at most 6). Stages: {stages}.\n"
+            f"Study: {sum(clock.values()) / 60:.1f} minutes (at most 12), peak resident memory {record['results']['peak_resident_mib'] / 1024:.2f} GiB (at most 6). Stages: {stages}.\n"
         )
     with tempfile.TemporaryDirectory() as folder:
         rows = [*bench_write.run(folder, base)]
