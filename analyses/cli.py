@@ -498,8 +498,11 @@ def _strength(entry: str) -> tuple[str, float]:
 
 def _file_hash(path: Path) -> str:
     import hashlib
+    import json
 
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    from surgery.checkpoint import hash_file_tensors
+
+    return hashlib.sha256(json.dumps(hash_file_tensors(path), sort_keys=True).encode()).hexdigest()
 
 
 def _table_in(table: Path, figure: str) -> Path:

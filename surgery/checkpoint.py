@@ -689,14 +689,17 @@ def _hash_range(source: BinaryIO, begin: int, end: int) -> str:
 
 
 def hash_file_tensors(path: Path) -> dict[str, str]:
-    """SHA-256 of every tensor of one safetensors file, and of its header; a file whose header is damaged has one hash for the whole."""
+    """SHA-256 of every tensor of one safetensors file, and of what its header says, in whatever order.
+
+    A file whose header is damaged has one hash for the whole.
+    """
     try:
-        stored, _ = read_header(path)
+        stored, metadata = read_header(path)
     except CheckpointError:
         return {"(damaged header)": hashlib.sha256(path.read_bytes()).hexdigest()}
     with path.open("rb") as source:
-        start = min((t.begin for t in stored), default=path.stat().st_size)
+        said = [metadata, sorted([t.name, _CODES[t.dtype], list(t.shape), t.begin - stored[0].begin] for t in stored)]
         return {
-            "(header)": _hash_range(source, 0, start),
+            "(header)": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest(),
             **{t.name: _hash_range(source, t.begin, t.end) for t in stored},
         }
