@@ -6,8 +6,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+import jaxtyping
+import pytest
 import torch
-from jaxtyping import install_import_hook
+
+import tests.shapes  # noqa: F401 - the hook below looks it up by name
 
 torch.set_num_threads(1)
-install_import_hook(["surgery", "probes", "finetune", "analyses"], "beartype.beartype")
+jaxtyping.install_import_hook(["surgery", "probes", "finetune", "analyses"], "tests.shapes.check")
+
+
+@pytest.fixture
+def unchecked():
+    """Shapes and types unchecked, so that bad input reaches the error a user without the checker sees."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -301,7 +301,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     assert set(found.frame().columns) >= {"layer", "span", "measure", "value", "low", "high", "floor", "n_rows", "seed"}
 
 
-def test_bad_input_is_named():
+def test_bad_input_is_named(unchecked):
     base = activations(20)
     other = base.where(base.transcript > 0)
     rows = torch.arange(len(base)) % 10 == 2

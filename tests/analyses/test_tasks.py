@@ -53,7 +53,7 @@ def test_every_partial_result_is_right_and_used():
         assert grade(question, question.answer) is True
 
 
-def test_terms_and_digits():
+def test_terms_and_digits(unchecked):
     sums = chained_sums(40, seed=0, terms=(5, 5), digits=(3, 3))
     assert all(re.fullmatch(r"\d{3}( [-+] \d{3}){4}", expression(q)) for q in sums)
     with pytest.raises(ValueError, match="refused"):

@@ -462,7 +462,7 @@ def test_density_out_of_range(density):
         ({"density": 0.1, "lr": -1.0}, "lr"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options(options, message, unchecked):
     with pytest.raises(ValueError, match=message):
         LIFT(parameters(), **options)
 
@@ -507,6 +507,6 @@ def test_weights_gone_bad_at_a_refresh_are_named():
         (torch.full((4, 4), torch.inf), 1, 1, "infinite"),
     ],
 )
-def test_bad_arguments_of_principal_indices(W, rank, count, message):
+def test_bad_arguments_of_principal_indices(W, rank, count, message, unchecked):
     with pytest.raises(ValueError, match=message):
         principal_indices(W, rank, count)

@@ -108,7 +108,7 @@ def test_principal_angles_are_accurate_at_every_size(angle):
     assert wider[0] == pytest.approx(angle, rel=1e-3, abs=1e-15)
 
 
-def test_principal_angles_refuse_what_spans_nothing():
+def test_principal_angles_refuse_what_spans_nothing(unchecked):
     U = matrix(6, 2)
     with pytest.raises(ValueError, match="dependent"):
         principal_angles(U, U[:, [0, 0]])
@@ -144,6 +144,6 @@ def test_each_matrix_changes_nothing_and_gives_threads_back():
         (torch.full((3, 4), math.inf), 2, "infinite"),
     ],
 )
-def test_bad_input(W, rank, message):
+def test_bad_input(W, rank, message, unchecked):
     with pytest.raises(ValueError, match=message):
         principal_subspace(W, rank)
