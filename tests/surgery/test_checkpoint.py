@@ -580,7 +580,7 @@ def test_interrupted_at_any_moment(large, writer, tmp_path, blow):
             load_module(out, "auto")
             continue
         caught += 1
-        # an interrupt inside a library's own handler may surface as another error
+        # 130 is expected of an interrupt; 1 was seen once and the cause not found, so only failure is required here
         assert status == -signal.SIGKILL if blow == signal.SIGKILL else status != 0
         left = [path.name for path in tmp_path.glob(f".out{attempt}.partial-*")]
         assert left == ([] if blow == signal.SIGINT else [f".out{attempt}.partial-{pid}"])
