@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from surgery.linalg import each_matrix, low_rank
+from surgery.linalg import STRIP, each_matrix, low_rank_factors
 
 Select = Literal["largest", "smallest", "random", "magnitude"]
 
@@ -69,41 +69,55 @@ def principal_indices(
         raise ValueError(f"the filter's rank must be at least 1, got {rank}")
     if select not in get_args(Select):
         raise ValueError(f"select is one of {', '.join(get_args(Select))}: got {select!r}")
-    if not torch.isfinite(W).all():
+    W, filtered = W.detach(), select in ("largest", "smallest") and rank < min(W.shape) and count < W.numel()
+    if not filtered and not torch.isfinite(W).all():  # the filter sees for itself
         raise ValueError("the matrix holds NaN or infinite entries")
-    W = W.detach()
     if count == W.numel():
         found = torch.arange(count, device=W.device)
+    elif select == "random":
+        generator = torch.Generator().manual_seed(seed)
+        found = torch.randperm(W.numel(), generator=generator)[:count].sort().values.to(W.device)
     else:
-        match select:
-            case "largest":
-                found = _largest(low_rank(W, rank).abs_().view(-1), count)
-            case "smallest":
-                found = _largest(low_rank(W, rank).abs_().neg_().view(-1), count)
-            case "magnitude":
-                found = _largest(W.float().abs().reshape(-1), count)
-            case "random":
-                generator = torch.Generator().manual_seed(seed)
-                found = torch.randperm(W.numel(), generator=generator)[:count].sort().values.to(W.device)
+        found = _largest(_score(W, rank, select), W, count)
     return found.to(torch.int32 if W.numel() < 2**31 else torch.int64)
 
 
-def _largest(score: Float[Tensor, " n"], count: int) -> Int[Tensor, " count"]:
+def _score(W: Tensor, rank: int, select: Select) -> Callable[[slice], Tensor]:
+    """What entries are compared by, for the rows asked for; the score of the whole matrix never exists at once."""
+    if select == "magnitude" or rank >= min(W.shape):
+        sign = -1.0 if select == "smallest" else 1.0
+        return lambda rows: W[rows].to(torch.promote_types(W.dtype, torch.float32)).abs().mul_(sign)
+    left, right = low_rank_factors(W, rank)
+    across = right.T.contiguous()
+    if select == "smallest":
+        return lambda rows: (left[rows] @ across).abs_().neg_()
+    return lambda rows: (left[rows] @ across).abs_()
+
+
+def _largest(score: Callable[[slice], Tensor], W: Float[Tensor, "out in"], count: int) -> Int[Tensor, " count"]:
     """Ascending positions of the `count` largest scores; ties at the threshold go to the lowest positions."""
-    # A regular sample bounds the threshold from below, so that only a few candidates are ever ordered.
-    n = score.numel()
-    sample = score[:: max(1, n // 16384)]
-    reach = min(sample.numel(), math.ceil(1.1 * count / n * sample.numel()) + 32)
-    positions = (score >= sample.kthvalue(sample.numel() - reach + 1).values).nonzero().squeeze(1)
-    if positions.numel() < count:
-        positions = torch.arange(n, device=score.device)
-    candidates = score[positions]
-    threshold = candidates.kthvalue(candidates.numel() - count + 1).values
-    kept = candidates >= threshold
+    out, into = W.shape
+    # Some of the rows bound the threshold from below, so that only a few candidates are ever ordered.
+    sample = score(slice(None, None, max(1, out * into // 32768))).view(-1)
+    reach = min(sample.numel(), math.ceil(1.1 * count / W.numel() * sample.numel()) + 32)
+    below = sample.kthvalue(sample.numel() - reach + 1).values
+    step = max(1, STRIP // into) if W.device.type == "cpu" else out
+    for bound in (below, -math.inf):
+        positions, candidates = [], []
+        for start in range(0, out, step):
+            scores = score(slice(start, start + step)).view(-1)
+            at = (scores >= bound).nonzero().squeeze(1)
+            positions.append(at + start * into)
+            candidates.append(scores[at])
+        if sum(map(len, positions)) >= count:
+            break
+    position, candidate = torch.cat(positions), torch.cat(candidates)
+    threshold = candidate.kthvalue(len(candidate) - count + 1).values
+    kept = candidate >= threshold
     surplus = int(kept.sum()) - count
     if surplus:
-        kept[(candidates == threshold).nonzero().squeeze(1)[-surplus:]] = False
-    return positions[kept]
+        kept[(candidate == threshold).nonzero().squeeze(1)[-surplus:]] = False
+    return position[kept]
 
 
 @dataclass(frozen=True)

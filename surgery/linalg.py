@@ -5,10 +5,11 @@ answer at a fraction of its cost, because the eigenproblem is as small as it can
 formed. Precision is chosen so that nothing is lost by it: float64 up to a short side of 1024, float32 above.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,6 +20,9 @@ R = TypeVar("R")
 Side = Literal["short", "in", "out"]
 
 FLOAT64_UP_TO = 1024  # beyond this short side float64 costs more than the last digits are worth
+STRIP = (
+    1 << 16
+)  # entries of a matrix on the CPU that are in work at once: they stay in the cache, and need no wide copy
 
 
 def principal_subspace(W: Float[Tensor, "out in"], rank: int, side: Side = "short") -> Float[Tensor, "dim rank"]:
@@ -31,16 +35,11 @@ def principal_subspace(W: Float[Tensor, "out in"], rank: int, side: Side = "shor
     reproducible; where singular values coincide, the vectors between them are any basis of their span.
     Raises ValueError for a rank out of range, or where W is not a matrix or not finite.
     """
-    X = _prepared(W)
-    short = min(W.shape)
-    if not 1 <= rank <= short:
-        raise ValueError(f"rank {rank} asked of a {_shape(W)} matrix: it has ranks 1 to {short}")
-    short_is_in = W.shape[1] <= W.shape[0]
-    basis = _top_eigenvectors(_gram(X, short_is_in), rank)
-    if side == "out" and short_is_in:
-        basis = torch.linalg.qr(X @ basis).Q
-    elif side == "in" and not short_is_in:
-        basis = torch.linalg.qr(X.T @ basis).Q
+    if side != "short" and (side == "in") != (W.ndim == 2 and W.shape[1] <= W.shape[0]):
+        long, basis = _factors(W, rank)
+        basis = torch.linalg.qr(long).Q
+    else:
+        basis = _short_subspace(W, rank)
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     return basis * torch.where(largest < 0, -1.0, 1.0).to(basis)
 
@@ -52,15 +51,23 @@ def low_rank(W: Float[Tensor, "out in"], rank: int) -> Float[Tensor, "out in"]:
     Gives float64 up to a short side of 1024, else float32. Raises ValueError as `principal_subspace` does.
     Source: Eckart and Young 1936; `W V V^T` with V the leading right singular vectors is `U_r S_r V_r^T`.
     """
-    X = _prepared(W)
-    if rank >= min(W.shape):
-        if not torch.isfinite(X).all():
+    if W.ndim == 2 and rank >= min(W.shape) > 0:
+        if not torch.isfinite(W).all():
             raise ValueError(_NOT_FINITE)
-        return X.clone()
-    basis = principal_subspace(W, rank)
-    if W.shape[1] <= W.shape[0]:
-        return (X @ basis) @ basis.T
-    return basis @ (basis.T @ X)
+        return W.detach().to(_precision(W), copy=True)
+    left, right = low_rank_factors(W, rank)
+    return left @ right.T
+
+
+def low_rank_factors(
+    W: Float[Tensor, "out in"], rank: int
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "in rank"]]:
+    """`low_rank(W, rank)` as a pair (left, right) with `left @ right.T` equal to it, never formed.
+
+    The factor on W's shorter side is orthonormal. rank: 1 up to the short side. Precision and errors as `low_rank`.
+    """
+    long, short = _factors(W, rank)
+    return (long, short) if W.shape[1] <= W.shape[0] else (short, long)
 
 
 def singular_values(W: Float[Tensor, "out in"]) -> Float[Tensor, " short"]:
@@ -69,8 +76,7 @@ def singular_values(W: Float[Tensor, "out in"]) -> Float[Tensor, " short"]:
     Accuracy: the Gram matrix squares the spectrum, so a value s is good to about `1e-16 * s_1**2 / s`: twelve digits
     at s_1/100, and below `1e-8 * s_1` only "zero" is known. Raises ValueError where W is not a finite matrix.
     """
-    X = _prepared(W, torch.float64)
-    gram = _gram(X, W.shape[1] <= W.shape[0])
+    gram = _gram(_tall(W), torch.float64)
     return torch.linalg.eigvalsh(gram, UPLO="L").flip(0).clamp_min(0).sqrt()
 
 
@@ -140,38 +146,61 @@ def each_matrix(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 _NOT_FINITE = "the matrix holds NaN or infinite entries (or entries whose squares overflow)"
 
 
-def _prepared(W: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The low-rank part of the tall W as (long, short) factors, short orthonormal."""
+    short = _short_subspace(W, rank)
+    return torch.cat([strip @ short for strip in _strips(_tall(W), short.dtype)]), short
+
+
+def _short_subspace(W: Tensor, rank: int) -> Tensor:
+    X = _tall(W)
+    if not 1 <= rank <= X.shape[1]:
+        raise ValueError(f"rank {rank} asked of a {_shape(W)} matrix: it has ranks 1 to {X.shape[1]}")
+    return _top_eigenvectors(_gram(X, _precision(W)), rank)
+
+
+def _tall(W: Tensor) -> Tensor:
+    """W, or its transpose where it is wider than tall."""
     if W.ndim != 2 or 0 in W.shape:
         raise ValueError(f"a matrix with at least one entry is needed, got shape {_shape(W)}")
-    if dtype is None:
-        dtype = torch.float64 if min(W.shape) <= FLOAT64_UP_TO and W.device.type != "mps" else torch.float32
-    return W.detach().to(dtype).contiguous()
+    return W.detach() if W.shape[1] <= W.shape[0] else W.detach().T
 
 
-def _gram(X: Tensor, short_is_in: bool) -> Tensor:
-    """The Gram matrix of X's short side; on the CPU only its lower triangle is filled."""
+def _precision(W: Tensor) -> torch.dtype:
+    return torch.float64 if min(W.shape) <= FLOAT64_UP_TO and W.device.type != "mps" else torch.float32
+
+
+def _strips(X: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """X in the precision of the work, some rows at a time; at once where it is not on the CPU."""
+    rows = max(1, STRIP // X.shape[1]) if X.device.type == "cpu" else len(X)
+    for start in range(0, len(X), rows):
+        yield X[start : start + rows].to(dtype, copy=True)  # a copy lies dense, in the order of its strides
+
+
+def _gram(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """`X^T X`; on the CPU only its lower triangle is filled."""
     if X.device.type != "cpu":
-        gram = X.T @ X if short_is_in else X @ X.T
+        (whole,) = _strips(X, dtype)
+        gram = whole.T @ whole
     else:
-        from scipy.linalg import get_blas_funcs
+        from surgery._blas import add_gram
 
-        # half of a product's work: torch has no symmetric rank-k update
-        (syrk,) = get_blas_funcs(("syrk",), dtype=X.numpy().dtype)
-        gram = torch.from_numpy(syrk(1.0, X.numpy().T, trans=0 if short_is_in else 1, lower=1))
+        sums = np.zeros((X.shape[1], X.shape[1]), torch.empty(0, dtype=dtype).numpy().dtype, order="F")
+        for strip in _strips(X, dtype):
+            add_gram(strip.numpy(), sums)
+        gram = torch.from_numpy(sums)
     if not torch.isfinite(gram.diagonal()).all():
         raise ValueError(_NOT_FINITE)
     return gram
 
 
 def _top_eigenvectors(gram: Tensor, rank: int) -> Tensor:
-    n = gram.shape[0]
+    """Largest first; uses the matrix up."""
     if gram.device.type != "cpu":
-        return torch.linalg.eigh(gram).eigenvectors[:, n - rank :].flip(1)
-    from scipy.linalg import eigh  # forms the wanted vectors only: torch's forms all of them
+        return torch.linalg.eigh(gram).eigenvectors[:, len(gram) - rank :].flip(1)
+    from surgery._blas import top_eigenvectors  # torch's forms all of them
 
-    wanted = (n - rank, n - 1)
-    vectors = eigh(gram.numpy(), lower=True, subset_by_index=wanted, driver="evr", check_finite=False)[1]
-    return torch.from_numpy(vectors).flip(1)
+    return torch.from_numpy(top_eigenvectors(gram.numpy(), rank)).flip(1)
 
 
 def _orthonormal(basis: Tensor) -> Tensor:

