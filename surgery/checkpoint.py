@@ -11,11 +11,13 @@ import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import queue
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +25,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from surgery.anatomy import Anatomy
@@ -91,7 +92,7 @@ class Checkpoint(Weights):
         self.anatomy = Anatomy.of(self.config, self.tensors, where=str(folder))
         self.layout = self
         self._shapes = {site: self._site_shape(site) for site in self.anatomy.places}
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, mmap.mmap] = {}
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
     def shapes(self) -> Mapping[Site, torch.Size]:
@@ -109,11 +110,22 @@ class Checkpoint(Weights):
         """A tensor as the file has it, by the file's name for it."""
         last = self._last  # one look: another thread may put its own there
         if last[0] != name:  # a walk in chunks asks for the same one many times
-            file = self.tensors[name].file
-            if file not in self._open:
-                self._open[file] = safe_open(self.folder / file, framework="pt")
-            self._last = last = (name, self._open[file].get_tensor(name))
+            self._last = last = (name, self._mapped(self.tensors[name]))
         return last[1]
+
+    def _mapped(self, tensor: Stored) -> Tensor:
+        # safetensors' own reader goes through a Python sequence, and torch takes an interrupt there for a bad shape
+        if tensor.begin == tensor.end:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        if tensor.file not in self._open:
+            with (self.folder / tensor.file).open("rb") as file:
+                self._open[tensor.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        raw = torch.frombuffer(
+            self._open[tensor.file], dtype=torch.uint8, offset=tensor.begin, count=tensor.end - tensor.begin
+        )
+        if tensor.begin % tensor.dtype.itemsize:
+            raw = raw.clone()  # a file that is not aligned
+        return raw.view(tensor.dtype).view(tensor.shape)
 
     @property
     def files(self) -> list[str]:
@@ -371,20 +383,24 @@ def write(
         raise ValueError(f"Weights cannot be stored as {dtype}.")
     to = Path(to)
     hashes: dict[str, str] = {}
-    base_hashes: dict[str, str] = {}
+    hashing: list[Future[dict[str, str]]] = []
     kept: dict[Site, Kept] = {}
     from tqdm.auto import tqdm
 
     with (
         new_folder(to) as partial,
         tqdm(total=layout.nbytes, unit="B", unit_scale=True, desc=f"writing {to.name}", disable=not progress) as bar,
+        ThreadPoolExecutor(1) as aside,
     ):
         with _one_core_free():
             for file in layout.files:
-                _write_file(weights, layout, partial / file, dtype, hashes, base_hashes, kept, bar)
+                stored = {name: t for name, t in layout.tensors.items() if t.file == file}
+                hashing.append(aside.submit(_hash_tensors, layout.folder, stored))  # while the cache still holds it
+                _write_file(weights, layout, partial / file, dtype, hashes, kept, bar)
         _copy_side_files(layout.folder, partial, dtype)
         checks = verify_written(partial, hashes)
         tensors, _ = _read_headers(partial)
+        base_hashes = {name: digest for done in hashing for name, digest in done.result().items()}
     return Written(to, point_hash(tensors, hashes), point_hash(layout.tensors, base_hashes), hashes, kept, checks)
 
 
@@ -397,20 +413,19 @@ def verify_written(folder: Path, hashes: Mapping[str, str]) -> list[str]:
     module = load_module(folder, "auto")
     anatomy = Checkpoint(folder).anatomy
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    compared = 0
+    loaded: dict[str, Tensor] = {}
     for name in anatomy.stored_in():
-        parameter = parameters.get(name)
-        if parameter is None:
-            parameter = parameters.get(f"{module.base_model_prefix}.{name}")
-        if parameter is None:
-            continue
-        digest = hashlib.sha256(_bytes(parameter)).hexdigest()
-        if digest != hashes[name]:
-            raise VerificationError(
-                f"{name} as loaded differs from {name} as computed: the file or its loading is at fault."
-            )
-        compared += 1
-    if compared < len(hashes):
+        parameter = parameters.get(name, parameters.get(f"{module.base_model_prefix}.{name}"))
+        if parameter is not None:
+            loaded[name] = parameter
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        digests = pool.map(lambda parameter: hashlib.sha256(_bytes(parameter)).hexdigest(), loaded.values())
+        for name, digest in zip(loaded, digests, strict=True):
+            if digest != hashes[name]:
+                raise VerificationError(
+                    f"{name} as loaded differs from {name} as computed: the file or its loading is at fault."
+                )
+    if len(loaded) < len(hashes):
         unread = {n: h for n, h in _hash_tensors(folder, _read_headers(folder)[0]).items() if n not in parameters}
         wrong = [n for n, digest in unread.items() if digest != hashes[n]]
         if wrong:
@@ -427,7 +442,7 @@ def verify_written(folder: Path, hashes: Mapping[str, str]) -> list[str]:
         probe = torch.arange(min(16, anatomy.vocab))[None]
         if not bool(torch.isfinite(module(input_ids=probe, attention_mask=torch.ones_like(probe)).logits).all()):
             raise VerificationError("The written model gives logits that are NaN or infinite.")
-    return [f"{compared} of {len(hashes)} tensors bit-equal as loaded by transformers", *tied, "probe logits finite"]
+    return [f"{len(loaded)} of {len(hashes)} tensors bit-equal as loaded by transformers", *tied, "probe logits finite"]
 
 
 @contextmanager
@@ -482,7 +497,6 @@ def _write_file(
     path: Path,
     dtype: torch.dtype | None,
     hashes: dict[str, str],
-    base_hashes: dict[str, str],
     kept: dict[Site, Kept],
     bar: Any,
 ) -> None:
@@ -500,14 +514,16 @@ def _write_file(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb", buffering=0) as sink:
+        if hasattr(
+            os, "posix_fallocate"
+        ):  # a disk too small is known before the work, and writing is several times as fast
+            os.posix_fallocate(sink.fileno(), 0, 8 + len(text) + at)
         sink.write(len(text).to_bytes(8, "little") + text)
-        with _Worker(hashes, sink) as written, _Worker(base_hashes) as base:
+        with _Worker(hashes, sink) as worker:
             for tensor in stored:
                 out = _out_dtype(tensor.dtype, dtype)
-                for before, after in _chunks(weights, layout, tensor, homes[tensor.name], changed, out, kept):
-                    data = _bytes(after)
-                    written.put(tensor.name, data)
-                    base.put(tensor.name, data if before is after else _bytes(before))
+                for piece in _chunks(weights, layout, tensor, homes[tensor.name], changed, out, kept):
+                    worker.put(tensor.name, _bytes(piece))
                 bar.update(tensor.end - tensor.begin)
         os.fsync(sink.fileno())
 
@@ -520,8 +536,8 @@ def _chunks(
     touched: set[Site],
     out: torch.dtype,
     kept: dict[Site, Kept],
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of one stored tensor, in storage order: as it was, and as it will be stored."""
+) -> Iterator[Tensor]:
+    """Pieces of one stored tensor as it will be stored, in order."""
     before = layout.stored(tensor.name)
     places = layout.anatomy.places
     rows = max(1, _CHUNK // max(1, tensor.shape[1:].numel())) if tensor.shape else 1
@@ -532,7 +548,7 @@ def _chunks(
             was = before[piece] if tensor.shape else before
             if out.is_floating_point and not bool(torch.isfinite(was.sum(dtype=torch.float32))):
                 _require_finite(was, sites)
-            yield was, was if was.dtype == out else was.to(out)
+            yield was.to(out)
         return
     if len(changed) == 1 and places[changed[0]].rows is None and not places[changed[0]].transposed:
         tally = _Tally(changed[0])
@@ -540,7 +556,7 @@ def _chunks(
             wish = weights.rows(changed[0], piece)
             after = wish.to(out)
             tally.add(before[piece], wish, after)
-            yield before[piece], after
+            yield after
         kept[changed[0]] = tally.kept()
         return
     after = before.to(out)
@@ -550,7 +566,7 @@ def _chunks(
         tally.add(places[site].take(before), wish, wish.to(out))
         kept[site] = tally.kept()
         after = places[site].put(after, wish)
-    yield before, after
+    yield after
 
 
 class _Tally:
@@ -564,7 +580,7 @@ class _Tally:
     def add(self, before: Tensor, wish: Tensor, after: Tensor) -> None:
         was = before.float()
         asked = (wish.float() - was).reshape(-1)
-        got = asked if after.dtype == torch.float32 else (after.float() - was).reshape(-1)
+        got = asked if after.dtype == torch.float32 else after.to(torch.float32, copy=True).sub_(was).reshape(-1)
         kept = float(got.dot(got))
         if not math.isfinite(kept):  # what is not finite is not after squaring either
             _require_finite(before, [self._site])
@@ -572,9 +588,9 @@ class _Tally:
         self._asked += float(asked.dot(asked))
         self._kept += kept
         self._inner += float(asked.dot(got))
-        # numpy counts booleans several times as fast as torch
-        self._moving += int(np.count_nonzero(asked.ne(0).numpy()))
-        self._moved += int(np.count_nonzero(got.ne(0).numpy()))
+        # numpy compares and counts several times as fast as torch
+        self._moving += int(np.count_nonzero(asked.numpy() != 0))
+        self._moved += int(np.count_nonzero(got.numpy() != 0))
 
     def kept(self) -> Kept:
         norms = (self._asked * self._kept) ** 0.5
@@ -604,7 +620,7 @@ class _Worker:
     A few pieces wait at most. What goes wrong on the thread (a full disk) is raised by the next `put`, or on leaving.
     """
 
-    def __init__(self, into: dict[str, str], sink: io.FileIO | None = None) -> None:
+    def __init__(self, into: dict[str, str], sink: io.FileIO) -> None:
         self._into, self._sink = into, sink
         self._queue: queue.Queue[tuple[str, memoryview] | None] = queue.Queue(maxsize=4)
         self._error: BaseException | None = None
@@ -633,9 +649,9 @@ class _Worker:
             name, data = item
             try:
                 digests.setdefault(name, hashlib.sha256()).update(data)
-                while self._sink and len(data):
+                while len(data):
                     data = data[self._sink.write(data) :]
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: an interrupt closed the file meanwhile
                 self._error = error
         self._into.update({name: digest.hexdigest() for name, digest in digests.items()})
 
