@@ -16,15 +16,15 @@ class Plan:
 
     model: str = "specimen"
     seed: int = 0
-    steps: int = 40
+    steps: int = 32
     batch_size: int = 16
-    watch_every: int = 20
+    watch_every: int = 16
     watch_items: int = 16
     held_out: int = 128
     sweep_items: int = 32
     sweep_texts: int = 16
-    faith_items: int = 48
-    drift_items: int = 24
+    faith_items: int = 40
+    drift_items: int = 16
     max_new_tokens: int = 60
     device: str = "auto"
 
