@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from surgery.headers import read_json
+
 RECORD = "record.json"
 PACKAGES = (
     "model-surgery",
@@ -31,6 +33,12 @@ PACKAGES = (
     "reasoning-gym",
 )
 Grade = Literal["low", "medium", "high"]
+
+
+_KINDS = {
+    "command": str, "arguments": dict, "typed": list, "inputs": dict, "seeds": dict, "checks": list, "results": dict, "outputs": dict,
+    "environment": dict, "started": str,
+}  # fmt: skip
 
 
 class RecordError(ValueError):
@@ -86,9 +94,13 @@ class Record:
                 f"{folder} has no {RECORD}: it was not made by a surgery command, or the command did not finish."
             )
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise RecordError(f"{path} is damaged: {error}") from error
+            said = read_json(path)
+            wrong = [name for name, kind in _KINDS.items() if not isinstance(said.get(name, kind()), kind)]
+            if wrong:
+                raise TypeError(f"{wrong[0]} is no {_KINDS[wrong[0]].__name__}")
+            return cls(**said)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RecordError(f"{path} is damaged: {str(error)[:300]}") from error
 
 
 @dataclass(frozen=True)
@@ -204,7 +216,7 @@ def compare_environment(then: Mapping[str, Any], now: Mapping[str, Any]) -> list
 
 def hash_folder(folder: Path) -> dict[str, str | dict[str, str]]:
     """File (relative) -> SHA-256; for a safetensors file, tensor -> SHA-256. The record itself and unfinished files are left out."""
-    from surgery.checkpoint import hash_file_tensors
+    from surgery.tensorfile import hash_file, hash_file_tensors
 
     found: dict[str, str | dict[str, str]] = {}
     for path in sorted(
@@ -213,9 +225,7 @@ def hash_folder(folder: Path) -> dict[str, str | dict[str, str]]:
         if p.is_file() and p.name != RECORD and ".partial" not in str(p.relative_to(folder))
     ):
         name = path.relative_to(folder).as_posix()
-        found[name] = (
-            hash_file_tensors(path) if path.suffix == ".safetensors" else hashlib.sha256(path.read_bytes()).hexdigest()
-        )
+        found[name] = hash_file_tensors(path) if path.suffix == ".safetensors" else hash_file(path)
     return found
 
 

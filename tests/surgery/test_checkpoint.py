@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -17,10 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from surgery.checkpoint import Checkpoint, CheckpointError, load_module, new_folder, read_header, write
+from surgery.checkpoint import Checkpoint, load_module
 from surgery.edits import Scale
 from surgery.model import Model
+from surgery.reverse import PATCH
+from surgery.tensorfile import CheckpointError, read_header
 from surgery.weights import apply
+from surgery.writing import new_folder, write
 from tests.families import FAMILIES, TEMPLATE, save_tiny, tiny
 
 SIDE = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
@@ -80,7 +84,7 @@ def test_only_what_was_edited_changes(family, tied, shards, tmp_path):
     assert written.base_hash == base.hash()
     assert written.hashes == again.hashes()
     # the layout: files, their metadata, the tensors in each; tokenizer, template and configuration
-    assert sorted(p.name for p in source.iterdir()) == sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in source.iterdir()} | {PATCH}
     for file in base.files:
         (mine, metadata), (theirs, found) = read_header(tmp_path / "out" / file), read_header(source / file)
         assert [(t.name, t.dtype, t.shape) for t in mine] == [(t.name, t.dtype, t.shape) for t in theirs]
@@ -203,14 +207,27 @@ def test_modes_honour_the_umask(folder, tmp_path, umask):
 
 
 def test_files_that_are_links_are_read_and_copied(folder, tmp_path):
-    """The hub's cache is a folder of links."""
-    linked = tmp_path / "linked"
-    linked.mkdir()
+    """The hub's cache is a folder of links into its own repository; a link to elsewhere is refused by name."""
+    blobs, linked = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0"
+    blobs.mkdir(parents=True)
+    linked.mkdir(parents=True)
     for path in folder.iterdir():
-        (linked / path.name).symlink_to(path)
-    write(Checkpoint(linked), tmp_path / "out")
+        shutil.copy(path, blobs / path.name)
+        (linked / path.name).symlink_to(f"../../blobs/{path.name}")
+    (tmp_path / "alias").symlink_to(linked)
+    write(Checkpoint(tmp_path / "alias"), tmp_path / "out")
     assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in folder.iterdir())
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in folder.iterdir()} | {PATCH}
+    for name in ("model-00001-of-00003.safetensors", "notes.txt"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "elsewhere")
+        refuse(
+            folder,
+            f"{name} is a link out of the folder, to {tmp_path / 'elsewhere'}, and is refused",
+            "Put the file itself there",
+        )
+        (folder / name).unlink()
+        shutil.copy(blobs / "model-00001-of-00003.safetensors", folder / "model-00001-of-00003.safetensors")
 
 
 def test_writing_says_nothing(folder, tmp_path, capfd, caplog):
@@ -434,9 +451,9 @@ def test_what_exists_is_never_overwritten(folder, tmp_path, what):
 
 
 def test_a_written_file_that_is_damaged_is_found(folder, tmp_path, monkeypatch):
-    import surgery.checkpoint as checkpoint
+    import surgery.writing as writing
 
-    real = checkpoint._copy_side_files
+    real = writing._copy_side_files
 
     def sabotage(source, target, dtype):
         real(source, target, dtype)
@@ -445,7 +462,7 @@ def test_a_written_file_that_is_damaged_is_found(folder, tmp_path, monkeypatch):
         raw[-1] ^= 1
         path.write_bytes(raw)
 
-    monkeypatch.setattr(checkpoint, "_copy_side_files", sabotage)
+    monkeypatch.setattr(writing, "_copy_side_files", sabotage)
     last = read_header(folder / "model-00002-of-00003.safetensors")[0][-1].name
     with pytest.raises(CheckpointError, match=f"{last} as loaded differs from {last} as computed"):
         write(Checkpoint(folder), tmp_path / "out")
@@ -479,7 +496,7 @@ SERVER = """
 import os, sys, traceback
 import torch, transformers
 from transformers import LlamaForCausalLM
-from surgery.checkpoint import Checkpoint, write
+from surgery import Checkpoint, write
 from surgery.edits import Scale
 from surgery.weights import apply
 torch.set_num_threads(1)

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from surgery.checkpoint import Checkpoint, read_header, write
+from surgery.checkpoint import Checkpoint
 from surgery.edits import Scale
 from surgery.record import Record, RecordError, compare_environment, environment, replay, verify
+from surgery.tensorfile import read_header
 from surgery.weights import apply
+from surgery.writing import write
 from tests.families import save_tiny
 
 

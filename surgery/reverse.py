@@ -1,0 +1,199 @@
+"""The way back: a compact reverse patch, kept with what was written, from which the exact original bytes return.
+
+The patch (``undo.patch``, a safetensors file by another name, so that nothing takes it for weights) holds what the original had
+wherever the written model has something else: entries of tensors, file headers, small side files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surgery.checkpoint import Checkpoint, point_hash
+from surgery.tensorfile import DTYPES, CheckpointError, Stored, TensorFile, raw_bytes, save_tensors
+
+PATCH = "undo.patch"
+UNDO_LIMIT = 64 << 20  # bytes: an edit that needs more keeps no patch, and says so
+SIDE_LIMIT = 1 << 20  # bytes: larger side files are not the kind a write replaces
+_OURS = {PATCH, "record.json", "README.md"}  # a command puts its own in their place
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FORMAT = "model-surgery reverse patch 1"
+
+
+class Reverse:
+    """Collects the patch while the new bytes go by. Over its limit it lets go of everything and remembers why."""
+
+    def __init__(self, layout: Checkpoint, limit: int = UNDO_LIMIT):
+        self._layout, self._limit = layout, limit
+        self._tensors: dict[str, Tensor] = {}
+        self._pieces: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self._size = 0
+        self.refused: str | None = None if limit else "it was asked not to keep a way back"
+
+    def add(self, name: str, at: int, after: Tensor) -> None:
+        """Entries ``at, at + 1, ...`` of a stored tensor will be `after`: keep those of the original that differ, bit for bit."""
+        if self.refused:
+            return
+        before = self._layout.stored(name)
+        if after.dtype != before.dtype:
+            self.refuse(f"it was stored as {after.dtype} where the original has {before.dtype}")
+            return
+        was = _bits(before.reshape(-1)[at : at + after.numel()])
+        differing = np.flatnonzero(was != _bits(after.reshape(-1)))
+        if not len(differing):
+            return
+        index = differing + at
+        self._pieces.setdefault(name, []).append((index, was[differing].copy()))
+        self._size += len(index) * (4 + was.itemsize)
+        if self._size > self._limit:
+            self.refuse(f"the original of what changed takes more than {self._limit / 2**20:.0f} MiB")
+
+    def refuse(self, why: str) -> None:
+        self.refused, self._pieces, self._tensors = why, {}, {}
+
+    def save(self, folder: Path, base_hash: str, point: str) -> str:
+        """Write the patch into the new folder, and say what it holds; or say why there is none."""
+        if self.refused:
+            return f"no undo: {self.refused}"
+        tensors = {}
+        for name, pieces in self._pieces.items():
+            index = np.concatenate([i for i, _ in pieces])
+            narrow = np.int32 if index[-1] < 2**31 else np.int64
+            tensors[f"index:{name}"] = torch.from_numpy(index.astype(narrow))
+            tensors[f"value:{name}"] = torch.from_numpy(np.concatenate([v for _, v in pieces]).view(np.uint8))
+        for file in self._layout.files:
+            tensors[f"header:{file}"] = _as_tensor(TensorFile(self._layout.folder / file).header)
+        for path in sorted(self._layout.folder.iterdir()):
+            if not path.is_file() or path.name in self._layout.files or path.stat().st_size > SIDE_LIMIT:
+                continue
+            ours = folder / path.name
+            if path.name in _OURS or not ours.is_file() or ours.read_bytes() != path.read_bytes():
+                tensors[f"side:{path.name}"] = _as_tensor(path.read_bytes())
+        theirs = sorted(p.name for p in self._layout.folder.iterdir() if p.is_file())
+        said = {
+            "format": _FORMAT,
+            "files": json.dumps(theirs),
+            "base_hash": base_hash,
+            "hash": point,
+            "sha256": _digest(tensors.values()),
+        }
+        save_tensors(folder / PATCH, tensors, said)
+        return f"undo kept: {(folder / PATCH).stat().st_size / 2**20:.1f} MiB"
+
+
+def undo(folder: str | os.PathLike[str], to: str | os.PathLike[str], *, progress: bool = False) -> str:
+    """The original of a written model, byte for byte, in a new folder; gives its hash.
+
+    Side files the write replaced (card, record, index) come back too. Raises CheckpointError where the folder has no patch, or where
+    its tensors are not those the patch was made for; nothing is left then.
+    """
+    from surgery.record import verify
+    from surgery.writing import new_folder
+
+    folder, to = Path(folder), Path(to)
+    path = folder / PATCH
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {PATCH}: it was not written by surgery, or the change was too large to keep a way back (its record says which). "
+            "The original is where it was: nothing was overwritten."
+        )
+    patch = TensorFile(path)
+    metadata = patch.metadata
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is not a reverse patch: its format is {metadata.get('format')!r}.")
+    names = [name.partition(":")[2] for name in patch.tensors if name.startswith(("header:", "side:"))]
+    outside = [name for name in names if Path(name).name != name or name in ("", "..") or "\0" in name]
+    if outside or not {"hash", "base_hash"} <= metadata.keys():
+        wrong = f"names {outside[0]!r}, which is no file of its folder" if outside else "does not say what it leads to"
+        raise CheckpointError(f"{path} {wrong}: it was not written by surgery, and is refused.")
+    outside = [n for n in _named(patch) if Path(n).name != n]
+    if outside:
+        raise CheckpointError(f"{path} names {outside[0]!r}: a patch speaks of files inside the folder only.")
+    if metadata.get("sha256") != _digest(patch[name] for name in patch.tensors):
+        raise CheckpointError(f"{path} is damaged: its content has another hash than it had when it was written.")
+    written = Checkpoint(folder)
+    hashes = written.hashes()
+    if point_hash(written.tensors, hashes) != metadata["hash"]:
+        found = [p for p in verify(folder) if "tensor" in p] if (folder / "record.json").is_file() else []
+        raise CheckpointError(
+            f"{folder} is not what was written any more{': ' + found[0] if found else ''}. Undo needs its exact bytes."
+        )
+    headers = {n.removeprefix("header:"): _bytes(patch, n) for n in patch.tensors if n.startswith("header:")}
+    restored: dict[str, str] = dict(hashes)
+    originals: dict[str, Stored] = {}
+    from tqdm.auto import tqdm
+
+    with new_folder(to) as partial, tqdm(total=written.nbytes, unit="B", unit_scale=True, disable=not progress) as bar:
+        for file, header in headers.items():
+            with (partial / file).open("wb") as sink:
+                sink.write(header)
+                sink.flush()
+                for tensor in _promised(file, header):
+                    originals[tensor.name] = tensor
+                    data = _original(written, patch, tensor)
+                    if data is not None:
+                        restored[tensor.name] = hashlib.sha256(data).hexdigest()
+                        sink.write(data)
+                    else:
+                        sink.write(raw_bytes(written.stored(tensor.name)))
+                    bar.update(tensor.end - tensor.begin)
+        for name in patch.tensors:
+            if name.startswith("side:"):
+                (partial / name.removeprefix("side:")).write_bytes(_bytes(patch, name))
+        for name in json.loads(metadata["files"]):  # the others were copied as they were
+            if name not in _OURS and not (partial / name).exists() and (folder / name).is_file():
+                (partial / name).write_bytes((folder / name).read_bytes())
+        if point_hash(originals, restored) != metadata["base_hash"]:
+            raise CheckpointError(f"{path} does not lead back to the original: the restored bytes have another hash.")
+    return metadata["base_hash"]
+
+
+def _named(patch: TensorFile) -> list[str]:
+    """Every file that undoing a patch would write."""
+    told = [n.partition(":")[2] for n in patch.tensors if n.startswith(("header:", "side:"))]
+    return [*told, *json.loads(patch.metadata.get("files", "[]"))]
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _original(written: Checkpoint, patch: TensorFile, tensor: Stored) -> memoryview | None:
+    """The original bytes of a tensor that was changed, None for one that was not."""
+    if f"index:{tensor.name}" not in patch.tensors:
+        return None
+    whole = _bits(written.stored(tensor.name).reshape(-1)).copy()
+    whole[patch[f"index:{tensor.name}"].numpy()] = patch[f"value:{tensor.name}"].numpy().view(whole.dtype)
+    return memoryview(whole.view(np.uint8))  # type: ignore[arg-type]
+
+
+def _promised(file: str, header: bytes) -> Iterator[Stored]:
+    """The tensors a header announces, in file order."""
+    said = json.loads(header[8:])
+    said.pop("__metadata__", None)
+    for name, entry in sorted(said.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = (len(header) + at for at in entry["data_offsets"])
+        yield Stored(file, name, DTYPES[entry["dtype"]], torch.Size(entry["shape"]), begin, end)
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    """A flat tensor's entries as integers of their width."""
+    return tensor.contiguous().view(_INTEGERS[tensor.dtype.itemsize]).numpy()
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
+
+
+def _bytes(patch: TensorFile, name: str) -> bytes:
+    return patch[name].numpy().tobytes()

@@ -1,0 +1,162 @@
+"""The proof finds what went wrong between computing and loading, and names it; what is right it lets pass."""
+
+import json
+
+import pytest
+import torch
+
+import surgery.proof as proof
+import surgery.writing as writing
+from surgery import Checkpoint, Scale, apply, write
+from surgery.checkpoint import load_module
+from surgery.proof import VerificationError, loops_at_end
+from surgery.tensorfile import TensorFile, save_tensors
+from tests.families import FAMILIES, save_tiny
+
+
+def planted(fault, monkeypatch):
+    """`fault(folder)` happens after the files are written and before they are proved, as a bug of the writer's would."""
+    real = writing._copy_side_files
+
+    def sabotage(source, target, dtype):
+        real(source, target, dtype)
+        fault(target)
+
+    monkeypatch.setattr(writing, "_copy_side_files", sabotage)
+
+
+def tensors_of(path):
+    file = TensorFile(path)
+    return {name: file[name].clone() for name in file.tensors}
+
+
+def rewrite(folder, change):
+    path = folder / "model.safetensors"
+    tensors = tensors_of(path)
+    change(tensors)
+    save_tensors(path, tensors, {"format": "pt"})
+
+
+def config(**said):
+    def fault(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **said}))
+
+    return fault
+
+
+def rename(tensors):
+    tensors["model.layers.1.mlp.upp_proj.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+
+
+def drop_layer(tensors):
+    for name in [n for n in tensors if n.startswith("model.layers.2.")]:
+        del tensors[name]
+
+
+def infinite(tensors):
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = float("nan")
+
+
+def template(folder):
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+
+FAULTS = {
+    "another chat template": (template, "chat_template.jinja differs"),
+    "an untied head": (config(tie_word_embeddings=False), "config.json differs"),
+    "another rope": (config(rope_parameters={"rope_type": "default", "rope_theta": 77.0}), "config.json differs"),
+    "a renamed tensor": (lambda f: rewrite(f, rename), "1.mlp.up|layers.1.mlp.up"),
+    "a dropped layer": (lambda f: rewrite(f, drop_layer), "layers.2|2.attn"),
+    "a NaN": (lambda f: rewrite(f, infinite), "layers.0.mlp.up_proj.weight as loaded differs"),
+}
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["whole", "left on disk"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_named_and_nothing_is_left(name, offload, tmp_path, monkeypatch):
+    source = save_tiny("llama", tmp_path / "model")
+    fault, said = FAULTS[name]
+    planted(fault, monkeypatch)
+    if offload:
+        monkeypatch.setattr(proof, "SHARE", 0)
+        said = said.replace("as loaded", "on disk")
+    with pytest.raises(ValueError, match=said):
+        write(apply(Scale(0.5), Checkpoint(source), "1.mlp.down"), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_fault_of_the_index_is_named(tmp_path, monkeypatch):
+    source = save_tiny("llama", tmp_path / "model", shards=2)
+
+    def swap(folder):
+        path = folder / "model.safetensors.index.json"
+        said = json.loads(path.read_text())
+        one, other = list(said["weight_map"])[:2]
+        said["weight_map"][one], said["weight_map"][other] = said["weight_map"][other], said["weight_map"][one]
+        path.write_text(json.dumps(said))
+
+    planted(swap, monkeypatch)
+    with pytest.raises(ValueError, match="Index and shards are of different checkpoints"):
+        write(Checkpoint(source), tmp_path / "out")
+
+
+def test_a_configuration_that_only_the_logits_tell_apart(tmp_path, monkeypatch):
+    """Had the side files not been compared, the predicted logits would still have told."""
+    source = save_tiny("llama", tmp_path / "model")
+    planted(config(rope_parameters={"rope_type": "default", "rope_theta": 77.0}), monkeypatch)
+    monkeypatch.setattr(proof, "_side_files", lambda *_: "not looked at")
+    with pytest.raises(VerificationError, match=r"logits are up to .* from the predicted ones"):
+        write(Checkpoint(source), tmp_path / "out")
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["whole", "left on disk"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_right_passes_with_equal_logits(family, tied, offload, tmp_path, monkeypatch):
+    source = save_tiny(family, tmp_path / "model", tied=tied, shards=2, dtype=torch.bfloat16)
+    if offload:
+        monkeypatch.setattr(proof, "SHARE", 0)
+    written = write(apply(Scale(0.5), Checkpoint(source), ["*.mlp.down", "*.attn.o.h1"]), tmp_path / "out")
+    assert any("probe tokens as predicted (max difference 0)" in check for check in written.checks), written.checks
+    with torch.no_grad():
+        ids = proof.probe_ids(100)
+        one, other = (load_module(tmp_path / name, "auto")(input_ids=ids).logits for name in ("model", "out"))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("ids", "period"),
+    [
+        ([1, 2, 3, 4] * 4, [1, 2, 3, 4]),
+        ([9, 5, 5, 5, 5], [5]),
+        ([1, 2, 3] * 3, None),
+        (list(range(40)), None),
+        ([], None),
+    ],
+)
+def test_a_loop_is_what_repeats_at_the_end(ids, period):
+    assert loops_at_end(ids) == period
+
+
+def test_a_model_that_begins_to_loop_is_refused(tmp_path, monkeypatch):
+    source = save_tiny("llama", tmp_path / "model", tied=False)
+    base = Checkpoint(source)
+    silent = apply(
+        Scale(0.0), base, ["*.attn.o", "*.mlp.down"]
+    )  # what follows depends on the last token alone: a cycle
+    said = iter([[1] * 8, list(range(8))] * 3)  # the written model's, then the source's
+    monkeypatch.setattr(proof, "_greedy", lambda *_: next(said))
+    with pytest.raises(VerificationError, match=r"falls into a loop .* which the source's does not"):
+        write(silent, tmp_path / "out", loops="refuse")
+    assert not (tmp_path / "out").exists()
+    written = write(silent, tmp_path / "out", loops="report")
+    assert any("which the source does not fall into" in check for check in written.checks)
+
+
+def test_a_model_without_attention_and_mlp_does_loop(tmp_path):
+    """The same, generated: such a model maps a token to the next, so it must cycle; random weights cycle fast."""
+    base = Checkpoint(save_tiny("llama", tmp_path / "model", tied=True))
+    silent = apply(Scale(0.0), base, ["*.attn.o", "*.mlp.down"])
+    written = write(silent, tmp_path / "out", loops="report")
+    assert any("a loop" in check for check in written.checks)

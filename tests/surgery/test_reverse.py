@@ -1,0 +1,102 @@
+"""Undo: the exact original bytes, or one clear reason why not."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from surgery import Checkpoint, CheckpointError, RemoveDirection, Scale, apply, undo, write
+from surgery.reverse import PATCH
+from surgery.tensorfile import TensorFile, save_tensors
+from tests.families import FAMILIES, save_tiny
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def reordered(folder):
+    """The same checkpoint with headers as another writer would lay them out: spaces, and no padding."""
+    for path in folder.glob("*.safetensors"):
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = json.dumps(json.loads(raw[8 : 8 + length]), indent=1).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_original_returns_byte_for_byte(family, shards, tmp_path):
+    source = save_tiny(family, tmp_path / "model", shards=shards, dtype=torch.bfloat16)
+    reordered(source)
+    (source / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
+    (source / "record.json").write_text("{}")
+    base = Checkpoint(source)
+    edited = apply(RemoveDirection(torch.randn(base.anatomy.d_model)), base, ["*.attn.o", "0.mlp.down"])
+
+    def ours(folder, _):
+        for name in ("README.md", "record.json", "recipe.yml"):
+            (folder / name).write_text("ours")
+
+    written = write(edited, tmp_path / "out", seal=ours)
+    assert written.hash != written.base_hash
+    assert undo(tmp_path / "out", tmp_path / "back") == base.hash()
+    assert files(tmp_path / "back") == files(source)
+
+
+@pytest.mark.parametrize(("limit", "why"), [(0, "asked not to keep"), (100, "more than 0 MiB")])
+def test_a_change_over_the_limit_keeps_no_way_back_and_says_so(limit, why, tmp_path):
+    base = Checkpoint(save_tiny("llama", tmp_path / "model"))
+    written = write(apply(Scale(0.5), base, "*.mlp.up"), tmp_path / "out", undo_limit=limit)
+    assert any(check.startswith("no undo: ") and why in check for check in written.checks)
+    assert not (tmp_path / "out" / PATCH).exists()
+    with pytest.raises(CheckpointError, match="too large to keep a way back"):
+        undo(tmp_path / "out", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_another_dtype_keeps_no_way_back(tmp_path):
+    base = Checkpoint(save_tiny("llama", tmp_path / "model"))
+    written = write(base, tmp_path / "out", dtype=torch.bfloat16)
+    assert any("no undo: it was stored as torch.bfloat16" in check for check in written.checks)
+
+
+@pytest.mark.parametrize("what", ["model", "patch", "format"])
+def test_a_folder_that_changed_since_is_refused(what, tmp_path):
+    base = Checkpoint(save_tiny("llama", tmp_path / "model"))
+    write(apply(Scale(0.5), base, "*.mlp.up"), tmp_path / "out")
+    path = tmp_path / "out" / ("model.safetensors" if what == "model" else PATCH)
+    raw = bytearray(path.read_bytes())
+    if what == "format":
+        path.write_bytes(bytes(raw).replace(b"reverse patch 1", b"reverse patch 9"))
+    else:
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+    said = {"model": "not what was written any more", "patch": "is damaged", "format": "not a reverse patch"}
+    with pytest.raises(CheckpointError, match=said[what]):
+        undo(tmp_path / "out", tmp_path / "back")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_a_patch_that_would_write_elsewhere_is_refused(tmp_path):
+    base = Checkpoint(save_tiny("llama", tmp_path / "model"))
+    write(apply(Scale(0.5), base, "*.mlp.up"), tmp_path / "out")
+    path = tmp_path / "out" / PATCH
+    patch = TensorFile(path)
+    tensors = {name: patch[name].clone() for name in patch.tensors}
+    save_tensors(path, {**tensors, "side:../away.txt": torch.ones(1, dtype=torch.uint8)}, patch.metadata)
+    with pytest.raises(CheckpointError, match=r"names '../away.txt'"):
+        undo(tmp_path / "out", tmp_path / "back")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_undo_of_undo_of_two_edits_is_the_first(tmp_path):
+    base = Checkpoint(save_tiny("qwen2", tmp_path / "model", dtype=torch.bfloat16))
+    write(apply(Scale(0.5), base, "0.mlp.up"), tmp_path / "one")
+    write(apply(Scale(-0.0), Checkpoint(tmp_path / "one"), "1.attn.q.h2"), tmp_path / "two")
+    undo(tmp_path / "two", tmp_path / "back-one")
+    assert files(tmp_path / "back-one") == files(tmp_path / "one")
+    undo(tmp_path / "back-one", tmp_path / "back")
+    assert files(tmp_path / "back") == files(tmp_path / "model")
+    shutil.rmtree(tmp_path / "back")
