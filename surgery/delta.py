@@ -1,33 +1,44 @@
-"""A vector as a file: sparse where the change is sparse, dense where it is not, with the hash of the base it was measured from.
+"""A vector as a file: dense, sparse or low-rank, whichever is asked for or smallest, with the hash of the base it was measured from.
 
-A delta folder holds ``delta.safetensors`` (per site either ``SITE.value`` or ``SITE.index`` and ``SITE.value``, fp32) and its record.
+A delta folder holds ``delta.safetensors`` and its record. Per site the file has ``SITE.value`` (dense), ``SITE.index`` and
+``SITE.value`` (sparse: flat, ascending positions), or ``SITE.left`` and ``SITE.right`` (low-rank: their product); numbers are fp32. Its
+metadata has the hash of the base, the shapes, and the relative error of each low-rank site.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from surgery.checkpoint import CheckpointError, new_folder, read_header
+from surgery.lowrank import CONFIG, Adapter, Factored, factor_pair
 from surgery.sites import Site
-from surgery.weights import Delta
+from surgery.tensorfile import CheckpointError, Stored, TensorFile, TensorSink
+from surgery.weights import Delta, Origin, Weights
+from surgery.writing import new_folder
 
 FILE = "delta.safetensors"
-_FORMAT = "model-surgery delta 1"
+Form = Literal["auto", "dense", "sparse", "low-rank"]
+_FORMAT = "model-surgery delta 2"
+_READABLE = {"model-surgery delta 1", _FORMAT}  # the first knew no low-rank form
+_PARTS = ({"value"}, {"index", "value"}, {"left", "right"})
+_MOST, _WIDEST = 1 << 33, 1 << 26  # entries of one tensor and of one row of it: a few positions could claim any size
 
 
-class StoredDelta(Delta):
+class StoredDelta(Factored):
     """A Delta read lazily from a folder that `save_delta` wrote.
 
-    base_hash: the hash of the checkpoint it was measured from. Raises CheckpointError for a folder that holds no delta.
+    base_hash: the hash of the checkpoint it was measured from.
+    errors:    relative Frobenius error in [0, 1] of each site stored as factors, 0 where they are exact.
+    Raises CheckpointError for a folder that holds no delta, or a damaged one.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -42,67 +53,132 @@ class StoredDelta(Delta):
             raise CheckpointError(
                 f"{folder} holds no {FILE} ({found}). `surgery diff TUNED BASE --to {folder}` writes one."
             )
-        stored, metadata = read_header(path)
-        if metadata.get("format") != _FORMAT:
+        self._file = TensorFile(path)
+        metadata = self._file.metadata
+        if metadata.get("format") not in _READABLE:
             raise CheckpointError(
                 f"{path} is a safetensors file but not a delta: its format is {metadata.get('format')!r}, expected {_FORMAT!r}."
             )
-        self.base_hash = metadata["base_hash"]
-        self._shapes = {Site.parse(s): torch.Size(shape) for s, shape in json.loads(metadata["shapes"]).items()}
-        self._names = {t.name for t in stored}
-        self._file = safe_open(path, framework="pt")
+        try:
+            self.base_hash = str(metadata["base_hash"])
+            self._shapes = {Site.parse(s): _size(shape) for s, shape in json.loads(metadata["shapes"]).items()}
+            self.errors = {Site.parse(s): float(e) for s, e in json.loads(metadata.get("errors", "{}")).items()}
+            self._origins = frozenset(Origin(**said) for said in json.loads(metadata.get("origins", "[]")))
+            self._parts = _parts(self._file.tensors.values(), self._shapes)
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is a damaged delta: {error}") from error
+        self._checked: set[Site] = set()
 
     def shapes(self) -> Mapping[Site, torch.Size]:
         return self._shapes
 
-    def _read(self, site: Site, rows: slice) -> Tensor:
-        value = self._file.get_tensor(f"{site}.value")
-        shape = self._shapes[site]
-        if f"{site}.index" not in self._names:
-            return value[rows]
-        return scatter(self._file.get_tensor(f"{site}.index"), value, shape, rows)
+    def origins(self) -> frozenset[Origin]:
+        return self._origins
+
+    def form(self, site: Site | str) -> Literal["dense", "sparse", "low-rank"]:
+        """How the file holds a site."""
+        parts = self._parts[self._existing(site)]
+        return "low-rank" if "left" in parts else "sparse" if "index" in parts else "dense"
+
+    def factored(self) -> list[Site]:
+        return [site for site in self._shapes if "left" in self._parts[site]]
+
+    def factors(self, site: Site | str) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
+        site = self._existing(site)
+        if "left" not in self._parts[site]:
+            raise ValueError(f"{self.folder} holds {site} {self.form(site)}, not as factors.")
+        return self._part(site, "left"), self._part(site, "right")
+
+    def stored(self, site: Site | str) -> int:
+        """How many numbers the file has for a site, positions not counted."""
+        parts = self._parts[self._existing(site)]
+        return sum(tensor.shape.numel() for what, tensor in parts.items() if what != "index")
 
     @property
     def nonzero(self) -> int:
-        """How many entries the file stores."""
-        return sum(self._file.get_slice(n).get_shape()[0] if n.removesuffix("value") + "index" in self._names
-                   else self._shapes[Site.parse(n.removesuffix(".value"))].numel() for n in self._names if n.endswith(".value"))  # fmt: skip
+        """How many numbers the file stores, positions not counted."""
+        return sum(self.stored(site) for site in self._shapes)
+
+    def _read(self, site: Site, rows: slice) -> Tensor:
+        match self.form(site):
+            case "low-rank":
+                return super()._read(site, rows)
+            case "sparse":
+                return scatter(self._index(site), self._part(site, "value"), self._shapes[site], rows)
+            case "dense":
+                value = self._part(site, "value")[rows]
+                return value.clone() if rows == slice(None) else value  # whole, it is the caller's own
+
+    def _part(self, site: Site, what: str) -> Tensor:
+        return self._file[self._parts[site][what].name]
+
+    def _index(self, site: Site) -> Tensor:
+        index = self._part(site, "index")
+        if site not in self._checked and len(index):
+            ascending = bool((index[1:] > index[:-1]).all())
+            if not ascending or int(index[0]) < 0 or int(index[-1]) >= self._shapes[site].numel():
+                raise CheckpointError(
+                    f"{self.folder / FILE} is a damaged delta: the positions at {site} are out of order or range."
+                )
+        self._checked.add(site)
+        return index
 
 
-def save_delta(delta: Delta, to: str | os.PathLike[str], *, base_hash: str) -> Path:
-    """Write a vector to a new folder, whole or not at all; sites it does not move are left out.
+def save_delta(
+    delta: Delta,
+    to: str | os.PathLike[str],
+    *,
+    base_hash: str,
+    form: Form = "auto",
+    rank: int | None = None,
+    seal: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write a vector to a new folder, whole or not at all, one tensor at a time; sites it does not move are left out.
 
-    Each site is stored sparse (flat int32 index and fp32 value) when that is smaller, dense otherwise. Raises ValueError for a
-    vector that is zero everywhere or not finite.
+    form: ``auto`` takes for each site whatever exact form is smallest: dense, sparse, or the factors of a vector that has them.
+          ``dense`` and ``sparse`` are what they say; ``low-rank`` keeps the best `rank` of every matrix, with its error in the
+          file (`StoredDelta.errors`), and what is no matrix, or is no smaller as factors, as ``auto`` does.
+    rank: 1 or more, for ``low-rank`` alone.
+    seal: called with the finished folder before it appears under its name: the place to add a record.
+    Every byte is read back by hash. Raises ValueError for a vector that is zero everywhere or not finite, FileExistsError if `to` exists.
     """
-    tensors: dict[str, Tensor] = {}
+    if (form == "low-rank") != (rank is not None) or (rank is not None and rank < 1):
+        raise ValueError(
+            f"form {form!r} with rank {rank}: low-rank needs a rank of 1 or more, and nothing else takes one."
+        )
+    names = [f"{site}.{part}" for site in delta for part in ("index", "value", "left", "right")]
+    origins = json.dumps(sorted(map(asdict, delta.origins()), key=repr))
+    said = 4096 + len(base_hash) + 2 * len(origins) + sum(2 * len(str(site)) + 200 for site in delta)
     shapes: dict[str, list[int]] = {}
-    for site in delta:
-        value = delta[site].float().contiguous()
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"The change at {site} is NaN or infinite; nothing was written.")
-        moved = value.reshape(-1).nonzero()[:, 0]
-        if not len(moved):
-            continue
-        shapes[str(site)] = list(value.shape)
-        if 2 * len(moved) < value.numel() and value.numel() < 2**31:
-            tensors[f"{site}.index"] = moved.to(torch.int32)
-            tensors[f"{site}.value"] = value.reshape(-1)[moved]
-        else:
-            tensors[f"{site}.value"] = value
-    if not tensors:
-        raise ValueError("The two models are identical: there is no change to save.")
-    metadata = {"format": _FORMAT, "base_hash": base_hash, "shapes": json.dumps(shapes)}
+    errors: dict[str, float] = {}
     with new_folder(Path(to)) as partial:
-        save_file(tensors, partial / FILE, metadata=metadata)
-        mask = os.umask(0)
-        os.umask(mask)
-        (partial / FILE).chmod(0o666 & ~mask)  # safetensors writes 0600
-        reloaded = StoredDelta(partial)
-        for name, tensor in tensors.items():
-            if not torch.equal(reloaded._file.get_tensor(name), tensor):
-                raise CheckpointError(f"{name} on disk differs from what was written.")
+        with TensorSink(partial / FILE, names, room=said) as sink:
+            for site in delta:
+                value = delta[site].float().contiguous()
+                if not bool(torch.isfinite(value).all()):
+                    raise ValueError(f"The change at {site} is NaN or infinite; nothing was written.")
+                if not bool(value.any()):
+                    continue
+                shapes[str(site)] = list(value.shape)
+                parts, error = _stored_as(delta, site, value, form, rank)
+                if error is not None:
+                    errors[str(site)] = error
+                for what, tensor in parts.items():
+                    sink.add(f"{site}.{what}", tensor)
+            if not shapes:
+                raise ValueError("The two models are identical: there is no change to save.")
+            sink.metadata = {
+                "format": _FORMAT, "base_hash": base_hash, "shapes": json.dumps(shapes), "errors": json.dumps(errors),
+                "origins": origins,
+            }  # fmt: skip
+        if seal is not None:
+            seal(partial)
     return Path(to)
+
+
+def read_vector(folder: str | os.PathLike[str], base: Weights) -> Delta:
+    """The vector in a folder: a delta that `save_delta` wrote, or a PEFT LoRA adapter of `base`."""
+    return Adapter(folder, base) if (Path(folder) / CONFIG).is_file() else StoredDelta(folder)
 
 
 def scatter(index: Int[Tensor, " k"], value: Float[Tensor, " k"], shape: torch.Size, rows: slice) -> Tensor:
@@ -113,3 +189,68 @@ def scatter(index: Int[Tensor, " k"], value: Float[Tensor, " k"], shape: torch.S
     dense = torch.zeros((last - first) * width)
     dense[index[begin:end].long() - first * width] = value[begin:end]
     return dense.view(last - first, *shape[1:])
+
+
+def _stored_as(
+    delta: Delta, site: Site, value: Tensor, form: Form, rank: int | None
+) -> tuple[dict[str, Tensor], float | None]:
+    """The tensors a site is stored as and, where they are factors, the relative error of their product."""
+    matrix = value.ndim == 2
+    if form == "low-rank" and matrix and rank is not None and rank * sum(value.shape) < value.numel():
+        left, right, error = factor_pair(value, rank)
+        return {"left": left, "right": right}, error
+    if form == "dense":
+        return {"value": value}, None
+    flat = value.reshape(-1)
+    moved = flat.nonzero()[:, 0]
+    size = {"dense": value.numel(), "sparse": 2 * len(moved)}
+    if form == "sparse":
+        size = {"sparse": 0}
+    elif isinstance(delta, Factored) and site in delta.factored():
+        size["factors"] = delta.rank(site) * sum(value.shape)
+    match min(size, key=lambda name: size[name]):
+        case "dense":
+            return {"value": value}, None
+        case "factors":
+            left, right = delta.factors(site)  # type: ignore[union-attr]
+            return {"left": left, "right": right}, 0.0
+    wide = torch.int64 if value.numel() >= 2**31 else torch.int32
+    return {"index": moved.to(wide), "value": flat[moved]}, None
+
+
+def _size(shape: Any) -> torch.Size:
+    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError(f"{shape!r} is not the shape of a tensor")
+    if math.prod(shape) > _MOST or math.prod(shape[1:]) > _WIDEST:
+        raise ValueError(f"{shape!r} is larger than any tensor of a model")
+    return torch.Size(shape)
+
+
+def _parts(stored: Iterable[Stored], shapes: Mapping[Site, torch.Size]) -> dict[Site, dict[str, Stored]]:
+    """Site -> what -> tensor, each checked against the site's shape. Raises ValueError at the first that does not fit."""
+    parts: dict[Site, dict[str, Stored]] = {site: {} for site in shapes}
+    for tensor in stored:
+        name, _, what = tensor.name.rpartition(".")
+        parts[Site.parse(name)][what] = tensor
+    for site, found in parts.items():
+        if found.keys() not in _PARTS:
+            raise ValueError(f"{site} has {', '.join(sorted(found)) or 'no tensor'}")
+        for tensor in found.values():
+            if not _fits(tensor, found, shapes[site]):
+                raise ValueError(f"{tensor.name} is {tensor.dtype} of {tuple(tensor.shape)}, for {tuple(shapes[site])}")
+    return parts
+
+
+def _fits(tensor: Stored, found: Mapping[str, Stored], shape: torch.Size) -> bool:
+    """Whether one of a site's tensors has the dtype and shape that its others and the site's own shape ask for."""
+    what = tensor.name.rpartition(".")[2]
+    if what == "index":
+        return tensor.dtype in (torch.int32, torch.int64) and tensor.shape == found["value"].shape
+    if tensor.dtype != torch.float32:
+        return False
+    if what == "value":
+        sparse = "index" in found
+        return len(tensor.shape) == 1 and tensor.shape[0] <= shape.numel() if sparse else tensor.shape == shape
+    if len(shape) != 2 or len(tensor.shape) != 2:
+        return False
+    return tensor.shape[0] == shape[0] if what == "left" else tensor.shape == (found["left"].shape[-1], shape[1])

@@ -4,7 +4,8 @@ A `Site` is a layer, a part and perhaps a head: ``12.mlp.down``, ``12.attn.o.h3`
 Patterns match sites segment by segment: ``*.attn.o``, ``0-5.mlp.*``, ``*.attn.o.h3``, ``**``.
 
 Weights live at ``embed``, ``norm``, ``head`` and, in each layer, ``attn.q``, ``attn.k``, ``attn.v``, ``attn.o``, ``mlp.gate``,
-``mlp.up``, ``mlp.down`` and the norms; a bias adds ``.bias``. Activations live at ``resid``, the stream *entering* block *l*
+``mlp.up``, ``mlp.down`` and the norms; a bias adds ``.bias``. Where a layer has experts they are ``mlp.e0.down`` and so on, chosen by
+``mlp.router``. The language tower of a vision-language model has these same names. Activations live at ``resid``, the stream *entering* block *l*
 (so ``{n_layers}.resid`` leaves the last block, before the final norm), and ``mid``, the stream between attention and MLP.
 """
 
@@ -27,8 +28,8 @@ class Site:
     """A place in a model.
 
     layer: 0-based block index, None for places outside the blocks.
-    part:  what it is, dotted: ``mlp.down``, ``attn.q.bias``, ``resid``. A tensor that the family's table does not name keeps
-           its file name: ``file:vision.patch.weight``.
+    part:  what it is, dotted: ``mlp.down``, ``mlp.e3.down``, ``attn.q.bias``, ``resid``. A tensor that the family's table does not
+           name keeps its file name: ``file:visual.patch_embed.proj.weight``.
     head:  0-based head index, or None for the whole tensor. In ``attn.k`` and ``attn.v`` it counts key/value heads.
     """
 
@@ -144,7 +145,12 @@ def nothing_matched(pattern: str, sites: list[Site]) -> str:
     near = difflib.get_close_matches(part or layer, parts + outside, n=1, cutoff=0.6)
     meant = [f"{layer if dot else '*'}.{name}" if name in parts else name for name in near]
     lines = [f"The pattern {pattern!r} matches no site."]
-    if meant and meant[0] != pattern:  # equal where only the layer does not exist
+    matrix = pattern.removesuffix(".bias")
+    if matrix != pattern and any(_compiled(matrix)(str(s)) for s in sites):
+        lines.append(
+            f"This model has no bias at {matrix}. AddDirection at {matrix} itself, of rank one, writes a direction without one."
+        )
+    elif meant and meant[0] != pattern:  # equal where only the layer does not exist
         lines[0] += f" Did you mean {meant[0]}?"
     if layers:
         lines.append(f"Layers {min(layers)} to {max(layers)} have: {', '.join(parts)}.")

@@ -7,10 +7,11 @@ leaves, so ``base + (tuned - base)`` *is* ``tuned``, to the bit.
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -22,7 +23,25 @@ if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
 
 Edit = Callable[[Site, Tensor], Tensor]
+Rewiring = Callable[["Weights"], "Weights"]
+Indices = int | slice | Iterable[int]  # of layers or heads
 _ALL = slice(None)
+_PIECE = 1 << 20  # entries of a tensor in work at a time, where only a sum of it is wanted
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a vector remembers of the models it was measured between, so that it can be landed on others.
+
+    layers: how many blocks they have. tied: whether their head is their embedding.
+    """
+
+    layers: int
+    tied: bool
+
+    @classmethod
+    def of(cls, anatomy: Anatomy) -> Origin:
+        return cls(anatomy.n_layers, Site(None, "head") in anatomy.ties)
 
 
 class _Tensors(Mapping[Site, Tensor]):
@@ -52,6 +71,16 @@ class _Tensors(Mapping[Site, Tensor]):
         """Some rows of the tensor at a site; the others are not computed. Bounds memory where a tensor is huge."""
         return self._read(self._resolve(site), rows)
 
+    def by_rows(self, site: Site) -> bool:
+        """Whether some rows of the tensor at a whole site cost less than all of it."""
+        return True
+
+    def strips(self, site: Site, pieces: Iterable[slice]) -> Iterator[Tensor]:
+        """The tensor at a whole site, some rows after others; where rows cost as much as all of it, it is computed once."""
+        whole = None if self.by_rows(site) else self[site]
+        for piece in pieces:
+            yield self.rows(site, piece) if whole is None else whole[piece]
+
     def __contains__(self, site: object) -> bool:  # Mapping's own would read the tensor
         return isinstance(site, Site | str) and self._resolve(site) in self.shapes()
 
@@ -66,6 +95,10 @@ class _Tensors(Mapping[Site, Tensor]):
 
     def shape(self, site: Site | str) -> torch.Size:
         return self.shapes()[self._existing(site)]
+
+    @abstractmethod
+    def origins(self) -> frozenset[Origin]:
+        """The kinds of models that this is, or was measured between; empty where that is not known."""
 
     def __repr__(self) -> str:
         count = sum(s.numel() for s in self.shapes().values())
@@ -88,6 +121,9 @@ class Weights(_Tensors):
 
     def _resolve(self, site: Site | str) -> Site:
         return self.anatomy.resolve(site)
+
+    def origins(self) -> frozenset[Origin]:
+        return frozenset({Origin.of(self.anatomy)})
 
     def __getitem__(self, site: Site | str) -> Tensor:
         tensor = super().__getitem__(site)
@@ -129,8 +165,13 @@ class Weights(_Tensors):
 class Delta(_Tensors):
     """A vector: what separates two points, as a lazy mapping from `Site` to an fp32 tensor ``[out, in]``.
 
-    A site that a Delta lacks is a site it does not move. It has no heads: where those lie only a model knows.
+    A site that a Delta lacks is a site it does not move. It has whole tensors: where heads lie only a model knows.
     """
+
+    @property
+    def anatomy(self) -> Anatomy | None:
+        """The anatomy of the points this vector comes from; None where no point is known."""
+        return None
 
     def _resolve(self, site: Site | str) -> Site:
         parsed = Site.parse(site)
@@ -144,6 +185,11 @@ class Delta(_Tensors):
     def terms(self) -> list[tuple[float, _Tensors]]:
         """The leaves this vector is a sum of, with their coefficients; points among them sum to zero."""
         return [(1.0, self)]
+
+    def origins(self) -> frozenset[Origin]:
+        leaves = [leaf for _, leaf in self.terms() if leaf is not self]
+        own = {Origin.of(self.anatomy)} if not leaves and self.anatomy else set()
+        return frozenset(own).union(*(leaf.origins() for leaf in leaves))
 
     def __add__(self, other: Delta) -> Delta:
         if isinstance(other, Weights):
@@ -175,24 +221,75 @@ class Delta(_Tensors):
     def __truediv__(self, scale: float) -> Delta:
         return self * (1.0 / scale)
 
-    def keep(self, at: str | Site | Iterable[str | Site]) -> Delta:
-        """The same vector at the sites the patterns match, nothing elsewhere. Raises ValueError when they match nothing."""
-        return _Kept(self, frozenset(map(self._resolve, match(at, self))))
+    def keep(
+        self,
+        at: str | Site | Iterable[str | Site] = "**",
+        *,
+        layers: Indices | None = None,
+        heads: Indices | None = None,
+        anatomy: Anatomy | None = None,
+    ) -> Delta:
+        """The same vector at some of its sites, nothing elsewhere.
+
+        at:      patterns. One that asks for a head (``*.attn.o.h3``) keeps that head's rows or columns.
+        layers:  one layer, a range, a slice or any integers; places outside the layers are then not kept.
+        heads:   likewise, of the rows of ``attn.q``, ``attn.k`` and ``attn.v`` (these two count key/value heads) and the columns of
+                 ``attn.o``; what has no heads is then not kept.
+        anatomy: where heads lie; by default that of the points the vector comes from.
+        Raises ValueError where nothing is left, for a head that does not exist, and for heads where no anatomy is known.
+        """
+        anatomy = anatomy or self.anatomy
+        chosen = match(at, self)
+        if layers is not None:
+            there = {s.layer for s in chosen if s.layer is not None}
+            wanted = _indices(layers, max(there, default=-1) + 1)
+            chosen = [s for s in chosen if s.layer in wanted]
+            if not chosen:
+                raise ValueError(
+                    f"There is no layer {_listed(wanted)} among {_listed(there) or 'none'}: nothing would be kept."
+                )
+        if anatomy is None and (heads is not None or any(s.head is not None for s in chosen)):
+            first = next((s for s in chosen if s.head is not None), chosen[0])
+            raise ValueError(
+                f"{first}: a change has whole tensors, and this one comes from no model that knows where heads lie. "
+                "Say it: delta.keep(..., anatomy=model.anatomy)."
+            )
+        if heads is not None:
+            assert anatomy is not None
+            chosen = _heads_of(chosen, heads, anatomy)
+        return _Kept(self, chosen, anatomy)
 
     def norms(self) -> dict[Site, float]:
-        """Frobenius norm at each site."""
-        return {site: float(torch.linalg.vector_norm(self[site])) for site in self}
+        """Frobenius norm at each site, a few rows in memory at a time."""
+        return {
+            site: sum(float(_square(strip)) for strip in self.strips(site, pieces(shape))) ** 0.5
+            for site, shape in self.shapes().items()
+        }
 
     def cosines(self, other: Delta) -> dict[Site, float]:
         """Cosine with another vector at each site both have; nan where either is zero."""
         shared = [s for s in self if s in other]
         if not shared:
             raise ValueError("The two vectors have no site in common.")
-        return {s: _cosine(self[s], other[s]) for s in shared}
+        clash = [s for s in shared if self.shapes()[s] != other.shapes()[s]]
+        if clash:
+            raise ValueError(_shape_clash(self, other, clash))
+        walks = {site: [v.strips(site, pieces(self.shapes()[site])) for v in (self, other)] for site in shared}
+        return {site: _angle(zip(*walk, strict=True)) for site, walk in walks.items()}
 
-    def survival(self, dtype: torch.dtype, base: Weights) -> dict[Site, Survival]:
-        """What storing ``base + self`` in `dtype` keeps of the change, at each site."""
-        return {site: survival(base[site], base[site].float() + self[site], dtype) for site in self}
+    def survival(self, dtype: torch.dtype | str, base: Weights) -> dict[Site, Survival]:
+        """What storing ``base + self`` in `dtype` (``"bfloat16"``, or torch's own) keeps of the change, at each site."""
+        from surgery.model import as_dtype
+
+        stored = as_dtype(dtype)
+        if stored is None:
+            raise ValueError(f"{dtype!r} is not one dtype: say which, as in survival('bfloat16', base).")
+        moved = base + self
+
+        def walk(site: Site) -> Iterable[tuple[Tensor, Tensor]]:
+            return zip(*(point.strips(site, pieces(self.shapes()[site])) for point in (base, moved)), strict=True)
+
+        return {site: _survival(walk(site), stored) for site in self}
 
 
 @dataclass(frozen=True)
@@ -212,11 +309,31 @@ class Survival:
 
 def survival(before: Tensor, after: Tensor, dtype: torch.dtype) -> Survival:
     """Compare the change from `before` to `after` (any shape, fp32) with the one that remains once `after` is stored in `dtype`."""
-    asked = after.float() - before.float()
-    kept = after.to(dtype).float() - before.float()
-    moved = asked != 0
-    stuck = float(((kept == 0) & moved).sum() / moved.sum()) if bool(moved.any()) else 0.0
-    return Survival(float(asked.norm()), float(kept.norm()), _cosine(asked, kept), stuck)
+    return _survival([(before, after)], dtype)
+
+
+def _survival(strips: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Survival:
+    asked_square = kept_square = inner = 0.0
+    moving = stuck = 0
+    for before, after in strips:
+        asked = after.float() - before.float()
+        kept = after.to(dtype).float() - before.float()
+        asked_square, kept_square = asked_square + float(_square(asked)), kept_square + float(_square(kept))
+        inner += float((asked.double() * kept.double()).sum())
+        moving += int((asked != 0).sum())
+        stuck += int(((kept == 0) & (asked != 0)).sum())
+    norms = (asked_square * kept_square) ** 0.5
+    cosine = inner / norms if norms else float("nan")
+    return Survival(asked_square**0.5, kept_square**0.5, cosine, stuck / moving if moving else 0.0)
+
+
+def pieces(shape: torch.Size) -> Iterator[slice]:
+    """Slices that together are all rows of a tensor, each of about a million entries: to walk a tensor without holding it."""
+    if not shape:
+        yield _ALL
+        return
+    step = max(1, _PIECE // max(1, shape[1:].numel()))
+    yield from (slice(start, start + step) for start in range(0, shape[0], step))
 
 
 class Difference(Delta):
@@ -228,6 +345,11 @@ class Difference(Delta):
     def shapes(self) -> Mapping[Site, torch.Size]:
         return self._shapes
 
+    @property
+    def anatomy(self) -> Anatomy | None:
+        leaves = [leaf for _, leaf in self._terms]
+        return next((leaf.anatomy for leaf in leaves if isinstance(leaf, Weights | Delta) and leaf.anatomy), None)
+
     def terms(self) -> list[tuple[float, _Tensors]]:
         return self._terms
 
@@ -235,6 +357,9 @@ class Difference(Delta):
         if not any(site in leaf for _, leaf in self._terms):  # all that moved it has cancelled
             return torch.zeros(self._shapes[site])[rows]
         return _sum(self._terms, site, rows)
+
+    def by_rows(self, site: Site) -> bool:
+        return all(leaf.by_rows(site) for _, leaf in self._terms if site in leaf)
 
 
 class Moved(Weights):
@@ -266,8 +391,11 @@ class Moved(Weights):
             return self._terms[0][1].rows(site, rows)
         return _sum(self._terms, site, rows, self._start)
 
+    def by_rows(self, site: Site) -> bool:
+        return self._start.by_rows(site) and all(leaf.by_rows(site) for _, leaf in self._terms if site in leaf)
+
     def changed_from(self, layout: Weights) -> set[Site]:
-        return self._touched | self._start.changed_from(layout)
+        return set() if self is layout else self._touched | self._start.changed_from(layout)
 
 
 class Edited(Weights):
@@ -301,20 +429,37 @@ class Edited(Weights):
             tensor[index] = edited
         return tensor[rows]
 
+    def by_rows(self, site: Site) -> bool:
+        return site not in self._at and self._start.by_rows(site)
+
     def changed_from(self, layout: Weights) -> set[Site]:
-        return set(self._at) | self._start.changed_from(layout)
+        return set() if self is layout else set(self._at) | self._start.changed_from(layout)
 
 
-def apply(edit: Edit, weights: Weights, at: str | Site | Iterable[str | Site]) -> Weights:
-    """The same weights with `edit(site, W) -> W` applied, in fp32, at the sites the patterns match. Nothing happens until it is read.
+def apply(edit: Edit | Rewiring, weights: Weights, at: str | Site | Iterable[str | Site] | None = None) -> Weights:
+    """The same weights with an edit applied. Nothing happens until it is read.
 
-    `W` is ``[out, in]``, or a head's rows or columns of it. Raises ValueError when the patterns match nothing.
+    edit: ``(site, W) -> W``, applied in fp32 at the sites that the patterns `at` match; `W` is ``[out, in]``, or a head's rows or columns
+          of it. One with a method ``check(site, shape)`` is asked first whether it fits, at every site. Or ``weights -> weights``
+          (`SwapLayers`), which takes no patterns.
+    Raises ValueError when the patterns match nothing or the edit does not fit, TypeError for patterns that are missing or too many.
     """
-    sites = match(at, weights)
+    takes = sum(p.default is p.empty for p in inspect.signature(edit).parameters.values())
+    if at is None:
+        if takes != 1:
+            raise TypeError(
+                f"{edit!r} edits one tensor at a time: say at which sites, as in apply(edit, weights, '*.attn.o')."
+            )
+        return cast(Rewiring, edit)(weights)
+    if takes == 1:
+        raise TypeError(f"{edit!r} edits the whole model: leave out the sites.")
+    sites, check = match(at, weights), getattr(edit, "check", None)
     for site in sites:
         if site.head is not None:
             weights.anatomy.head_slice(site)  # raises on a head that does not exist
-    return Edited(weights, edit, sites)
+        if check is not None:
+            check(site, weights.shape(site))
+    return Edited(weights, cast(Edit, edit), sites)
 
 
 def linear_sites(weights: Weights) -> list[Site]:
@@ -373,17 +518,89 @@ def _sum(terms: list[tuple[float, _Tensors]], site: Site, rows: slice, start: We
     return total
 
 
-def _cosine(a: Tensor, b: Tensor) -> float:
-    norms = float(a.norm()) * float(b.norm())
-    return float((a * b).sum()) / norms if norms else float("nan")
+def _square(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+
+
+def _angle(strips: Iterable[tuple[Tensor, Tensor]]) -> float:
+    inner = a_square = b_square = 0.0
+    for a, b in strips:
+        a, b = a.double(), b.double()
+        inner, a_square, b_square = (
+            inner + float((a * b).sum()),
+            a_square + float(_square(a)),
+            b_square + float(_square(b)),
+        )
+    norms = (a_square * b_square) ** 0.5
+    return inner / norms if norms else float("nan")
+
+
+def _indices(wanted: Indices, count: int) -> set[int]:
+    """The integers that a number, a slice of `count` or an iterable stands for."""
+    if isinstance(wanted, int):
+        return {wanted}
+    return set(range(count)[wanted]) if isinstance(wanted, slice) else set(wanted)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    numbers = sorted(numbers)
+    whole = len(numbers) > 3 and numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{numbers[0]} to {numbers[-1]}" if whole else ", ".join(map(str, numbers))
+
+
+def _heads_of(sites: Iterable[Site], heads: Indices, anatomy: Anatomy) -> list[Site]:
+    """The heads asked for of every site that has heads; of a site that is one head already, that head if it is asked for."""
+    chosen: list[Site] = []
+    for site in sites:
+        try:
+            count = anatomy.heads(site)
+        except ValueError:
+            continue  # it has none
+        wanted = sorted(_indices(heads, count))
+        if site.head is None:
+            chosen += [Site(site.layer, site.part, head) for head in wanted]
+        elif site.head in wanted:
+            chosen.append(site)
+    if not chosen:
+        raise ValueError(
+            "None of the sites kept has the heads asked for. Heads are at attn.q, attn.k, attn.v and attn.o."
+        )
+    return chosen
 
 
 class _Kept(Delta):
-    def __init__(self, delta: Delta, sites: frozenset[Site]):
-        self._delta, self._sites = delta, sites
+    """A vector at some sites, and of some of them only some heads."""
+
+    def __init__(self, delta: Delta, sites: Iterable[Site], anatomy: Anatomy | None):
+        self._delta, self._anatomy = delta, anatomy
+        self._at: dict[Site, list[tuple[slice, ...]] | None] = {}
+        for site in sites:
+            if site.head is None:
+                self._at[site] = None
+                continue
+            assert anatomy is not None
+            index, found = anatomy.head_slice(site), self._at.setdefault(site.whole, [])
+            if found is not None:  # the whole tensor is not kept already
+                found.append(index)
+
+    @property
+    def anatomy(self) -> Anatomy | None:
+        return self._anatomy
 
     def shapes(self) -> Mapping[Site, torch.Size]:
-        return {s: shape for s, shape in self._delta.shapes().items() if s in self._sites}
+        return {s: shape for s, shape in self._delta.shapes().items() if s in self._at}
+
+    def origins(self) -> frozenset[Origin]:
+        return self._delta.origins()
 
     def _read(self, site: Site, rows: slice) -> Tensor:
-        return self._delta.rows(site, rows)
+        value, heads = self._delta.rows(site, rows), self._at[site]
+        if heads is None:
+            return value
+        kept = torch.zeros(self._delta.shapes()[site], dtype=torch.bool)
+        for index in heads:
+            kept[index] = True
+        return torch.where(kept[rows].to(value.device), value, 0.0)
+
+    def by_rows(self, site: Site) -> bool:
+        return self._delta.by_rows(site)

@@ -1,5 +1,6 @@
 """Points and vectors, on every family: what is equal is equal to the bit."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -7,13 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from surgery.checkpoint import Checkpoint, write
+from surgery.checkpoint import Checkpoint
 from surgery.delta import StoredDelta, save_delta
 from surgery.edits import Scale
 from surgery.model import Model
 from surgery.sites import Site, match
-from surgery.weights import apply, linear_sites, survival
+from surgery.weights import apply, linear_sites, pieces, survival
+from surgery.writing import write
 from tests.families import FAMILIES, save_tiny
 
 
@@ -124,14 +128,101 @@ def test_keep(pairs, family):
         kept["1.attn.q"]
 
 
-def test_a_vector_has_no_heads(pairs):
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_keep_splits_a_vector(pairs, data):
+    """What is kept and what is not add up to the whole; keeping twice is keeping once; each entry is the whole's or zero."""
+    base, tuned = pairs(data.draw(st.sampled_from(["llama", "gpt2", "gpt-neox", "qwen2"])))
+    anatomy, delta = base.anatomy, tuned - base
+    at = data.draw(st.sampled_from(["**", "*.attn.*", "*.attn.[qo]", ["*.attn.[kv]", "*.mlp.up"], "0-1.**"]))
+    layers = data.draw(st.sampled_from([None, 1, 0, [0, 2], range(1, 3), slice(1, None), slice(None, None, 2)]))
+    heads = data.draw(st.sampled_from([None, 0, [0, 1], slice(1, None)]))
+    wanted = {layers} if isinstance(layers, int) else range(3)[layers] if isinstance(layers, slice) else layers
+    masks = {}
+    for site in match(at, base):
+        if wanted is not None and site.layer not in wanted:
+            continue
+        mask = torch.ones(base.shape(site), dtype=torch.bool)
+        if heads is not None:
+            part = site.part.removesuffix(".bias")
+            if part not in ("attn.q", "attn.k", "attn.v", "attn.o") or site.part == "attn.o.bias":
+                continue
+            count = anatomy.n_heads if part[-1] in "qo" else anatomy.n_kv_heads
+            which = [0] if heads == 0 else list(range(count)[heads] if isinstance(heads, slice) else heads)
+            lengthwise = torch.tensor([h in which for h in range(count)]).repeat_interleave(anatomy.head_dim)
+            mask &= lengthwise if part == "attn.o" else lengthwise.view(-1, *[1] * (mask.ndim - 1))
+        masks[site] = mask
+    if not masks:
+        with pytest.raises(ValueError, match=r"nothing would be kept|None of the sites"):
+            delta.keep(at, layers=layers, heads=heads)
+        return
+    kept = delta.keep(at, layers=layers, heads=heads)
+    assert set(kept) == set(masks)
+    twice = kept.keep(layers=layers, heads=heads)
+    rest = delta - kept
+    rows = slice(data.draw(st.integers(0, 5)), data.draw(st.integers(6, 30)))
+    for site in data.draw(st.sets(st.sampled_from(list(delta)), min_size=4, max_size=8)):
+        whole = delta[site]
+        if site in masks:
+            by_hand = torch.where(masks[site], whole, 0.0)
+            assert torch.equal(kept[site], by_hand)
+            assert torch.equal(twice[site], by_hand)
+            assert torch.equal(kept.rows(site, rows), by_hand[rows])
+            assert torch.equal(rest[site], whole - by_hand)
+            assert torch.equal((kept + rest)[site], whole)
+        else:
+            assert torch.equal(rest[site], whole)
+
+
+def test_layers_and_the_rest_are_the_whole(pairs):
+    base, tuned = pairs("gpt2")
+    delta = tuned - base
+    outside = [s for s in delta if s.layer is None]
+    parts = sum([delta.keep(layers=slice(None, 2)), delta.keep(layers=2), delta.keep(outside)])
+    assert set(parts) == set(delta)
+    assert all(torch.equal(parts[s], delta[s]) for s in delta)
+
+
+def test_keep_by_head_site(pairs):
+    """The sites of heads, as attribution lists them, are patterns like others."""
+    base, tuned = pairs("llama")
+    delta = tuned - base
+    kept = delta.keep([Site(0, "attn.o", 1), Site(0, "attn.o", 3), Site(2, "mlp.up")])
+    assert [str(s) for s in kept] == ["0.attn.o", "2.mlp.up"]
+    w = base.anatomy.head_dim
+    assert torch.equal(kept["0.attn.o"][:, w : 2 * w], delta["0.attn.o"][:, w : 2 * w])
+    assert torch.equal(kept["0.attn.o"][:, 3 * w :], delta["0.attn.o"][:, 3 * w :])
+    assert not kept["0.attn.o"][:, :w].any()
+    assert not kept["0.attn.o"][:, 2 * w : 3 * w].any()
+    assert torch.equal(kept["2.mlp.up"], delta["2.mlp.up"])
+    assert torch.equal(delta.keep(["0.attn.o.h1", "0.attn.o"])["0.attn.o"], delta["0.attn.o"])
+    assert [str(s) for s in delta.keep("*.attn.o.h1", heads=[1, 2])] == ["0.attn.o", "1.attn.o", "2.attn.o"]
+    with pytest.raises(ValueError, match=r"None of the sites kept has the heads"):
+        delta.keep("*.attn.o.h1", heads=2)
+    with pytest.raises(ValueError, match=r"0\.attn\.k\.h2 does not exist: 0\.attn\.k has heads h0 to h1"):
+        delta.keep("*.attn.k", heads=2)
+    with pytest.raises(ValueError, match=r"There is no layer 7, 9 among 0, 1, 2: nothing would be kept"):
+        delta.keep(layers=[9, 7])
+    with pytest.raises(ValueError, match=r"There is no layer 1 among none"):
+        delta.keep("embed", layers=1)
+
+
+def test_heads_need_a_model(pairs, tmp_path):
     """Only a model knows where a head lies; a vector must not give the whole tensor for one."""
     base, tuned = pairs("llama")
     delta = tuned - base
-    for wrong in (lambda: delta["0.attn.o.h1"], lambda: delta.keep("*.attn.o.h1"), lambda: delta.shape("0.attn.o.h1")):
+    stored = StoredDelta(save_delta(delta, tmp_path / "delta", base_hash="x"))
+    for wrong in (lambda: delta["0.attn.o.h1"], lambda: delta.shape("0.attn.o.h1")):
         with pytest.raises(ValueError, match=r"0\.attn\.o\.h1.*whole tensors"):
             wrong()
     assert "0.attn.o.h1" not in delta
+    for wrong in (lambda: stored.keep("0.attn.o.h1"), lambda: (0.5 * stored).keep("0.attn.o", heads=1)):
+        with pytest.raises(ValueError, match=r"0\.attn\.o.*whole tensors.*anatomy=model\.anatomy"):
+            wrong()
+    told = stored.keep("*.attn.o", heads=1, anatomy=base.anatomy)
+    assert all(torch.equal(told[s], delta.keep("*.attn.o.h1")[s]) for s in told)
+    assert (stored + delta).anatomy is tuned.anatomy or (stored + delta).anatomy is base.anatomy
+    assert stored.anatomy is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -193,6 +284,51 @@ def test_norms_cosines_survival(pairs):
         stuck = ((kept == 0) & (asked != 0)).sum() / (asked != 0).sum()
         assert s.unmoved == pytest.approx(float(stuck), abs=1e-6)
         assert 0 < s.unmoved < 1 or site.part == "norm" or "norm" in site.part
+
+
+def test_long_tensors_are_walked_in_pieces(pairs, monkeypatch):
+    """Sums over pieces are sums over the whole, whatever the size of a piece."""
+    base, tuned = pairs("qwen2")
+    delta = 0.01 * (tuned - base).keep(["1.**", "norm"])
+    other = (tuned - base) + 0.5 * (tuned - base).keep("*.mlp.*")
+    seen = []
+    for size in (50, 1 << 20):
+        monkeypatch.setattr("surgery.weights._PIECE", size)
+        seen.append((delta.norms(), delta.cosines(other), delta.survival("bfloat16", base)))
+        assert all(len(list(pieces(delta.shape(s)))) == 1 for s in delta) == (size == 1 << 20)
+        for shape in ((5, 3), (1, 40), (40,), (1,)):
+            covered = torch.cat([torch.arange(shape[0])[strip] for strip in pieces(torch.Size(shape))])
+            assert torch.equal(covered, torch.arange(shape[0]))
+    assert list(pieces(torch.Size(()))) == [slice(None)]
+    for site in delta:
+        direct, against = delta[site].double(), other[site].double()
+        whole = survival(base[site], (base + delta)[site], torch.bfloat16)
+        for norms, cosines, kept in seen:
+            assert norms[site] == pytest.approx(float(direct.norm()), rel=1e-9)
+            assert cosines[site] == pytest.approx(
+                float((direct * against).sum() / direct.norm() / against.norm()), rel=1e-9
+            )
+            assert kept[site] == pytest.approx(whole) or dataclasses.astuple(kept[site]) == pytest.approx(
+                dataclasses.astuple(whole), rel=1e-9, nan_ok=True
+            )
+
+
+def test_survival_takes_a_name(pairs):
+    base, tuned = pairs("llama")
+    delta = 0.01 * (tuned - base).keep("*.attn.o")
+    for name, dtype in (("bfloat16", torch.bfloat16), ("fp16", torch.float16), ("float32", torch.float32)):
+        assert delta.survival(name, base) == delta.survival(dtype, base)
+    assert delta.survival("bf16", base) != delta.survival("fp16", base)
+    with pytest.raises(ValueError, match=r"'int8' is not a dtype of weights"):
+        delta.survival("int8", base)
+    with pytest.raises(ValueError, match=r"'auto' is not one dtype"):
+        delta.survival("auto", base)
+
+
+def test_cosines_need_equal_shapes(pairs):
+    a, b = pairs("llama"), pairs("gpt2")
+    with pytest.raises(ValueError, match=r"do not have the same anatomy.*0\.attn\.k: "):
+        (a[1] - a[0]).cosines(b[1] - b[0])
 
 
 def test_survival_by_hand():
