@@ -6,23 +6,24 @@ Past this border a weight is always ``[out, in]``, whatever the family stores.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.sites import Site, nothing_matched
 
-if TYPE_CHECKING:
-    from torch import nn
+if TYPE_CHECKING:  # torch takes seconds to import, and a family's table needs none of it
+    import torch
+    from torch import Tensor, nn
     from transformers import PretrainedConfig
 
 LINEAR_PARTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+_DENSE = ("mlp.gate", "mlp.up", "mlp.down")
+_EXPERT = re.compile(r"^mlp\.(e\d+|shared)\.")
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,32 @@ class Place:
 
     rows: index of the piece along the output dimension, or None for the whole tensor.
     transposed: stored ``[in, out]``.
+    expert: index along the first dimension where all experts are stored as one ``[experts, out, in]``, or None.
     """
 
     name: str
     rows: slice | Tensor | None = None
     transposed: bool = False
+    expert: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the site's tensor is the stored one, as it lies."""
+        return self.rows is None and not self.transposed and self.expert is None
 
     def take(self, stored: Tensor) -> Tensor:
         """The site's tensor, ``[out, in]`` (or ``[out]``), from the tensor as stored."""
+        if self.expert is not None:
+            return replace(self, expert=None).take(stored[self.expert])
         tensor = stored.T if self.transposed and stored.ndim == 2 else stored
         return tensor if self.rows is None else tensor[self.rows]
 
     def put(self, stored: Tensor, value: Tensor) -> Tensor:
         """The stored tensor with the site's value in its place: new, in the stored orientation and dtype."""
+        if self.expert is not None:
+            whole = stored.clone()
+            whole[self.expert] = replace(self, expert=None).put(stored[self.expert], value)
+            return whole
         if self.rows is None:
             whole = value.T if self.transposed and value.ndim == 2 else value
             return whole.to(stored.dtype).contiguous()
@@ -57,10 +71,13 @@ class Place:
 class Anatomy:
     """A family's table bound to one config and to the tensor names found.
 
-    places:   site -> Place, for every tensor found; tensors the table does not name are at ``file:NAME``.
+    places:   site -> Place, for every tensor found; tensors the table does not name are at ``file:NAME`` (in a vision-language
+              model less the prefixes in which file layouts differ, so that one tensor has one site in all of them).
     ties:     site -> the site it shares its tensor with (``head`` -> ``embed``).
     copies:   names of tensors that merely repeat a tied site's, where a file holds both.
     head_dim: width of one attention head, read from the config, divided out only where the model itself does so.
+    tower:    module path of the language model inside a vision-language model, whose sites have the plain names; else None.
+    n_experts: experts of a sparse layer, at ``mlp.e0.down`` and so on; 0 in a dense model.
     """
 
     family: str
@@ -75,31 +92,30 @@ class Anatomy:
     places: Mapping[Site, Place]
     ties: Mapping[Site, Site]
     copies: Mapping[str, Site]
+    tower: str | None = None
+    n_experts: int = 0
 
     @classmethod
     def of(cls, config: PretrainedConfig, names: Iterable[str], where: str = "the model") -> Anatomy:
         """Bind the family of `config.model_type` to the tensor `names` of a file set or a live module.
 
-        Raises ValueError for a family without a table, and for a required tensor that is not there.
+        A vision-language model is bound by the table of its text config, found inside it by the table of its own. Raises ValueError
+        for a family without a table, and for a required tensor that is not there.
         """
         text = config.get_text_config()
-        family, table = _table(text.model_type, where)
-        n_heads = text.num_attention_heads
-        shape = _Shape(
-            n_layers=text.num_hidden_layers,
-            heads=n_heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or n_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // n_heads,
-            mlp=getattr(text, "intermediate_size", None) or 0,
-        )
+        host: dict[str, Any] = {} if text is config else _table(config.model_type, where, "tower")[1]
+        family, table = _table(text.model_type, where, "tensors")
+        if host:
+            family, table = config.model_type, _inside(table, host)
+        shape = _Shape.of(text)
         tied = bool(getattr(config, "tie_word_embeddings", False))
         names = set(names)
-        heads = [n for n in _names(table["tensors"]["head"]) if n in names]
+        heads = [spec["name"] for spec in _specs(table["tensors"]["head"]) if spec["name"] in names]
         copies = {name: Site(None, "embed") for name in heads if tied}
-        places, missing = _bind(table["tensors"], shape, names - set(copies), tied)
+        places, missing = _bind(table["tensors"], shape, names - set(copies), tied, host.get("aside", ()))
         if missing:
             raise ValueError(
-                f"{where} is a {text.model_type} of {shape.n_layers} layers but lacks {len(missing)} of its tensors, "
+                f"{where} is a {config.model_type} of {shape.n_layers} layers but lacks {len(missing)} of its tensors, "
                 f"first {', '.join(missing[:3])}. The download or the index may be incomplete, or config.json belongs to another model."
             )
         flag = table.get("no_mid_if")
@@ -116,6 +132,8 @@ class Anatomy:
             places=places,
             ties={Site(None, "head"): Site(None, "embed")} if tied else {},
             copies=copies,
+            tower=host["tower"][0] if host else None,
+            n_experts=shape.experts if any("{e}" in pattern for pattern in table["tensors"]) else 0,
         )
 
     def resolve(self, site: Site | str) -> Site:
@@ -133,8 +151,8 @@ class Anatomy:
         return names
 
     def linear_sites(self) -> list[Site]:
-        """The attention and MLP matrices of every layer: what LIFT tunes and geometry measures."""
-        return [s for s in self.places if s.layer is not None and s.part in LINEAR_PARTS]
+        """The attention and MLP matrices of every layer, experts' too: what LIFT tunes and geometry measures."""
+        return [s for s in self.places if s.layer is not None and _EXPERT.sub("mlp.", s.part) in LINEAR_PARTS]
 
     def heads(self, site: Site) -> int:
         """How many heads the tensor at a site has. Raises ValueError where a tensor has none."""
@@ -175,12 +193,16 @@ class Anatomy:
 
         The logits must; of the streams, those before the site must not, and the one between attention and MLP must move for
         attention alone; on a single token, whose attention is 1 whatever q and k are, v must matter and q and k must not. (What
-        this cannot tell apart: q from k where they have equally many heads, gate from up.) Raises RuntimeError naming the first site that
-        behaves otherwise, or whose shape contradicts the config. Weights are restored bit for bit.
+        this cannot tell apart: q from k where they have equally many heads, gate from up, one expert from another.) What a
+        vision-language model has beside its language tower must not move the logits of a text. Raises RuntimeError naming the first site
+        that behaves otherwise, or whose shape contradicts the config. Weights are restored bit for bit.
         """
+        import torch
+
         parameters = dict(module.named_parameters())
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, self.vocab, (1, 8), generator=generator).to(next(module.parameters()).device)
+        length = 8 * max(1, self.n_experts)  # so that every expert is asked
+        ids = torch.randint(0, self.vocab, (1, length), generator=generator).to(next(module.parameters()).device)
         seen: dict[Site, Tensor] = {}
 
         def run(tokens: Tensor) -> Tensor:
@@ -226,14 +248,17 @@ class Anatomy:
         shapes: dict[str, tuple[int | None, ...]] = {
             "embed": (self.vocab, d), "head": (self.vocab, d), "norm": (d,), "attn.q": (q, d), "attn.k": (kv, d),
             "attn.v": (kv, d), "attn.o": (d, q), "mlp.gate": (None, d), "mlp.up": (None, d), "mlp.down": (d, None),
+            "mlp.router": (self.n_experts, d),
         }  # fmt: skip
-        said = shapes.get(site.part, (None,) * len(found))
+        said = shapes.get(_EXPERT.sub("mlp.", site.part), (None,) * len(found))
         if len(said) != len(found) or any(n not in (None, m) for n, m in zip(said, found, strict=True)):
             raise RuntimeError(f"{site} has shape {tuple(found)} where the config of this {self.family} says {said}.")
 
     def _behaves(self, site: Site, moved: bool, single: bool, streams: set[Site]) -> str | None:
         """What is wrong with what a perturbed site moved: the logits, those of a single token, the streams."""
         kind, _, name = site.part.removesuffix(".bias").partition(".")
+        if site.is_unnamed and self.tower:
+            return "the logits of a text moved" if moved else None
         if not moved and site.part != "attn.k.bias":  # which cancels in the softmax of an unrotated query
             return "the logits did not move"
         if site.layer is None:
@@ -259,6 +284,24 @@ class _Shape:
     kv_heads: int
     head_dim: int
     mlp: int
+    experts: int
+    expert_mlp: int
+    dense: frozenset[int]
+
+    @classmethod
+    def of(cls, text: PretrainedConfig) -> _Shape:
+        heads, mlp = text.num_attention_heads, getattr(text, "intermediate_size", None) or 0
+        only, step = getattr(text, "mlp_only_layers", None) or (), getattr(text, "decoder_sparse_step", None) or 1
+        return cls(
+            n_layers=text.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            mlp=mlp,
+            experts=getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0,
+            expert_mlp=getattr(text, "moe_intermediate_size", None) or mlp,
+            dense=frozenset(i for i in range(text.num_hidden_layers) if i in only or (i + 1) % step),
+        )
 
     def rows(self, piece: str, of: str) -> slice | Tensor:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -267,10 +310,14 @@ class _Shape:
                 return {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}[piece]
             case "qkv-by-head":
                 start = "qkv".index(piece) * self.head_dim
+                import torch
+
                 rows = torch.arange(self.heads * 3 * self.head_dim).view(self.heads, 3 * self.head_dim)
                 return rows[:, start : start + self.head_dim].reshape(-1)
             case "gate-up":
                 return {"gate": slice(0, self.mlp), "up": slice(self.mlp, 2 * self.mlp)}[piece]
+            case "expert-gate-up":
+                return {"gate": slice(0, self.expert_mlp), "up": slice(self.expert_mlp, 2 * self.expert_mlp)}[piece]
         raise ValueError(f"anatomies.toml: a tensor of {of!r} pieces is not known")
 
 
@@ -289,8 +336,9 @@ def _families() -> dict[str, dict]:
     return {name: resolved(name) for name in tables}
 
 
-def _table(model_type: str, where: str) -> tuple[str, dict]:
-    known = {kind: name for name, table in _families().items() for kind in table["model_types"]}
+def _table(model_type: str, where: str, kind: Literal["tensors", "tower"]) -> tuple[str, dict]:
+    """The name and the table of a family: of language models, or of the vision-language models around them."""
+    known = {word: name for name, table in _families().items() if kind in table for word in table["model_types"]}
     if model_type not in known:
         raise ValueError(
             f"{where} is a {model_type!r} model, a family without a table. Known: {', '.join(sorted(known))}. "
@@ -299,35 +347,68 @@ def _table(model_type: str, where: str) -> tuple[str, dict]:
     return known[model_type], _families()[known[model_type]]
 
 
-def _names(entry: str | list[str]) -> list[str]:
-    return [entry] if isinstance(entry, str) else entry
+def _specs(entry: str | dict | list) -> list[dict[str, Any]]:
+    """The places an entry of a table allows, in order: most have one, and a list holds several."""
+    entries = entry if isinstance(entry, list) else [entry]
+    return [spec if isinstance(spec, dict) else {"name": spec} for spec in entries]
 
 
-def _bind(table: dict, shape: _Shape, names: set[str], tied: bool) -> tuple[dict[Site, Place], list[str]]:
+def _inside(table: dict, host: dict) -> dict:
+    """A language model's table as it reads inside a vision-language model, in every layout of the latter."""
+    backbone, _, blocks = table["blocks"].partition(".")
+
+    def moved(name: str) -> list[str]:
+        root, _, rest = name.partition(".")
+        return [f"{path}.{rest}" for path in host["tower" if root == backbone else "head"]]
+
+    tensors = {
+        pattern: [{**spec, "name": name} for spec in _specs(entry) for name in moved(spec["name"])]
+        for pattern, entry in table["tensors"].items()
+    }
+    return {**table, "blocks": f"{host['tower'][0]}.{blocks}", "tensors": tensors}
+
+
+def _bind(
+    table: dict, shape: _Shape, names: set[str], tied: bool, aside: Iterable[str]
+) -> tuple[dict[Site, Place], list[str]]:
     places: dict[Site, Place] = {}
     missing: list[str] = []
 
-    def found(wanted: list[str]) -> str | None:
+    def found(name: str) -> str | None:
         # A checkpoint saved from the bare backbone lacks its prefix: h.0.ln_1.weight for transformer.h.0.ln_1.weight.
-        return next((n for name in wanted for n in (name, name.split(".", 1)[1]) if n in names), None)
+        return next((n for n in (name, name.split(".", 1)[1]) if n in names), None)
 
+    sparse = any("{e}" in pattern for pattern in table)
     for pattern, entry in table.items():
-        spec: dict[str, Any] = entry if isinstance(entry, dict) else {"name": entry}
-        for layer in range(shape.n_layers) if "{l}" in pattern else [None]:
-            site = Site.parse(pattern.replace("{l}", str(layer)))
+        for layer, expert in _indices(pattern, shape, sparse):
+            site = Site.parse(pattern.replace("{l}", str(layer)).replace("{e}", str(expert)))
             if site.part == "head" and tied:
                 continue
-            wanted = [name.replace("{l}", str(layer)) for name in _names(spec["name"])]
-            rows = shape.rows(spec["piece"], spec["of"]) if "of" in spec else None
-            name = found(wanted)
-            if name is None:
-                missing.append(wanted[0])
+            specs = [
+                {**spec, "name": spec["name"].replace("{l}", str(layer)).replace("{e}", str(expert))}
+                for spec in _specs(entry)
+            ]
+            spec = next((spec for spec in specs if found(spec["name"])), None)
+            if spec is None:
+                missing.append(specs[0]["name"])
                 continue
-            places[site] = Place(name, rows, spec.get("transposed", False))
-            bias = found([w.removesuffix("weight") + "bias" for w in wanted])
+            rows = shape.rows(spec["piece"], spec["of"]) if "of" in spec else None
+            packed = expert if spec.get("packed") else None
+            places[site] = Place(str(found(spec["name"])), rows, spec.get("transposed", False), packed)
+            bias = found(spec["name"].removesuffix("weight") + "bias")
             if bias is not None:
                 places[Site(site.layer, site.part + ".bias")] = Place(bias, rows)
     named = {p.name for p in places.values()}
     for name in sorted(names - named):
-        places[Site.unnamed(name)] = Place(name)
+        short = Site.unnamed(".".join(part for part in name.split(".") if part not in aside))
+        places[Site.unnamed(name) if short in places else short] = Place(name)
     return dict(sorted(places.items())), missing
+
+
+def _indices(pattern: str, shape: _Shape, sparse: bool) -> list[tuple[int | None, int | None]]:
+    """The (layer, expert) pairs for which a pattern stands; in a sparse family some layers may be dense, with one MLP as elsewhere."""
+    part = pattern.removeprefix("{l}.")
+    layers: list[int | None] = [*range(shape.n_layers)] if "{l}" in pattern else [None]
+    if sparse and part.startswith("mlp.") and not part.endswith("norm"):
+        layers = [layer for layer in layers if (layer in shape.dense) == (part in _DENSE)]
+    return [(layer, e) for layer in layers for e in (range(shape.experts) if "{e}" in pattern else [None])]

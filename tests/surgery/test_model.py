@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from surgery.checkpoint import write
 from surgery.edits import Scale
 from surgery.model import Model, as_dtype, find, pad_after_prefix, pick_device, prefix_cache
 from surgery.weights import apply
+from surgery.writing import write
 from tests.families import FAMILIES, save_tiny, tiny
 
 IDS = torch.arange(4, 24)[None]
