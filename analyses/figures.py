@@ -183,6 +183,33 @@ def before_after(frame: DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def similarity(frame: Any, ax: Axes | None = None) -> Axes:
+    """How like alignment's a change is, module by module: a dot each, coloured by part (or arm), experts together; open dots were left.
+
+    frame: columns index, part, rho, realigned, tau and perhaps arm; the dotted line is at tau, where there is one. Modules without rho
+    are not drawn.
+    """
+    ax = _axes(ax)
+    groups = (
+        _arms(frame)
+        if "arm" in frame
+        else frame.groupby(frame["part"].str.replace(r"\be\d+\.", "", regex=True), sort=False)
+    )
+    for i, (name, table) in enumerate(groups):
+        shade, named = colour(str(name), i), False
+        for done in (True, False):
+            dots = table[(table["realigned"] == done) & table["rho"].notna()]
+            if len(dots):
+                look = {"color": shade, "markerfacecolor": shade if done else "white", "markersize": 4}
+                ax.plot(dots["index"], dots["rho"], "o", label=None if named else name, **look)
+                named = True
+    for tau in frame["tau"].dropna().unique():
+        ax.axhline(tau, color="black", linestyle=":", linewidth=0.9, label=f"threshold {tau:g}")
+    ax.set(xlabel="module, in the order of the layers", ylabel="cosine with what alignment changed", ylim=(-0.03, 1.03))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
 FIGURES: dict[str, Callable[..., Axes]] = {
     "early-answers": early_answers,
     "drift": drift,
@@ -190,6 +217,7 @@ FIGURES: dict[str, Callable[..., Axes]] = {
     "sweep": sweep,
     "training": training,
     "before-after": before_after,
+    "similarity": similarity,
 }
 
 

@@ -1,33 +1,40 @@
-"""Edits: frozen, callable, pure. ``(site, W) -> W``, with `W` ``[out, in]`` in fp32, or a head's rows or columns of it.
+"""Edits: frozen, callable, pure.
 
-``apply(RemoveDirection(u), weights, at="*.attn.o")`` costs nothing until it is written or installed.
+Most take one tensor to one tensor, ``(site, W) -> W``, with `W` ``[out, in]`` in fp32, or a head's rows or columns of it:
+``apply(RemoveDirection(u), weights, at="*.attn.o")``. `SwapLayers` and `ReplaceLayers` take a point to a point and need no pattern:
+``apply(SwapLayers(3, 4), weights)``. Either way nothing happens until the result is written or installed.
+
+Every edit has a strength: at 0 it changes no bit, at 1 it is whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from surgery.linalg import project_out
+from surgery.linalg import low_rank, project_out
 from surgery.sites import Site
+from surgery.weights import Weights
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Multiply by a factor; 0 silences a site."""
+    """Multiply by a factor; 0 silences a site. At a strength in between, by ``1 - strength + strength * factor``."""
 
     factor: float
+    strength: float = 1.0
 
     def __call__(self, site: Site, W: Tensor) -> Tensor:
-        return W * self.factor
+        return W if self.strength == 0 else W * (1 - self.strength + self.strength * self.factor)
 
 
 @dataclass(frozen=True, eq=False)
 class RemoveDirection:
-    """Stop a matrix from writing a direction of the residual stream: ``W <- (I - strength u uᵀ) W``.
+    """Stop a matrix, or a bias, from writing a direction of the residual stream: ``W <- (I - strength u uᵀ) W``.
 
     direction: any non-zero vector of length `out`; it is normalised.
     strength:  1 removes the component, 2 reflects it, 0 does nothing.
@@ -37,15 +44,199 @@ class RemoveDirection:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        norm = float(torch.linalg.vector_norm(self.direction.float()))
-        if self.direction.ndim != 1 or not 0 < norm < float("inf"):
-            raise ValueError(
-                f"A direction is one finite, non-zero vector; this has shape {tuple(self.direction.shape)} and norm {norm}."
-            )
+        _require_direction(self.direction)
+
+    def check(self, site: Site, shape: torch.Size) -> None:
+        """Raise ValueError where the tensor at the site does not write vectors of the direction's length."""
+        _require_writes(site, shape, self.direction)
 
     def __call__(self, site: Site, W: Tensor) -> Tensor:
-        if W.ndim != 2 or W.shape[0] != len(self.direction):
-            raise ValueError(
-                f"{site} is {tuple(W.shape)} and cannot write a direction of length {len(self.direction)}."
+        self.check(site, W.shape)
+        if self.strength == 0:
+            return W
+        return project_out(W.reshape(len(W), -1), self.direction.to(W), self.strength).view(W.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class AddDirection:
+    """Make a site write a direction: ``b + strength u`` at a bias, the rank-one ``W + strength u vᵀ`` at a matrix.
+
+    direction: u, of length `out`, taken as it is: its length says how much is written.
+    reads:     v, of length `in`: a matrix then writes `strength` u for each unit of its input along v. By default what the matrix
+               already reads in order to write u, ``v = Wᵀ u / |u|²``: strength 1 doubles the component along u, whatever u's length.
+    Raises ValueError at a site that writes vectors of another length; a bias reads nothing and takes no `reads`.
+    """
+
+    direction: Float[Tensor, " out"]
+    strength: float = 1.0
+    reads: Float[Tensor, " in"] | None = None
+
+    def __post_init__(self) -> None:
+        for vector in (self.direction, self.reads):
+            if vector is not None:
+                _require_direction(vector)
+
+    def check(self, site: Site, shape: torch.Size) -> None:
+        """Raise ValueError where the vectors do not fit the tensor at the site."""
+        _require_writes(site, shape, self.direction)
+        if self.reads is not None and len(shape) == 1:
+            raise ValueError(f"{site} is a bias and reads nothing: leave out what it should read.")
+        if self.reads is not None and shape[1] != len(self.reads):
+            raise ValueError(f"{site} is {tuple(shape)} and cannot read a direction of length {len(self.reads)}.")
+
+    def __call__(self, site: Site, W: Tensor) -> Tensor:
+        self.check(site, W.shape)
+        if self.strength == 0:
+            return W
+        u = self.direction.to(W)
+        if W.ndim == 1:
+            return W + self.strength * u
+        v = (u @ W) / (u @ u) if self.reads is None else self.reads.to(W)
+        return W + self.strength * torch.outer(u, v)
+
+
+@dataclass(frozen=True)
+class TruncateRank:
+    """Replace a matrix by its best approximation of a rank; at a strength in between, go that share of the way.
+
+    rank: 1 or more; from the short side on, nothing is lost. For a head it is the rank of the head's own rows or columns. A vector (a
+          norm's gain that ``*.mlp.*`` matches too) is of rank one and stays as it is.
+    Source: Eckart and Young 1936.
+    """
+
+    rank: int
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"A rank is 1 or more; this is {self.rank}. To silence a site, use Scale(0).")
+
+    def __call__(self, site: Site, W: Tensor) -> Tensor:
+        if self.strength == 0 or W.ndim < 2:
+            return W
+        low = low_rank(W, self.rank).to(W)
+        return low if self.strength == 1 else torch.lerp(W, low, self.strength)
+
+
+# --- whole blocks ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaceLayers:
+    """Take whole blocks, norms and biases included, from another point.
+
+    donor:    the point they are taken from.
+    layers:   which: ``[3, 4]`` takes the donor's layers 3 and 4 to the same places, ``{3: 7}`` its layer 7 to the place of layer 3.
+    strength: 1 takes the donor's tensors bit for bit; in between, ``own + strength * (donor's - own)``.
+    What the config says of a layer (its attention window) stays with the place. Raises ValueError where a layer does not exist, or
+    where two blocks do not have the same tensors, shapes and heads.
+    """
+
+    donor: Weights
+    layers: Sequence[int] | Mapping[int, int]
+    strength: float = 1.0
+
+    def __call__(self, weights: Weights) -> Weights:
+        layers = self.layers if isinstance(self.layers, Mapping) else {layer: layer for layer in self.layers}
+        return _transplanted(weights, self.donor, layers, self.strength)
+
+
+@dataclass(frozen=True)
+class SwapLayers:
+    """Exchange two whole blocks of a model; twice is not at all, to the bit.
+
+    strength: 1 exchanges them; in between each goes that share of the way to the other, so that at 0.5 both are their mean.
+    What the config says of a layer stays with the place. Raises ValueError as `ReplaceLayers` does.
+    """
+
+    first: int
+    second: int
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.first == self.second:
+            raise ValueError(f"Layer {self.first} swapped with itself changes nothing: name two layers.")
+
+    def __call__(self, weights: Weights) -> Weights:
+        return _transplanted(weights, weights, {self.first: self.second, self.second: self.first}, self.strength)
+
+
+class Transplanted(Weights):
+    """A point some of whose tensors are another point's, or a mixture of both. sources: site -> the donor's site."""
+
+    def __init__(self, start: Weights, donor: Weights, sources: Mapping[Site, Site], strength: float = 1.0):
+        self._start, self._donor, self._sources, self._strength = start, donor, sources, strength
+        self.anatomy, self.layout = start.anatomy, start.layout
+
+    def shapes(self) -> Mapping[Site, torch.Size]:
+        return self._start.shapes()
+
+    def dtype(self, site: Site | str) -> torch.dtype:
+        return self._start.dtype(site)
+
+    def _read(self, site: Site, rows: slice) -> Tensor:
+        if site not in self._sources:
+            return self._start.rows(site, rows)
+        taken = self._donor.rows(self._sources[site], rows)
+        if self._strength == 1:
+            return taken
+        own = self._start.rows(site, rows).float()
+        return torch.lerp(own, taken.to(own), self._strength)
+
+    def by_rows(self, site: Site) -> bool:
+        donor = site not in self._sources or self._donor.by_rows(self._sources[site])
+        return donor and self._start.by_rows(site)
+
+    def changed_from(self, layout: Weights) -> set[Site]:
+        return set() if self is layout else set(self._sources) | self._start.changed_from(layout)
+
+
+def _transplanted(weights: Weights, donor: Weights, layers: Mapping[int, int], strength: float) -> Weights:
+    if not layers:
+        raise ValueError("No layer is named, so nothing would change.")
+    theirs, ours = donor.anatomy, weights.anatomy
+    heads = [(a.n_heads, a.n_kv_heads, a.head_dim) for a in (theirs, ours)]
+    if heads[0] != heads[1]:
+        raise ValueError(
+            "The donor's blocks do not fit: it has {} heads ({} kv) of {}, here are {} ({} kv) of {}.".format(
+                *heads[0], *heads[1]
             )
-        return project_out(W, self.direction.to(W), self.strength)
+        )
+    sources: dict[Site, Site] = {}
+    for place, taken in layers.items():
+        here, there = _block(weights, place), _block(donor, taken)
+        shapes = [{key: w.shape(site) for key, site in block.items()} for w, block in ((weights, here), (donor, there))]
+        unlike = sorted(k for k in here.keys() | there.keys() if shapes[0].get(k) != shapes[1].get(k))
+        if unlike:
+            said = [str(tuple(s[unlike[0]])) if unlike[0] in s else "absent" for s in shapes]
+            raise ValueError(
+                f"Layer {taken} does not fit in the place of layer {place}: {len(unlike)} tensors differ, first {unlike[0]}: "
+                f"{said[0]} here, {said[1]} there. Blocks are exchanged between layers of one architecture."
+            )
+        sources |= {here[k]: there[k] for k in here if donor is not weights or here[k] != there[k]}
+    return Transplanted(weights, donor, sources, strength) if strength and sources else weights
+
+
+def _block(weights: Weights, layer: int) -> dict[str, Site]:
+    """Every tensor of a block, by part; those that the family's table does not name, by what follows the block's own name."""
+    if not 0 <= layer < weights.anatomy.n_layers:
+        raise ValueError(f"There is no layer {layer}: this model has layers 0 to {weights.anatomy.n_layers - 1}.")
+    named = {site.part: site for site in weights if site.layer == layer}
+    name = weights.anatomy.places[next(iter(named.values()))].name
+    prefix = name[: name.index(f".{layer}.") + len(f".{layer}.")]
+    unnamed = {str(site).removeprefix("file:"): site for site in weights if site.is_unnamed}
+    return named | {f"file:{n[len(prefix) :]}": site for n, site in unnamed.items() if n.startswith(prefix)}
+
+
+def _require_direction(vector: Tensor) -> None:
+    norm = float(torch.linalg.vector_norm(vector.float()))
+    if vector.ndim != 1 or not 0 < norm < float("inf"):
+        raise ValueError(
+            f"A direction is one finite, non-zero vector; this has shape {tuple(vector.shape)} and norm {norm}."
+        )
+
+
+def _require_writes(site: Site, shape: torch.Size, direction: Tensor) -> None:
+    writes = len(shape) == 2 or (len(shape) == 1 and site.part.endswith(".bias"))
+    if not writes or shape[0] != len(direction):
+        raise ValueError(f"{site} is {tuple(shape)} and cannot write a direction of length {len(direction)}.")

@@ -31,6 +31,10 @@ FRAMES: dict[str, pd.DataFrame] = {
     "sweep": pd.concat([pd.DataFrame({"strength": [1.0, 0.0], **LINE, "measure": m}) for m in ("accuracy", "text_nll")]),
     "training": pd.DataFrame({"step": [1, 2], "measure": "loss", "value": [2.0, 1.0]}),
     "before-after": pd.DataFrame({"arm": ["base", "lift"], **LINE}),
+    "similarity": pd.DataFrame(
+        {"index": [0, 1, 2, 3], "part": ["attn.q", "attn.q", "mlp.e0.up", "mlp.e1.up"], "rho": [0.2, 0.7, 0.4, None], "tau": 0.5}
+        | {"realigned": [True, False, True, False]}
+    ),
 }  # fmt: skip
 
 
@@ -74,6 +78,19 @@ def test_lines_are_the_tables_numbers_in_order() -> None:
     assert [list(line.get_ydata()) for line in ax.lines] == [[0.2, 0.5, 1], [0.1, 1]]
     ax = figures.before_after(FRAMES["before-after"], Figure().subplots())
     assert [bar.get_height() for bar in ax.patches] == [0.1, 0.5]
+
+
+def test_similarity_draws_a_dot_a_module_and_the_threshold() -> None:
+    ax = figures.similarity(FRAMES["similarity"], Figure().subplots())
+    *dots, threshold = ax.lines
+    assert [line.get_xydata().tolist() for line in dots] == [[[0, 0.2]], [[1, 0.7]], [[2, 0.4]]]
+    filled = [line.get_markerfacecolor() == line.get_color() for line in dots]
+    assert filled == [True, False, True]  # what was realigned
+    assert dots[0].get_color() == dots[1].get_color() != dots[2].get_color()
+    assert list(threshold.get_ydata()) == [0.5, 0.5]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["attn.q", "mlp.up", "threshold 0.5"]
+    counted = FRAMES["similarity"].assign(tau=None)
+    assert len(figures.similarity(counted, Figure().subplots()).lines) == 3
 
 
 @pytest.mark.parametrize("name", ["drift", "geometry", "sweep", "training"])
