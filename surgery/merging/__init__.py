@@ -1,0 +1,29 @@
+"""Merging: mergekit's recipes and mergekit's rules, over our stream.
+
+A recipe is mergekit's YAML, unchanged. mergekit's own classes parse it, plan it and hold the rules; what is ours is around them:
+references are checked before anything is computed, tensors come by file name from `Checkpoint`, one output tensor exists at a time,
+and `write` hashes, verifies and renames. What our stream cannot do (new tokenizers, several GPUs) goes through mergekit's own
+executor into a temporary folder, and passes the same verification before it appears.
+
+Differs: mergekit computes in the dtype it finds, or in the recipe's ``dtype``; here arithmetic is float32 (float64 where the recipe
+says so) and ``out_dtype``, else ``dtype``, only says what is stored. ``surgery: {compute: mergekit}`` in the recipe computes as
+mergekit does. Random methods draw from a generator of their own for each seed, tensor and model, so that neither the order of the
+tensors nor the number of threads matters; mergekit draws all from one. Tensors that mergekit's table of the architecture does not
+list are the base model's own here; mergekit leaves them out. Among changes of equal magnitude TIES takes evenly; mergekit's sort does not.
+
+recipe     Recipe, read_recipe(): what the YAML says
+rules      how one output tensor comes about
+planning   plan(): what will happen, from configurations and headers
+point      Merged: the merged weights, computed when read
+running    merge(): from a plan to a folder
+"""
+
+from surgery.merging.planning import Plan as Plan
+from surgery.merging.planning import plan as plan
+from surgery.merging.point import Merged as Merged
+from surgery.merging.recipe import Recipe as Recipe
+from surgery.merging.recipe import RecipeError as RecipeError
+from surgery.merging.recipe import read_recipe as read_recipe
+from surgery.merging.running import RECIPE as RECIPE
+from surgery.merging.running import MergedModel as MergedModel
+from surgery.merging.running import merge as merge

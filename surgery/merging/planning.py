@@ -1,0 +1,323 @@
+"""What merging a recipe will do, from configurations and headers: mergekit's own plan, checked against what the files hold."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from surgery.checkpoint import Checkpoint
+from surgery.merging.recipe import Recipe, RecipeError, references, valid_seed
+from surgery.merging.rules import Rule, Source
+from surgery.tensorfile import CheckpointError
+from surgery.weights import Weights
+
+if TYPE_CHECKING:
+    from mergekit.architecture import ModelArchitecture
+    from mergekit.common import ModelPath, ModelReference
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+Road = Literal["stream", "executor"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What merging a recipe will do, known from configurations and headers alone.
+
+    road:    ``stream``: tensor by tensor through `write`. ``executor``: by mergekit's own executor, into a temporary folder.
+    why:     why not by stream; empty where it is.
+    layout:  the checkpoint whose configuration, tokenizer and other files the output takes: the base, or the first model.
+    layers:  for each layer of the output, the layer it takes from its first source; None where the output's layers are the layout's.
+    dtype:   in which the output is stored; None where each tensor keeps the layout's.
+    sources: each model as written -> its folder, and its adapter's.
+    carried: tensors that mergekit's table of the architecture does not list: they are the layout's own.
+    rules:   how each output tensor is computed, by its name.
+    """
+
+    recipe: Recipe
+    config: MergeConfiguration
+    road: Road
+    why: str
+    layout: Path
+    layers: tuple[int, ...] | None
+    dtype: torch.dtype | None
+    sources: Mapping[str, tuple[Path, Path | None]]
+    carried: tuple[str, ...]
+    rules: Mapping[str, Rule] = field(repr=False)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the layout's family has an anatomy."""
+        try:
+            Checkpoint(self.layout)
+        except ValueError:
+            return False
+        return True
+
+    def __str__(self) -> str:
+        how = "tensor by tensor" if self.road == "stream" else f"by mergekit's executor, because {self.why}"
+        stored = "as found" if self.dtype is None else f"in {str(self.dtype).removeprefix('torch.')}"
+        lines = [
+            f"{self.recipe.method} of {len(self.recipe.models)} models, {how}; stored {stored}, like {self.layout}",
+            *(f"  {ref}{' (base)' if ref == self.recipe.base else ''}" for ref in self.recipe.models),
+        ]
+        if self.layers is not None:
+            lines.append(f"{len(self.layers)} layers, from {spans(self.layers)}")
+        if self.carried:
+            lines.append(
+                f"{len(self.carried)} tensors that the rule does not reach stay the base's, first {self.carried[0]}"
+            )
+        if self.recipe.unused:
+            lines.append(
+                f"{self.recipe.method} has no parameter {', '.join(self.recipe.unused)}: ignored, as by mergekit"
+            )
+        return "\n".join(lines)
+
+
+def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None = None, multi_gpu: bool = False) -> Plan:
+    """What `merge` would do; configurations and headers are read, no tensor is.
+
+    Raises RecipeError for models that do not fit together (a tensor that one lacks, shapes that differ) and for parameters whose
+    filters leave a tensor without a value; FileNotFoundError and CheckpointError for models that are not there or damaged.
+    """
+    chosen = recipe.seed if seed is None else valid_seed(seed, "merge")
+    labels = {ref: _local(ref) for ref in references(recipe.config)}
+    config = _swapped(recipe.config, labels)
+    names = {local: str(ref) for ref, local in labels.items()}
+    order = references(config)
+    main = config.base_model or order[0]
+    folders = {names[r]: (Path(r.model.path), Path(r.lora.path) if r.lora else None) for r in order}
+    sources, refused = _open(order, names)
+    with quiet(), loaders(order):
+        architecture, planned = _planned(config)
+    said = _dtype(config.out_dtype or config.dtype) if dtype is None else dtype
+
+    def executor(why: str) -> Plan:
+        return Plan(recipe, config, "executor", why, Path(main.model.path), None, said, folders, (), {})
+
+    if multi_gpu:
+        if torch.cuda.device_count() == 0:
+            raise RecipeError("multi_gpu: there is no GPU here. Leave it out: the merge then runs on the processor.")
+        return executor("several GPUs are asked for")
+    if config.tokenizer or config.tokenizer_source:
+        return executor("the tokenizer and the rows of the embeddings are built anew")
+    if refused:
+        return executor(refused)
+    if any(weight.force_dtype for weight, _ in planned):
+        return executor("the architecture fixes the dtype of some tensors")
+    arithmetic = _dtype(config.dtype)
+    if recipe.compute == "float32":
+        arithmetic = torch.promote_types(torch.float32, arithmetic or torch.float32)
+    literal = recipe.compute == "mergekit"
+    rules = {
+        weight.name: Rule(task, _inputs(task, sources, names), arithmetic, literal, chosen, names)
+        for weight, task in planned
+    }
+    layout = sources[main].layout
+    layers = _layers(config, layout.anatomy.n_layers)
+    if layers is not None:
+        if len(architecture.modules) != 1:
+            return executor("the layers of a model of several parts are stacked anew")
+        return Plan(recipe, config, "stream", "", layout.folder, layers, said, folders, (), rules)
+    placed: dict[str, Rule] = {}
+    for name, rule in rules.items():
+        weight = rule.task.output_weight
+        here = sources[main].find((name, *(weight.aliases or ())))
+        if here is None or here in layout.anatomy.copies:
+            if weight.optional:  # a head that the layout ties
+                continue
+            return executor(f"{layout.folder} has no tensor {name}")
+        placed[here] = rule
+    reached = {*placed, *layout.anatomy.copies}
+    carried = tuple(name for name in layout.tensors if name not in reached)
+    out = said or _promoted(placed, layout)
+    return Plan(recipe, config, "stream", "", layout.folder, None, out, folders, carried, placed)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name.removeprefix("torch."))
+
+
+def _promoted(rules: Mapping[str, Rule], layout: Checkpoint) -> torch.dtype | None:
+    """What the inputs' dtypes promote to where that is not the layout's own."""
+    wider = {rule.found for name, rule in rules.items() if rule.found != layout.tensors[name].dtype}
+    return reduce(torch.promote_types, wider) if wider else None
+
+
+def _layers(config: MergeConfiguration, count: int) -> tuple[int, ...] | None:
+    """For each layer of the output the layer of its first source; None where they are the layout's, in order."""
+    pieces = config.slices or [s for m in (config.modules or {}).values() for s in m.slices or ()]
+    if not pieces:
+        return None
+    layers = tuple(layer for piece in pieces for layer in range(*piece.sources[0].layer_range))
+    return None if layers == tuple(range(count)) else layers
+
+
+def spans(layers: tuple[int, ...]) -> str:
+    """``(0, 1, 2, 1, 2)`` -> ``0-2, 1-2``."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in spans)
+
+
+def _local(ref: ModelReference) -> ModelReference:
+    """The same reference with folders for hub ids and for ``specimen``; what is a folder already keeps its spelling."""
+    from mergekit.common import ModelPath
+
+    def folder(path: ModelPath | None) -> ModelPath | None:
+        return None if path is None else ModelPath(path=_folder(path.path, path.revision))
+
+    return ref.model_copy(update={"model": folder(ref.model), "lora": folder(ref.lora)})
+
+
+def _folder(path: str, revision: str | None) -> str:
+    from surgery.model import find
+
+    if Path(path).is_dir():
+        return path
+    if revision is None:
+        found = find(path)
+        if not found.is_dir():
+            raise FileNotFoundError(f"{path} is not a folder. A model is a folder, 'specimen', or a hub id.")
+        return str(found)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from surgery.specimen import hub_reachable
+
+    try:
+        return snapshot_download(path, revision=revision, local_files_only=not hub_reachable())
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(f"{path}@{revision} is neither a folder here nor in the hub's local cache.") from error
+
+
+def _swapped(value: Any, swaps: Mapping[ModelReference, ModelReference]) -> Any:
+    """A copy of a configuration with other references in it."""
+    from mergekit.common import ModelReference
+    from pydantic import BaseModel
+
+    if isinstance(value, ModelReference):
+        return swaps.get(value) or _local(value)  # those of a tokenizer are no inputs
+    if isinstance(value, BaseModel):
+        return value.model_copy(
+            update={name: _swapped(getattr(value, name), swaps) for name in type(value).model_fields}
+        )
+    if isinstance(value, dict):
+        return {key: _swapped(entry, swaps) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_swapped(entry, swaps) for entry in value)
+    return value
+
+
+def _open(
+    references: Iterable[ModelReference], names: Mapping[ModelReference, str]
+) -> tuple[dict[ModelReference, Source], str]:
+    """Each model, and why some could not be read: a family or an adapter that only mergekit knows."""
+    opened: dict[ModelReference, Source] = {}
+    refused = ""
+    for ref in references:
+        try:
+            layout = Checkpoint(ref.model.path)
+            opened[ref] = Source(layout if ref.lora is None else _adapted(layout, ref.lora.path), layout)
+        except CheckpointError as error:
+            raise type(error)(f"model {names[ref]}: {error}") from error
+        except ValueError as error:
+            refused = refused or str(error)
+    return opened, refused
+
+
+def _adapted(layout: Checkpoint, folder: str) -> Weights:
+    from surgery.lowrank import Adapter
+
+    return layout + Adapter(folder, layout)
+
+
+@contextmanager
+def loaders(references: Iterable[ModelReference]) -> Iterator[None]:
+    """mergekit's cache of open models, without what an earlier call left and with adapters' base models for their names."""
+    from mergekit.common import ModelReference
+    from mergekit.io.tasks import LoaderCache
+
+    cache = LoaderCache.loaders
+    kept = dict(cache)
+    cache.clear()
+    try:
+        for ref in references:
+            if ref.lora is not None:
+                cache[ref] = ModelReference(model=ref.model).lazy_loader(lazy_unpickle=False)
+        yield
+    finally:
+        cache.clear()
+        cache.update(kept)
+
+
+def _planned(config: MergeConfiguration) -> tuple[ModelArchitecture, list[tuple[Any, ExecuteMergeMethodTask]]]:
+    """mergekit's own plan: for each output tensor what it is and the task that holds its rule, inputs and parameters."""
+    from mergekit.architecture import get_architecture_info
+    from mergekit.io.tasks import SaveTensor
+    from mergekit.merge import _model_out_config
+    from mergekit.options import MergeOptions
+    from mergekit.plan import MergePlanner
+
+    options = MergeOptions(lazy_unpickle=False)
+    try:
+        architecture = get_architecture_info(config, options)
+        planner = MergePlanner(
+            config.model_copy(deep=True), architecture, options, _model_out_config(config, architecture)
+        )
+        tasks = planner.plan_to_disk(out_path=os.devnull)  # plans only; its writer opens nothing before it runs
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise RecipeError(
+            f"mergekit cannot plan this recipe: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    rules: list[Any] = [task.tensor_task for task in tasks if isinstance(task, SaveTensor)]
+    return architecture, [(rule.output_weight, rule) for rule in rules]
+
+
+def _inputs(
+    task: ExecuteMergeMethodTask, sources: Mapping[ModelReference, Source], names: Mapping[ModelReference, str]
+) -> dict[ModelReference, tuple[Source, str]]:
+    """Where the inputs of one output tensor are, found in the files' headers, and their shapes compared."""
+    inputs: dict[ModelReference, tuple[Source, str]] = {}
+    for ref, weight in task.gather_tensors.weight_info.items():  # type: ignore[union-attr] - no tokenizer, so plain gathering
+        name = sources[ref].find((weight.name, *(weight.aliases or ()), *(weight.tied_names or ())))
+        if name is not None:
+            inputs[ref] = (sources[ref], name)
+        elif not weight.optional:
+            raise RecipeError(f"{names[ref]} has no tensor {weight.name}, which the merge needs from it.")
+    shapes = {ref: source.layout.tensors[name].shape for ref, (source, name) in inputs.items()}
+    if len(set(shapes.values())) > 1:
+        said = ", ".join(f"{names[ref]} {tuple(shape)}" for ref, shape in shapes.items())
+        fix = (
+            "Their vocabularies differ: say which tokenizer to use, as in tokenizer: {source: base}."
+            if task.output_weight.vocabulary_axis is not None
+            else "Only models of one architecture and size can be merged."
+        )
+        raise RecipeError(f"{task.output_weight.name} has different shapes: {said}. {fix}")
+    return inputs
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No log lines below errors, and none of the handlers that logging would install by itself."""
+    root, before = logging.getLogger(), logging.root.manager.disable
+    silent = logging.NullHandler()
+    root.addHandler(silent)
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        root.removeHandler(silent)

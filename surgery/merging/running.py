@@ -1,0 +1,340 @@
+"""From a plan to a folder: through `write`, or through mergekit's executor and then the same verification."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surgery.checkpoint import INDEX, RECORD, Checkpoint, load_module, point_hash, read_headers
+from surgery.headers import SINGLE
+from surgery.merging.planning import Plan, Road, loaders, plan, quiet, spans
+from surgery.merging.point import Merged
+from surgery.merging.recipe import DTYPES, Recipe, RecipeError, read_recipe
+from surgery.proof import Loops, VerificationError, judge_generation, prove
+from surgery.record import hash_folder
+from surgery.tensorfile import CODES, CheckpointError, Stored, TensorFile
+from surgery.writing import Written, new_folder, write
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+
+RECIPE = "mergekit_config.yml"  # mergekit's name for the copy of the recipe beside the merged model
+_SHARD = 5_000_000_000  # bytes, of a model whose layers no input has
+
+
+@dataclass(frozen=True)
+class MergedModel(Written):
+    """What `merge` did. road: ``stream`` or ``executor``, and sources: each model's folder and adapter, as in `Plan`."""
+
+    road: Road = "stream"
+    sources: Mapping[str, tuple[Path, Path | None]] = field(default_factory=dict)
+
+    def input_hashes(self) -> dict[str, str]:
+        """For each model as written, the hash of its tensors, and of its adapter's where it has one. Reads them all."""
+        found: dict[str, str] = {}
+        for name, (folder, adapter) in self.sources.items():
+            tensors, _ = read_headers(folder)
+            files = sorted({t.file for t in tensors.values()})
+            hashes = {tensor: h for file in files for tensor, h in TensorFile(folder / file).hashes().items()}
+            found[name] = point_hash(tensors, hashes)
+            if adapter is not None:
+                words = json.dumps([found[name], hash_folder(adapter)], sort_keys=True)
+                found[name] = hashlib.sha256(words.encode()).hexdigest()
+        return found
+
+    def __str__(self) -> str:
+        if self.kept:
+            return super().__str__()
+        by = "our stream" if self.road == "stream" else "mergekit's executor"
+        return f"{self.folder}: {len(self.hashes)} tensors merged by {by}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**super().as_dict(), "road": self.road}
+
+
+def merge(
+    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
+    to: str | os.PathLike[str],
+    *,
+    seed: int | None = None,
+    dtype: torch.dtype | None = None,
+    multi_gpu: bool = False,
+    loops: Loops = "ignore",
+    seal: Callable[[Path, MergedModel], object] | None = None,
+    progress: bool = False,
+) -> MergedModel:
+    """Merge models into a new folder: whole or not at all, and verified. Memory is about one tensor of each input.
+
+    recipe:    a `Recipe`, or what `read_recipe` reads.
+    seed:      of the random methods, 0 to 2^32 - 1; by default the recipe's own, else 0. The result depends on it, on the tensor and
+               on the model's reference, not on the order of tensors or on threads (on mergekit's executor it does).
+    dtype:     in which to store; by default the recipe's ``out_dtype``, else its ``dtype``, else what the inputs promote to.
+    multi_gpu: let mergekit's executor use all GPUs.
+    loops:     as in `write`: what to do when a short generation falls into a loop that the base's does not.
+    seal:      as in `write`: called with the finished folder before it appears.
+
+    Beside the model lies the recipe as mergekit keeps it (``mergekit_config.yml``). Raises as `read_recipe`, `plan` and `write` do.
+    """
+    read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    to = Path(to)
+    if to.exists() or to.is_symlink():
+        raise FileExistsError(f"{to} exists already and is never overwritten. Choose another, or remove it.")
+    made = plan(read, seed=seed, dtype=dtype, multi_gpu=multi_gpu)
+    chosen = read.seed if seed is None else seed
+    how = _in_words(made, chosen)
+    finished: list[MergedModel] = []
+
+    def finish(folder: Path, written: Written) -> None:
+        _set_template(made.config, folder)
+        (folder / RECIPE).write_text(read.text, encoding="utf-8")
+        values = {f.name: getattr(written, f.name) for f in fields(Written)}
+        merged = MergedModel(
+            **{**values, "folder": to, "checks": [how, *written.checks]}, road=made.road, sources=made.sources
+        )
+        if seal is not None:
+            seal(folder, merged)
+        finished.append(merged)
+
+    source = None if made.road == "executor" else Checkpoint(made.layout)
+    if source is not None and made.layers is None:
+        write(Merged(made, source), to, dtype=made.dtype, loops=loops, seal=finish, progress=progress)
+        return finished[0]
+    with new_folder(to) as partial:
+        inner = partial / to.name
+        if source is None:
+            written = _executed(made, partial, inner, chosen, multi_gpu, progress)
+        else:
+            layout = Checkpoint(_skeleton(made, source, partial / "layout"))
+            written = write(Merged(made, layout), inner, dtype=made.dtype, undo_limit=0, progress=progress)
+            # asked and kept would be against a model that does not exist, and so would the way back
+            written = replace(written, kept={}, base_hash=source.hash())
+        _lift(inner, partial)
+        if loops != "ignore" and (source or made.is_known):
+            written.checks.append(judge_generation(partial, source or Checkpoint(made.layout), loops))
+        finish(partial, written)
+    return finished[0]
+
+
+def _in_words(made: Plan, seed: int) -> str:
+    from importlib.metadata import version
+
+    rule = f"{made.recipe.method} by the rule of mergekit {version('mergekit')}"
+    road = "streamed tensor by tensor" if made.road == "stream" else f"by mergekit's executor, because {made.why}"
+    own = f"; {len(made.carried)} tensors outside the rule are the base's own" if made.carried else ""
+    layers = f"; {len(made.layers)} layers from {spans(made.layers)}" if made.layers is not None else ""
+    return f"{rule}, {road}, seed {seed}{layers}{own}"
+
+
+def _lift(inner: Path, partial: Path) -> None:
+    """Move the finished model's files up and drop everything else, so that the folder can be renamed into place."""
+    for entry in partial.iterdir():
+        if entry != inner:
+            shutil.rmtree(entry)
+    moved = inner.rename(partial / ".done")
+    for path in moved.iterdir():
+        path.rename(partial / path.name)
+    moved.rmdir()
+
+
+def _skeleton(made: Plan, source: Checkpoint, folder: Path) -> Path:
+    """A checkpoint of the output's layers without contents, for `write` to imitate: files of holes that take no room on the disk."""
+    assert made.layers is not None
+    folder.mkdir()
+    shards: list[dict[str, tuple[torch.dtype, torch.Size]]] = [{}]
+    size = 0
+    for name, rule in made.rules.items():
+        source_of, found = next(iter(rule.inputs.values()))
+        stored = source_of.layout.tensors[found]
+        length = stored.end - stored.begin
+        if shards[-1] and size + length > _SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][name] = (stored.dtype, stored.shape)
+        size += length
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
+    for file, shard in zip(names, shards, strict=True):
+        _hollow(folder / file, shard)
+    if len(shards) > 1:
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2), encoding="utf-8")
+    weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".onnx", ".msgpack"}
+    for path in source.folder.iterdir():
+        if path.is_file() and path.suffix not in weights and path.name not in (INDEX, RECORD, "config.json"):
+            shutil.copyfile(path, folder / path.name)
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(_relayered(config, made.layers), indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def _hollow(path: Path, tensors: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        length = shape.numel() * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, at + length]}
+        at += length
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as sink:
+        sink.write(len(text).to_bytes(8, "little") + text)
+        sink.truncate(8 + len(text) + at)
+
+
+def _relayered(config: dict[str, Any], layers: tuple[int, ...]) -> dict[str, Any]:
+    """A configuration for other layers: their number, and lists with an entry for each layer."""
+    keys = ("num_hidden_layers", "n_layer", "num_layers")
+    made: dict[str, Any] = {}
+    count = next((config[key] for key in keys if key in config), None)
+    for key, value in config.items():
+        if key in keys:
+            made[key] = len(layers)
+        elif isinstance(value, list) and "layer" in key and len(value) == count and max(layers) < len(value):
+            made[key] = [value[layer] for layer in layers]
+        elif key == "text_config" and isinstance(value, dict):
+            made[key] = _relayered(value, layers)
+        else:
+            made[key] = value
+    return made
+
+
+def _set_template(config: MergeConfiguration, folder: Path) -> None:
+    """The chat template the recipe asks for, resolved by mergekit, as the file that transformers reads first."""
+    if not config.chat_template:
+        return
+    from mergekit.merge import _set_chat_template
+
+    holder = SimpleNamespace(chat_template=None)
+    try:
+        with quiet():
+            _set_chat_template(holder, config)  # type: ignore[arg-type] - it only sets the attribute
+    except RuntimeError as error:
+        raise RecipeError(
+            f"chat_template: {error}. Give auto, a name mergekit knows (chatml, llama3, ...) or a template."
+        ) from error
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file():
+        raise RecipeError("chat_template: the base model has no tokenizer to carry a template.")
+    if holder.chat_template is None:
+        return  # auto, and no model has one
+    words = json.loads(settings.read_text(encoding="utf-8"))
+    if words.pop("chat_template", None) is not None:
+        settings.write_text(json.dumps(words, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(holder.chat_template, encoding="utf-8")
+
+
+def _executed(made: Plan, partial: Path, inner: Path, seed: int, multi_gpu: bool, progress: bool) -> Written:
+    """The merge by mergekit itself, then judged as `write` judges its own."""
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    options = MergeOptions(
+        lora_merge_cache=str(partial / "adapters"),
+        lazy_unpickle=False,
+        write_model_card=False,
+        clone_tensors=True,
+        quiet=not progress,
+        random_seed=seed,
+        multi_gpu=multi_gpu,
+        cuda=multi_gpu,
+    )
+    config = made.config.model_copy(deep=True)
+    if made.dtype is not None:
+        config.out_dtype = str(made.dtype).removeprefix("torch.")
+    if made.recipe.compute == "float32" and config.dtype != "float64":
+        config.out_dtype = config.out_dtype or _config_dtype(made.layout)
+        config.dtype = "float32"
+    try:
+        # mergekit draws some of its bars whatever it is told
+        with quiet(), loaders(()), _random_given_back(), nullcontext() if progress else redirect_stderr(io.StringIO()):
+            run_merge(config, str(inner), options, config_source=made.recipe.text)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError) as error:
+        raise RecipeError(
+            f"mergekit's executor cannot run this recipe: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    for name in (
+        "generation_config.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+    ):
+        if (made.layout / name).is_file() and not (inner / name).exists():
+            shutil.copyfile(made.layout / name, inner / name)
+    return _judged(inner)
+
+
+def _config_dtype(folder: Path) -> str | None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    said = config.get("dtype") or config.get("torch_dtype")
+    return said if said in DTYPES else None
+
+
+def _judged(folder: Path) -> Written:
+    """Our verification of a folder that somebody else wrote: values finite, loads cleanly, every parameter bit-equal, ties kept."""
+    try:
+        checkpoint = Checkpoint(folder)
+    except CheckpointError:
+        raise
+    except ValueError:  # a family without a table
+        return _judged_by_name(folder)
+    for name in checkpoint.tensors:
+        _require_finite(checkpoint.stored(name), name)
+    hashes = checkpoint.hashes()
+    point = point_hash(checkpoint.tensors, hashes)
+    return Written(folder, point, point, hashes, {}, ["every value finite", *prove(folder, hashes, checkpoint, None)])
+
+
+def _judged_by_name(folder: Path) -> Written:
+    """The same for a family whose anatomy is not known: as far as names go."""
+    module = load_module(folder, "auto")
+    state = dict(module.named_parameters(remove_duplicate=False))
+    hashes: dict[str, str] = {}
+    headers: dict[str, Stored] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        file = TensorFile(path)
+        hashes.update(file.hashes())
+        for name, tensor in file.tensors.items():
+            headers[name] = tensor
+            stored = file[name]
+            _require_finite(stored, name)
+            loaded = state.get(name, state.get(f"{module.base_model_prefix}.{name}"))
+            if loaded is not None and not torch.equal(loaded, stored):
+                raise VerificationError(f"{name} as loaded differs from {name} on disk.")
+    point = point_hash(headers, hashes)
+    return Written(
+        folder, point, point, hashes, {}, ["every value finite", f"{len(hashes)} tensors loaded by transformers"]
+    )
+
+
+def _require_finite(tensor: Tensor, name: str) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise VerificationError(f"{name} has values that are NaN or infinite; nothing was written.")
+
+
+@contextmanager
+def _random_given_back() -> Iterator[None]:
+    """Python's, numpy's and torch's generators as they were: mergekit seeds all of them."""
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)

@@ -1,0 +1,364 @@
+"""Merging: what recipes may say, what is made of them by which road, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from surgery.checkpoint import Checkpoint
+from surgery.merging import RECIPE, RecipeError, merge, plan, read_recipe
+from surgery.proof import VerificationError
+from tests.siblings import (
+    DENSE,
+    NAMES,
+    RANDOM,
+    WEIGHTS,
+    by_mergekit,
+    furthest,
+    of,
+    sibling,
+    siblings,
+    tensors_of,
+)
+
+RECIPES = Path(__file__).with_name("recipes")
+
+
+# --- recipes as people write them ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(homes, tmp_path, monkeypatch):
+    """The working folder has the models of the recipes under their names: tiny/base, tiny/a, ..."""
+    shutil.copytree(homes("llama", torch.bfloat16), tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("file", sorted(p.name for p in RECIPES.glob("*.yml")))
+def test_recipes_from_model_cards(file, tiny):
+    text = (RECIPES / file).read_text()
+    recipe = read_recipe(RECIPES / file)
+    assert recipe.text == text
+    done = merge(recipe, "out")
+    assert (tiny / "out" / RECIPE).read_text() == text
+    asked = yaml.safe_load(text)
+    assert done.road == ("executor" if "tokenizer" in text else "stream")
+    assert asked["merge_method"] in done.checks[0]
+    config = json.loads((tiny / "out" / "config.json").read_text())
+    stored = asked.get("out_dtype") or asked["dtype"]
+    assert config.get("dtype", config.get("torch_dtype")) == stored
+    assert {str(t.dtype).removeprefix("torch.") for t in tensors_of(tiny / "out").values()} == {stored}
+    assert sorted(p.name for p in tiny.iterdir()) == ["out", "tiny"]  # nothing else is left
+    if recipe.method not in RANDOM:
+        exact = merge(read_recipe(text + "surgery: {compute: mergekit}\n"), "exact")
+        apart = furthest(by_mergekit(asked, tiny / "theirs"), tensors_of(exact.folder))
+        assert apart == 0
+
+
+def test_what_a_recipe_says(homes, tmp_path):
+    home = homes("llama")
+    recipe = of(home, "ties", each=DENSE, parameters={"normalise": True})
+    file = tmp_path / "recipe.yml"
+    file.write_text(yaml.safe_dump(recipe))
+    read = read_recipe(file)
+    assert read.method == "ties"
+    assert read.base == str(home / "base")
+    assert read.models == [str(home / n) for n in ("base", *NAMES)]
+    assert read.unused == ("normalise",)  # a slip that mergekit accepts: accepted, and said
+    assert "no parameter normalise" in str(plan(read))
+    assert (
+        read_recipe(file.read_text()).config
+        == read_recipe(recipe).config
+        == read_recipe(str(file)).config
+        == read.config
+    )
+
+
+GOOD = {"merge_method": "linear", "models": [{"model": "x", "parameters": {"weight": 1}}]}
+VECTORS = {"merge_method": "ties", "base_model": "x", "models": [{"model": "y", "parameters": {"weight": 1}}]}
+BAD = {
+    "not YAML": ("merge_method: [linear\nmodels: 3\n", r"is not YAML \(line 2, column 7\)"),
+    "a list": ("- merge_method: linear\n- models\n", "is a list, not a mapping"),
+    "empty": ("\n", "is a NoneType, not a mapping"),
+    "no method": ({"models": GOOD["models"]}, "at merge_method: Field required"),
+    "unknown method": (GOOD | {"merge_method": "sslerp"}, r"'sslerp' is unknown\. Did you mean slerp\?.*task_arithmetic"),
+    "no models": ({"merge_method": "linear"}, "Exactly one of 'models', 'slices', or 'modules'"),
+    "both": (GOOD | {"slices": [{"sources": [{"model": "x", "layer_range": [0, 1]}]}]}, "Exactly one of"),
+    "no weight": ({"merge_method": "linear", "models": [{"model": "x"}]}, r"linear: model x lacks the parameter 'weight'"),
+    "no t": ({"merge_method": "slerp", "base_model": "x", "models": [{"model": "y"}]}, "slerp lacks the parameter 't'"),
+    "no base": ({k: v for k, v in VECTORS.items() if k != "base_model"}, "ties needs a base model.*add base_model"),
+    "base not in slice": (
+        {"merge_method": "slerp", "base_model": "b", "parameters": {"t": 0.5},
+         "slices": [{"sources": [{"model": m, "layer_range": [0, 2]} for m in "xy"]}]}, "needs a base model.*list it among the sources",
+    ),
+    "three for slerp": (
+        {"merge_method": "slerp", "base_model": "x", "models": [{"model": m} for m in "yz"], "parameters": {"t": 0.5}},
+        "requires exactly 2 inputs for models; got 3",
+    ),
+    "twice": (GOOD | {"models": GOOD["models"] * 2}, "Duplicate merge inputs"),
+    "layer range": ({"merge_method": "passthrough", "slices": [{"sources": [{"model": "x", "layer_range": [0]}]}]}, "layer_range"),
+    "dtype": (GOOD | {"dtype": "int4"}, "dtype 'int4' is not one of float32, bfloat16, float16, float64"),
+    "two revisions": (GOOD | {"base_model": "a@b@c"}, "multiple @"),
+    "our key": (GOOD | {"surgery": {"sed": 1}}, "has no 'sed'; it has seed and compute"),
+    "our seed": (GOOD | {"surgery": {"seed": -1}}, "a seed is a whole number from 0"),
+    "our compute": (GOOD | {"surgery": {"compute": "bf16"}}, "float32 or mergekit, not 'bf16'"),
+    "our list": (GOOD | {"surgery": [1]}, "is a mapping"),
+    "aliases that multiply": ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
+        f"{c}: &{c} [{','.join(f'*{p}' for _ in range(10))}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)),
+        "unfolds to more than",
+    ),
+    "a circle": ("models: &m [*m]\nmerge_method: linear\n", "unfolds to more than|is not YAML"),
+    "deep": ("models: " + "[" * 5000 + "]" * 5000 + "\n", "is not YAML"),
+    "long": ("x: " + "y" * (1 << 20) + "\n", "has 1048580 characters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_recipes(case):
+    recipe, said = BAD[case]
+    with pytest.raises(RecipeError, match=said) as error:
+        read_recipe(recipe)
+    assert "\n" not in str(error.value)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"recipe\.yml does not exist\. A recipe is a YAML file"):
+        read_recipe(tmp_path / "recipe.yml")
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        read_recipe(str(tmp_path))
+    (tmp_path / "x.yml").write_bytes(b"merge_method: \xff\xfe")
+    with pytest.raises(RecipeError, match="is not text"):
+        read_recipe(tmp_path / "x.yml")
+
+
+def test_models_that_do_not_fit(homes, tmp_path, unchecked):
+    """Said before anything is computed, and nothing is left."""
+    home, other = homes("llama"), homes("qwen2")
+    mixed = of(home, "linear", ("a",), base=False, parameters={"weight": 1})
+    mixed["models"].append({"model": str(other / "a")})
+    wide = shutil.copytree(home / "a", tmp_path / "wide")
+    tensors = load_file(wide / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.cat([tensors["model.embed_tokens.weight"], torch.ones(3, 32)])
+    save_file(tensors, wide / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((wide / "config.json").read_text()) | {"vocab_size": 103}
+    (wide / "config.json").write_text(json.dumps(config))
+    wider = of(home, "linear", ("a",), base=False, parameters={"weight": 1})
+    wider["models"].append({"model": str(wide)})
+    missing = of(home, "linear", ("a", "nowhere"), base=False, parameters={"weight": 1})
+    partly = of(home, "linear", base=False, each={n: {"weight": {"filter": "mlp", "value": 1}} for n in NAMES})
+    nothing = of(home, "linear", base=False, each={n: {"weight": w} for n, w in zip(NAMES, (1, -2, 1), strict=True)})
+    for recipe, error, said in (
+        (mixed, RecipeError, "mergekit cannot plan this recipe.*mix different architectures"),
+        (
+            wider,
+            RecipeError,
+            r"embed_tokens\.weight has different shapes: .*\(100, 32\), .*\(103, 32\)\. Their vocabularies differ",
+        ),
+        (missing, FileNotFoundError, "nowhere is not a folder"),
+        (partly, RecipeError, "cannot plan this recipe: Missing required parameter weight for .*embed_tokens"),
+        (nothing, RecipeError, "add up to zero"),
+    ):
+        with pytest.raises(error, match=said):
+            merge(recipe, tmp_path / "out")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["wide"]
+    for method, words in (("della", {"density": 0.95}), ("multislerp", {})):
+        each = {"a": {"weight": 1, **words}, "b": {"weight": -1, **words}}
+        twins = of(home, method, ("a", "b"), each=each, parameters={"normalize_weights": False})
+        if method == "multislerp":
+            shutil.copytree(home / "a", tmp_path / "twin")
+            twins["models"] = [twins["models"][0], {"model": str(tmp_path / "twin"), "parameters": {"weight": -1}}]
+            twins["models"].append({"model": str(home / "c"), "parameters": {"weight": 0}})
+        with pytest.raises(RecipeError, match=r"mergekit cannot merge model\..*: (Epsilon|The weighted sum)"):
+            merge(twins, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(FileExistsError):
+        merge(GOOD, tmp_path / "wide")
+    with pytest.raises(RecipeError, match="no GPU here"):
+        plan(read_recipe(of(home, "model_stock")), multi_gpu=True)
+
+
+# --- what our stream does beside the rule -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("method", ["passthrough", "slerp", "dare_ties"])
+def test_stacked_layers(method, family, homes, tmp_path):
+    """More layers than any input has: mergekit's tensors, a configuration that counts and names them, seeded as ever."""
+    home = homes(family)
+    ranges = [(0, 2), (1, 3), (0, 2)]
+    models = {"passthrough": ["a"], "slerp": ["base", "a"], "dare_ties": ["base", "a", "b"]}[method]
+    recipe = {
+        "merge_method": method,
+        "slices": [{"sources": [{"model": str(home / n), "layer_range": [*r]} for n in models]} for r in ranges],
+    }
+    if method != "passthrough":
+        recipe |= {"base_model": str(home / "base"), "parameters": {"t": [0, 1], "weight": 0.5, "density": 0.6}}
+    read = read_recipe(recipe)
+    assert "6 layers, from 0-1, 1-2, 0-1" in str(plan(read))
+    done = merge(read, tmp_path / "ours")
+    assert done.road == "stream"
+    assert "tensors merged by our stream" in str(done)
+    assert Checkpoint(tmp_path / "ours").anatomy.n_layers == 6
+    assert done.base_hash == Checkpoint(home / models[0]).hash()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
+    ours = tensors_of(tmp_path / "ours")
+    if method == "dare_ties":
+        again = merge(read, tmp_path / "again")
+        assert again.hashes == done.hashes
+    if method == "passthrough":
+        source = tensors_of(home / "a")
+        layers = [layer for r in ranges for layer in range(*r)]
+        for name, w in ours.items():
+            at = name.split(".")[2] if "layers" in name else ""
+            assert torch.equal(w, source[name.replace(f"layers.{at}.", f"layers.{layers[int(at)]}.") if at else name])
+    elif method == "slerp" and family == "llama":  # of the others mergekit writes a configuration that does not load
+        assert furthest(by_mergekit(recipe, tmp_path / "theirs"), ours) == 0
+    if family == "gemma2":
+        kinds = json.loads((tmp_path / "ours" / "config.json").read_text())["layer_types"]
+        before = json.loads((home / "base" / "config.json").read_text())["layer_types"]
+        assert kinds == [before[i] for r in ranges for i in range(*r)]
+
+
+def test_shards_are_those_of_the_base(tmp_path):
+    home = siblings("llama", tmp_path / "home", shards=3)
+    merge(of(home, "model_stock"), tmp_path / "out")
+    files = lambda folder: sorted(p.name for p in folder.glob("*.safetensors*"))  # noqa: E731
+    assert files(tmp_path / "out") == files(home / "base")
+    theirs = by_mergekit(of(home, "model_stock"), tmp_path / "theirs")
+    assert furthest(theirs, tensors_of(tmp_path / "out")) == 0
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_heads(tied, tmp_path):
+    """A tied head is its embedding, merged once; one model's own head among tied ones is merged where the base has one."""
+    home = siblings("llama", tmp_path / "home", tied=tied)
+    stray = load_file(home / "a" / "model.safetensors")
+    if tied:  # a file that repeats the head
+        stray["lm_head.weight"] = stray["model.embed_tokens.weight"].clone()
+        save_file(stray, home / "a" / "model.safetensors", metadata={"format": "pt"})
+    done = merge(of(home, "task_arithmetic", each=WEIGHTS), tmp_path / "out")
+    assert ("lm_head.weight" in done.hashes) == (not tied)
+    assert any("head tied to embed" in check for check in done.checks) == tied
+    if tied:  # and now the base's file repeats it
+        stray = load_file(home / "base" / "model.safetensors")
+        stray["lm_head.weight"] = stray["model.embed_tokens.weight"].clone()
+        save_file(stray, home / "base" / "model.safetensors", metadata={"format": "pt"})
+        made = plan(read_recipe(of(home, "task_arithmetic", each=WEIGHTS)))
+        assert "lm_head.weight" not in made.rules
+        found = tensors_of(merge(made.recipe, tmp_path / "both").folder)
+        assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+
+
+def test_tensors_that_no_table_lists_are_carried(homes, tmp_path):
+    home = shutil.copytree(homes("llama"), tmp_path / "home")
+    for name in ("base", *NAMES):
+        tensors = load_file(home / name / "model.safetensors")
+        tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.arange(6.0) + len(name)
+        save_file(tensors, home / name / "model.safetensors", metadata={"format": "pt"})
+    recipe = of(home, "ties", each=DENSE)
+    made = plan(read_recipe(recipe))
+    assert made.carried == ("model.layers.1.self_attn.rotary_emb.inv_freq",)
+    done = merge(recipe, tmp_path / "out")
+    assert "1 tensors outside the rule are the base's own" in done.checks[0]
+    kept = tensors_of(tmp_path / "out")["model.layers.1.self_attn.rotary_emb.inv_freq"]
+    assert torch.equal(kept, tensors_of(home / "base")["model.layers.1.self_attn.rotary_emb.inv_freq"])
+
+
+def test_mixed_dtypes_are_promoted_as_by_mergekit(homes, tmp_path):
+    home = shutil.copytree(homes("llama", torch.bfloat16), tmp_path / "home")
+    shutil.rmtree(home / "a")
+    sibling(home / "base", home / "a", 1, dtype=torch.float32)
+    recipe = of(home, "model_stock")
+    merge(recipe, tmp_path / "ours")
+    assert furthest(by_mergekit(recipe, tmp_path / "theirs"), tensors_of(tmp_path / "ours")) == 0
+    merge(recipe, tmp_path / "half", dtype=torch.float16)
+    assert {t.dtype for t in tensors_of(tmp_path / "half").values()} == {torch.float16}
+
+
+def test_adapters(homes, tmp_path):
+    """`model+adapter` is the model with its adapter merged in."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    home = homes("llama")
+    module = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(home / "a"),
+        LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"]),
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, w in module.named_parameters():
+        if "lora_" in name:
+            w.data.normal_(0, 0.2, generator=generator)
+    module.save_pretrained(tmp_path / "adapter")
+    merged = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(home / "a"), tmp_path / "adapter"
+    ).merge_and_unload()
+    merged.save_pretrained(tmp_path / "whole")
+    recipe = of(home, "ties", ("b",), parameters={"weight": 0.5, "density": 0.5})
+    typed, plain = (
+        recipe | {"models": [*recipe["models"], {"model": m}]}
+        for m in (f"{home / 'a'}+{tmp_path / 'adapter'}", str(tmp_path / "whole"))
+    )
+    done = merge(typed, tmp_path / "typed")
+    assert done.road == "stream"
+    merge(plain, tmp_path / "plain")
+    assert furthest(tensors_of(tmp_path / "typed"), tensors_of(tmp_path / "plain")) < 1e-6
+    linear = of(home, "linear", ("a",), base=False, parameters={"weight": 1})
+    linear["models"][0]["model"] += f"+{tmp_path / 'adapter'}"
+    merge(linear, tmp_path / "one")
+    assert furthest(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "whole")) < 1e-6
+
+
+# --- mergekit's executor ------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_executor_makes_is_judged(homes, tmp_path):
+    home = shutil.copytree(homes("llama"), tmp_path / "home")
+    recipe = of(home, "model_stock", tokenizer={"source": "base"})
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    done = merge(recipe, tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert done.road == "executor"
+    assert "by mergekit's executor, because the tokenizer" in done.checks[0]
+    assert "every value finite" in done.checks
+    assert furthest(by_mergekit(recipe, tmp_path / "theirs"), tensors_of(tmp_path / "out")) == 0
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+    tensors = load_file(home / "a" / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, home / "a" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match=r"model\.norm\.weight has values that are NaN"):
+        merge(recipe, tmp_path / "bad")
+    gone = str(tmp_path / "theirs" / "x")
+    with pytest.raises(FileNotFoundError, match="x is not a folder"):
+        merge(of(home, "model_stock", tokenizer={"source": gone}), tmp_path / "bad")
+    shutil.copytree(home / "b", tmp_path / "theirs" / "x")
+    (tmp_path / "theirs" / "x" / "tokenizer.json").write_text("{}")
+    with pytest.raises(RecipeError, match="mergekit's executor cannot run this recipe"):
+        merge(of(home, "model_stock", ("b", "c"), tokenizer={"source": gone}), tmp_path / "bad")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "out", "theirs"]
+
+
+@pytest.mark.parametrize("template", ["auto", "chatml", "{% for m in messages %}<<{{ m['content'] }}>>{% endfor %}"])
+def test_chat_templates(template, homes, tmp_path):
+    from transformers import AutoTokenizer
+
+    home = homes("llama")
+    merge(of(home, "model_stock", chat_template=template), tmp_path / "out")
+    found = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    if template == "auto":
+        assert found.strip() == AutoTokenizer.from_pretrained(home / "a").chat_template.strip()
+    elif template == "chatml":
+        assert "<|im_start|>" in found
+    else:
+        assert found == template
+    with pytest.raises(RecipeError, match=r"chat_template: Invalid chat template: nonsense\. Give auto"):
+        merge(of(home, "model_stock", chat_template="nonsense"), tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
