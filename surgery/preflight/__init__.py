@@ -1,0 +1,222 @@
+"""What will go wrong, and what it will take, before a byte of a weight is read: `surgery check`.
+
+`check_model`, `check_apply` and `check_recipe` read configurations, tokenizer files and the headers of safetensors files, all of it
+without torch, in a second or so whatever the models' size. A `Report` holds every problem found, each with what to do about it, and a
+forecast of memory, disk and time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.preflight.compare import compare
+from surgery.preflight.facts import SHORT, Facts, Problem, check_adapter, check_delta, examine, locate, moved_by
+from surgery.preflight.forecast import Forecast, forecast
+from surgery.preflight.recipe import Plan, Source, lint
+
+__all__ = ["Forecast", "Problem", "Report", "check_apply", "check_model", "check_recipe"]
+
+_ORDER = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found. problems: gravest first, each once. forecast: None where the job could not run, or where none was asked about."""
+
+    subject: str
+    problems: tuple[Problem, ...]
+    forecast: Forecast | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing found would make the command fail or write garbage."""
+        return not any(p.severity == "error" for p in self.problems)
+
+    def as_dict(self) -> dict[str, Any]:
+        said = None if self.forecast is None else self.forecast.as_dict()
+        return {
+            "subject": self.subject,
+            "ok": self.ok,
+            "problems": [asdict(p) for p in self.problems],
+            "forecast": said,
+        }
+
+    def __str__(self) -> str:
+        lines = []
+        for p in self.problems:
+            lines += [f"{p.severity:8} {p.where} {p.found}.", f"{'':8} -> {p.fix}."]
+        if self.forecast is not None:
+            lines += [*([""] if lines else []), str(self.forecast)]
+        counts = [(sum(p.severity == s for p in self.problems), s) for s in _ORDER]
+        words = ", ".join(f"{n} {s}{'' if n == 1 else 's'}" for n, s in counts if n)
+        return "\n".join([*lines, f"{self.subject}: {words or 'no problems found'}"])
+
+
+def check_model(ref: str) -> Report:
+    """What is wrong with one model folder by itself."""
+    _, problems = examine(ref)
+    return _report(ref, problems)
+
+
+def check_apply(
+    ref: str, adds: Sequence[str], to: str | os.PathLike[str] | None = None, dtype: str | None = None
+) -> Report:
+    """Whether MODEL plus deltas or adapters can be written, and what that takes.
+
+    adds: folders of deltas or adapters. to: the output folder, if it is known. dtype: what to store, as found by default.
+    """
+    facts, problems = examine(ref)
+    problems += _output(to)
+    moved = 0
+    for add in adds:
+        folder, fix = locate(add)
+        if folder is None:
+            problems.append(Problem("error", "reference", str(add), "is not here", fix))
+        elif (folder / "delta.safetensors").is_file():
+            problems += check_delta(folder, facts) if facts else []
+            moved += moved_by(folder / "delta.safetensors")
+        elif (folder / "adapter_config.json").is_file():
+            problems += check_adapter(folder, facts) if facts else []
+            moved += moved_by(folder / "adapter_model.safetensors")
+        else:
+            there = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+            found = f"holds neither a delta nor an adapter (there is: {there})"
+            fix = f"For a model, take the difference first: surgery diff {add} BASE --to VECTOR"
+            problems.append(Problem("error", "delta", str(folder), found, fix))
+    if dtype is not None and dtype not in (*SHORT.values(), "fp32", "bf16", "fp16"):
+        problems.append(Problem("error", "dtype", "--dtype", f"is {dtype!r}", "Choose float32, bfloat16 or float16"))
+    return _with_forecast(
+        f"apply {ref}", problems, facts, to, models=1 + len(adds), moved=moved, method=None, dtype=dtype
+    )
+
+
+def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None = None) -> Report:
+    """Whether a mergekit recipe can be run, and what that takes. to: the output folder, if it is known."""
+    plan, problems = lint(Path(path))
+    problems += _output(to)
+    if plan is None:
+        return _report(str(path), problems)
+    found: dict[str, Facts] = {}
+    for source in plan.sources:
+        facts, wrong = _source(source, Path(path))
+        problems += wrong
+        if facts:
+            found[source.text] = facts
+    problems += _ranges(plan, found)
+    first = plan.base or plan.slices[0][0]
+    reference = found.get(first.text)
+    aligned = bool(plan.recipe.get("tokenizer_source") or plan.recipe.get("tokenizer"))
+    stacked = all(len(sources) == 1 for sources in plan.slices)
+    for facts in found.values():
+        if reference is not None and facts is not reference:
+            problems += compare(reference, facts, layers=not plan.layered, vocabulary=not aligned and not stacked)
+    dtype = plan.recipe.get("out_dtype") or plan.recipe.get("dtype")
+    dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
+    job = {
+        "models": len(plan.sources),
+        "moved": None,
+        "method": plan.method,
+        "dtype": dtype,
+        "share": _share(plan, reference),
+    }
+    return _with_forecast(str(path), problems, reference, to, **job)
+
+
+def _source(source: Source, recipe: Path) -> tuple[Facts | None, list[Problem]]:
+    facts, problems = examine(source.model)
+    if facts is None and not Path(source.model).is_absolute() and locate(recipe.parent / source.model)[0] is not None:
+        fix = f"A recipe's paths start at the working directory: run it in {recipe.parent}, or write {(recipe.parent / source.model).resolve()}"
+        problems = [Problem("error", "reference", source.model, "is not here, but is beside the recipe", fix)]
+    if source.lora:
+        folder, fix = locate(source.lora)
+        if folder is None:
+            problems.append(Problem("error", "reference", source.lora, "is not here", fix))
+        elif not (folder / "adapter_config.json").is_file():
+            problems.append(
+                Problem(
+                    "error",
+                    "adapter",
+                    str(folder),
+                    "has no adapter_config.json",
+                    "After + comes the folder of a LoRA adapter",
+                )
+            )
+        elif facts:
+            problems += check_adapter(folder, facts)
+    return facts, problems
+
+
+def _ranges(plan: Plan, found: dict[str, Facts]) -> Iterable[Problem]:
+    for sources in plan.slices:
+        for source in sources:
+            facts = found.get(source.text)
+            layers = facts.get("num_hidden_layers") if facts else None
+            if source.layers and type(layers) is int and source.layers[1] > layers:
+                words = f"is asked for layers {source.layers[0]} to {source.layers[1] - 1}, but has 0 to {layers - 1}"
+                yield Problem(
+                    "error", "layers", source.text, words, f"Write layer_range: [{source.layers[0]}, {layers}] or less"
+                )
+
+
+def _share(plan: Plan, reference: Facts | None) -> float:
+    """Layers of the result over layers of the reference."""
+    layers = reference.get("num_hidden_layers") if reference else None
+    if not plan.layered or type(layers) is not int or layers < 1:
+        return 1.0
+    return sum(s[0].layers[1] - s[0].layers[0] for s in plan.slices if s and s[0].layers) / layers
+
+
+def _output(to: str | os.PathLike[str] | None) -> list[Problem]:
+    if to is None:
+        return []
+    path = Path(to)
+    if path.exists() or path.is_symlink():
+        return [
+            Problem(
+                "error",
+                "output",
+                str(path),
+                "exists already and is never overwritten",
+                "Choose another folder, or remove it",
+            )
+        ]
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        return [
+            Problem(
+                "error",
+                "output",
+                str(path),
+                f"cannot be made: {parent} is not a folder that can be written to",
+                "Choose another folder",
+            )
+        ]
+    return []
+
+
+def _with_forecast(
+    subject: str, problems: list[Problem], facts: Facts | None, to: str | os.PathLike[str] | None, **job: Any
+) -> Report:
+    if facts is None or not facts.tensors:
+        return _report(subject, problems)
+    made = forecast(facts, to=Path(to if to is not None else "out"), **job)
+    if made.disk > made.free:
+        found = f"has {_size(made.free)} free, and the result takes {_size(made.disk)}"
+        problems.append(Problem("error", "disk", str(to or Path.cwd()), found, "Make room, or write to another disk"))
+    if made.machine is not None and made.memory > made.machine:
+        found = f"would need {_size(made.memory)} of memory, and this machine has {_size(made.machine)}"
+        problems.append(Problem("warning", "memory", subject, found, "Run it on a larger machine"))
+    return _report(subject, problems, made)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _report(subject: str, problems: list[Problem], made: Forecast | None = None) -> Report:
+    once = dict.fromkeys(problems)
+    return Report(subject, tuple(sorted(once, key=lambda p: _ORDER.index(p.severity))), made)

@@ -1,0 +1,142 @@
+"""What a write will take: memory, disk, time.
+
+The constants are measured; ``python -m tests.benchmarks.bench_check`` prints forecast beside fact, to measure them again after the
+writer has changed. What they describe (private memory, that is without pages of files, which the system takes back as it needs):
+
+* the libraries are most of it: `IMPORTS`, and `MERGEKIT` where a recipe runs;
+* the writer computes in chunks, so that the models' size does not matter; inputs are memory-mapped;
+* a rule that needs a whole tensor holds `RULE_COPIES` fp32 copies of it for each model;
+* the way back holds every changed entry and its position until it is found to exceed `UNDO_LIMIT`; below that it is put together;
+* the proof maps the written model too; it adds the code of the architecture, and logits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.headers import SIZES
+from surgery.preflight.facts import SHORT, Facts
+
+MIB = 1 << 20
+IMPORTS = 262 * MIB  # the interpreter, torch, transformers as far as a config needs it
+MERGEKIT = 54 * MIB
+CHUNKS = 4 * MIB  # pieces in flight: computed, hashed, written
+RULE = 20 * MIB  # what a rule of mergekit's adds where chunks are enough
+PROOF = 30 * MIB  # the architecture's code, and activations
+PROBES = 32  # tokens whose logits are compared, three times over
+UNDO_LIMIT = 64 * MIB
+CHANGED = 0.8  # of the entries asked to move in bf16, those that do
+HELD, SAVED = 8, 4  # bytes of a position while it is held, and in the file
+RULE_COPIES = {
+    "slerp": 2.6, "nuslerp": 4.9, "multislerp": 4.6, "karcher": 3.6, "model_stock": 3.2, "sce": 4.4, "ramplus_tl": 7.1, "arcee_fusion": 5.4,
+    "dare_linear": 3.6, "dare_ties": 3.9, "della_linear": 6.2, "della": 6.2, "breadcrumbs": 3.9, "breadcrumbs_ties": 3.9,
+}  # fmt: skip
+OTHER_COPIES = 5.0
+FUSED_COPIES = 5.0  # of a tensor that holds several sites, or lies transposed: put together whole
+STARTUP = 5.0  # s: imports, and the fixed part of the proof
+THROUGHPUT = 250e6  # bytes a second of one input read, hashed, computed, written, read back and proved
+_SIDE = (".json", ".jinja", ".txt", ".model")
+IN_CHUNKS = ("linear", "task_arithmetic", "nearswap", "ram", "passthrough", "ties")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """memory: peak private bytes, `imports` of them the libraries. disk: bytes written. free: bytes free there. seconds: a rough time.
+
+    machine: this machine's memory in bytes, None where it is not known.
+    """
+
+    memory: int
+    imports: int
+    disk: int
+    free: int
+    seconds: float
+    machine: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        time = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} minutes"
+        return (
+            f"forecast memory {_size(self.memory)} at its peak ({_size(self.imports)} of it the libraries), "
+            f"disk {_size(self.disk)} ({_size(self.free)} free), roughly {time}"
+        )
+
+
+def peak_memory(
+    *, entries: int, width: int, largest: int, fused: int, vocabulary: int, models: int, method: str | None
+) -> float:
+    """Peak private bytes of a write.
+
+    entries: numbers that change, each of `width` bytes. largest: entries of the largest tensor; fused: of the largest that holds
+    several sites. models: how many are merged. method: of a recipe; None for deltas added to a model.
+    """
+    entries = int(CHANGED * entries)
+    patch = entries * (SAVED + width)
+    kept = patch <= UNDO_LIMIT
+    held = entries * (HELD + width) if kept else UNDO_LIMIT * (HELD + width) / (SAVED + width)
+    rule = FUSED_COPIES * 4 * fused
+    if method is not None:
+        copies = RULE_COPIES.get(method, OTHER_COPIES)
+        rule += RULE if method in IN_CHUNKS else copies * 4 * largest * models
+    libraries = IMPORTS + (MERGEKIT if method else 0)
+    writing = CHUNKS + max(held, rule)  # the largest tensor, an embedding, comes first: little is held by then
+    proof = PROOF + 3 * PROBES * 4 * vocabulary + (held + patch if kept else 0)
+    return libraries + max(writing, proof)
+
+
+def forecast(
+    facts: Facts,
+    *,
+    models: int,
+    moved: int | None,
+    method: str | None,
+    to: Path,
+    dtype: str | None = None,
+    share: float = 1.0,
+) -> Forecast:
+    """What writing a model laid out like `facts` takes.
+
+    models: how many folders are read. moved: numbers that change, all by default. method: of a recipe. share: layers of the result over its own.
+    """
+    out = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(dtype or "", dtype)
+    code = next((c for c, name in SHORT.items() if name == out), None)
+    sizes = {n: math.prod(t.shape) for n, t in facts.tensors.items()}
+    stored = {n: code if code and facts.tensors[n].code in SHORT else facts.tensors[n].code for n in sizes}
+    written = sum(size * SIZES[stored[n]] for n, size in sizes.items()) * share
+    same = all(stored[n] == facts.tensors[n].code for n in sizes)
+    entries = sum(sizes.values()) if moved is None else min(moved, sum(sizes.values()))
+    pieces = {} if facts.anatomy is None else {p.name: p for p in facts.anatomy.places.values()}
+    memory = peak_memory(
+        entries=int(entries * share) if same else 0,  # in another dtype there is no way back to keep
+        width=SIZES[max(stored.values(), key=lambda c: SIZES[c])],
+        largest=max(sizes.values()),
+        fused=max((size for n, size in sizes.items() if n in pieces and not pieces[n].is_whole), default=0),
+        vocabulary=facts.rows() or 0,
+        models=models,
+        method=method,
+    )
+    side = sum(p.stat().st_size for p in facts.folder.iterdir() if p.is_file() and p.suffix in _SIDE)
+    home = next(p for p in to.absolute().parents if p.exists())
+    seconds = STARTUP + models * facts.nbytes * share / THROUGHPUT
+    libraries = IMPORTS + (MERGEKIT if method else 0)
+    patch = int(entries * share * (SAVED + written / max(1, sum(sizes.values()) * share))) if same else 0
+    disk = int(written + side) + (patch if patch <= UNDO_LIMIT else 0)
+    return Forecast(int(memory), int(libraries), disk, shutil.disk_usage(home).free, round(seconds, 1), _machine())
+
+
+def _machine() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
