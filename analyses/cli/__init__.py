@@ -1,0 +1,39 @@
+"""The command line. Each command is a function whose signature declares its options once: `replay` calls the same function.
+
+Nothing heavy is imported before a command runs, so that ``--help`` is immediate.
+
+options    what commands share
+start      specimen, study
+change     tune, diff, apply, merge, edit, realign
+look       inspect, measure, figure
+receipts   verify, replay
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from analyses.cli import change as change
+from analyses.cli import look as look
+from analyses.cli import receipts as receipts
+
+# isort: off - the order of the help
+from analyses.cli import start as start
+from analyses.cli.options import app
+
+# isort: on
+
+
+def main() -> None:
+    """The console script: one clear line for what went wrong, and an exit code that says what kind it was."""
+    try:
+        app()
+    except SystemExit as leaving:
+        if leaving.code == 130:  # typer's, for an interrupt
+            typer.echo("surgery: interrupted; nothing half-written was left", err=True)
+        raise
+    except (ValueError, OSError, KeyError, FloatingPointError) as error:
+        typer.echo(f"surgery: {error.args[0] if isinstance(error, KeyError) and error.args else error}", err=True)
+        sys.exit(1 if type(error).__name__ == "VerificationError" else 2)

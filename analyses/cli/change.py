@@ -1,0 +1,570 @@
+"""Commands that change a model, or take a change as a file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from analyses.cli.options import (
+    CHANGE,
+    Device,
+    DryRun,
+    Dtype,
+    ModelRef,
+    Questions,
+    Quiet,
+    Seed,
+    To,
+    app,
+    begin_record,
+    require_new,
+)
+from analyses.cli.written import AllowLoops, Stochastic, write_model
+
+if TYPE_CHECKING:
+    from surgery.checkpoint import Checkpoint
+    from surgery.record import Record
+    from surgery.sites import Site
+    from surgery.weights import Delta, Weights
+
+
+@app.command(rich_help_panel=CHANGE)
+def tune(
+    model: ModelRef,
+    to: To,
+    data: Questions = "sums",
+    method: Annotated[str, typer.Option(help="lift, full or lora.")] = "lift",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 60,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate; by default 1e-3 (lift, lora) or 1e-4 (full).", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Transcripts a step.", min=1)] = 16,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches a step.", min=1)] = 1,
+    density: Annotated[
+        float | None, typer.Option(help="lift: fraction of each matrix, in (0, 1]; default 0.05.", show_default=False)
+    ] = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(help="lift: as many entries as a LoRA of this rank; lora: its rank.", show_default=False),
+    ] = None,
+    filter_rank: Annotated[
+        int, typer.Option(help="lift: rank of the filter that decides what is principal.", min=1)
+    ] = 16,
+    refresh: Annotated[
+        int | None, typer.Option(help="lift: choose anew every so many steps.", show_default=False)
+    ] = None,
+    select: Annotated[
+        str,
+        typer.Option(help="lift: largest, or a control: smallest (what the released code trains), random, magnitude."),
+    ] = "largest",
+    weight_decay: Annotated[float, typer.Option(help="Decoupled, on what is trained.", min=0)] = 0.0,
+    watch: Annotated[str, typer.Option(help="Comma-separated: accuracy, nll, drift, drift-general, change.")] = "",
+    watch_every: Annotated[int, typer.Option(help="Steps between measurements.", min=1)] = 20,
+    save_every: Annotated[
+        int | None,
+        typer.Option(help="Checkpoint every so many steps; the same command then resumes.", show_default=False),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune on worked questions, watched, and write the tuned model."""
+    record = begin_record("tune", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
+    from analyses import tasks
+    from analyses.general_text import GENERAL_TEXT
+    from analyses.watch import watches
+    from finetune.tune import tune
+    from surgery.model import Model
+
+    require_new(to)
+    loaded = Model.load(model, device=device, dtype="float32")
+    base = loaded.checkpoint
+    assert base is not None  # loaded from a folder
+    generated = not data.endswith((".jsonl", ".json"))
+    questions = tasks.load(data, steps * batch_size if generated else None, seed=seed, side="train")
+    if dry_run:
+        typer.echo(
+            f"{method}: {steps} steps of {batch_size} from {len(questions)} questions of {data}; first:\n{questions[0].question}\n{questions[0].completion(loaded.markers)}"
+        )
+        return
+    named = [name for name in watch.split(",") if name]
+    workshop = to.with_name(f".{to.name}.tuning")  # logs and checkpoints until the model is written
+    watched = (
+        watches(named, loaded, tasks.load(data, 32, seed=seed + 1, side="test"), GENERAL_TEXT[:12], watch_every)
+        if named
+        else []
+    )
+    done = tune(
+        loaded,
+        [loaded.transcript(q.question, q.completion(loaded.markers)) for q in questions],
+        method=method,  # type: ignore[arg-type] - tune names the choices
+        steps=steps, lr=lr, batch_size=batch_size, accumulate=accumulate, density=density, lora_rank=lora_rank,
+        filter_rank=filter_rank, refresh=refresh, select=select,  # type: ignore[arg-type]
+        weight_decay=weight_decay, seed=seed, watch=watched, log=workshop / "log.jsonl" if watched else None,
+        checkpoints=workshop / "checkpoints" if save_every else None, save_every=save_every, progress=not quiet,
+    )  # fmt: skip
+    record.results = {"losses": done.losses, "trainable": done.trainable}
+
+    def keep_log(folder: Path) -> None:
+        if watched:
+            shutil.copyfile(workshop / "log.jsonl", folder / "log.jsonl")
+
+    # what took an hour to train is written even if it loops, and says so
+    written = write_model(
+        record, loaded.weights, to, model=model, dtype=dtype, allow_loops=True, quiet=quiet, also=keep_log
+    )
+    shutil.rmtree(workshop, ignore_errors=True)
+    typer.echo(f"loss {done.losses[0]:.3f} -> {done.losses[-1]:.3f}, {done.trainable:,} numbers free to move")
+    typer.echo(written)
+
+
+@app.command(rich_help_panel=CHANGE)
+def diff(
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The model that changed.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model it changed from.")],
+    to: To,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="auto (whichever exact form is smallest), dense, sparse, low-rank, or lora: an adapter for PEFT."
+        ),
+    ] = "auto",
+    rank: Annotated[
+        int | None, typer.Option(help="Of low-rank and lora: the most it may be.", min=1, show_default=False)
+    ] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of sites to keep, as in '*.attn.*'; may be repeated.", show_default=False),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """A task vector as a file: TUNED - BASE, dense, sparse, low-rank, or as a LoRA adapter; what a rank loses is said."""
+    record = begin_record("diff", {"tuned": tuned, "base": base, "form": form, "rank": rank, "at": at})
+    from surgery.checkpoint import Checkpoint
+    from surgery.delta import StoredDelta, save_delta
+    from surgery.model import find
+
+    if form not in ("auto", "dense", "sparse", "low-rank", "lora"):
+        raise ValueError(f"--form {form}: choose auto, dense, sparse, low-rank or lora.")
+    if (rank is None) == (form in ("low-rank", "lora")):
+        raise ValueError("--form low-rank and --form lora need --rank, as in --rank 16; no other form has one.")
+    a, b = Checkpoint(find(tuned)), Checkpoint(find(base))
+    vector = (a - b).keep(at) if at else a - b
+    if dry_run:
+        typer.echo(f"{vector!r} would go to {to}")
+        return
+    base_hash = b.hash()
+    record.inputs = {"tuned": {"ref": tuned, "hash": a.hash()}, "base": {"ref": base, "hash": base_hash}}
+    if form == "lora":
+        assert rank is not None
+        lines = _save_lora(vector, to, b, rank, record)
+    else:
+        save_delta(vector, to, base_hash=base_hash, form=form, rank=rank, seal=record.save)  # type: ignore[arg-type]
+        lines = _lost(StoredDelta(to).errors, vector) if form == "low-rank" else []
+    for line in lines:
+        typer.echo(line)
+    typer.echo(to)
+
+
+def _save_lora(vector: Delta, to: Path, base: Checkpoint, rank: int, record: Record) -> list[str]:
+    """Write what of a vector a LoRA can hold; gives what was lost and what was left out, in words."""
+    from surgery.lowrank import lora_sites, save_adapter, truncated
+
+    holds = set(lora_sites(base))
+    norms = {site: norm for site, norm in vector.norms().items() if norm}
+    fit = [site for site in norms if site in holds]
+    if not fit:
+        raise ValueError(f"{vector!r} moves nothing that a LoRA of {base!r} can hold.")
+    factors, errors = truncated(vector.keep(fit), rank)
+    errors |= {site: 1.0 for site in norms if site not in holds}
+    record.results = {"errors": {str(site): error for site, error in errors.items()}}
+    save_adapter(factors, to, base, seal=record.save)
+    return _lost(errors, vector)
+
+
+@app.command(rich_help_panel=CHANGE)
+def apply(
+    model: ModelRef,
+    to: To,
+    add: Annotated[
+        list[str],
+        typer.Option(
+            "--add",
+            help="VECTOR:STRENGTH, a delta's or a LoRA adapter's folder and a number (default 1); may be repeated.",
+        ),
+    ],
+    dtype: Dtype = None,
+    stochastic: Stochastic = False,
+    seed: Seed = 0,
+    allow_loops: AllowLoops = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """MODEL plus task vectors, streamed to a new model folder and verified.
+
+    A language model's vector lands on the language tower of a vision-language model, and between vocabularies of different length on
+    the rows that both have; what is left out is said, a line each.
+    """
+    record = begin_record("apply", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
+    from surgery.across import land
+    from surgery.checkpoint import Checkpoint
+    from surgery.lowrank import Adapter
+    from surgery.model import find
+
+    base = Checkpoint(find(model))
+    point: Weights = base
+    notes: list[str] = []
+    record.inputs = {}
+    for entry in add:
+        folder, strength = _strength(entry)
+        vector, record.inputs[folder] = _change_in(folder, base)
+        landed = land(vector, base, base=_measured_from(Path(folder)))
+        said = vector.notes if isinstance(vector, Adapter) else []
+        notes += [f"note: {folder}: {line}" for line in [*said, *landed.in_words()]]
+        scaled: Delta = strength * landed.delta
+        point = point + scaled
+    for note in notes:
+        typer.echo(note, err=True)
+    if dry_run:
+        typer.echo(f"{point!r}: {len(point.changed_from(base))} sites of {model} would change; would go to {to}")
+        return
+    record.results = {"notes": notes}
+    written = write_model(
+        record,
+        point,
+        to,
+        model=model,
+        dtype=dtype,
+        stochastic=stochastic,
+        seed=seed,
+        allow_loops=allow_loops,
+        quiet=quiet,
+    )
+    foreign = [ref for ref, entry in record.inputs.items() if entry.get("base", written.base_hash) != written.base_hash]
+    for ref in foreign:
+        typer.echo(f"note: {ref} was measured from another base than {model}", err=True)
+    typer.echo(written)
+
+
+@app.command(rich_help_panel=CHANGE)
+def merge(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file in mergekit's format, unchanged.")],
+    to: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the merged model.", show_default=False)],
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of random methods (DARE, DELLA); by default the recipe's own, else 0.", show_default=False),
+    ] = None,
+    dtype: Dtype = None,
+    multi_gpu: Annotated[
+        bool, typer.Option("--multi-gpu", help="Let mergekit's own executor use every GPU, instead of our stream.")
+    ] = False,
+    allow_loops: AllowLoops = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge models as a mergekit recipe says: every method of the installed mergekit, streamed and verified."""
+    record = begin_record("merge", {k: v for k, v in locals().items() if k not in ("to", "seed", "dry_run", "quiet")})
+    import hashlib
+
+    from surgery.card import CARD, model_card
+    from surgery.merging import MergedModel, merge, plan, read_recipe
+    from surgery.model import as_dtype
+
+    read = read_recipe(recipe)
+    if dry_run:
+        typer.echo(plan(read, seed=seed, dtype=as_dtype(dtype), multi_gpu=multi_gpu))
+        typer.echo(f"would go to {to}")
+        return
+    chosen = read.seed if seed is None else seed
+    record.arguments |= {"recipe": read.text, "seed": chosen}  # so that a replay needs no file
+    record.seeds = {"seed": chosen}
+
+    def seal(folder: Path, merged: MergedModel) -> None:
+        record.inputs = {ref: {"ref": ref, "hash": digest} for ref, digest in merged.input_hashes().items()}
+        ref = "recipe" if "\n" in recipe else recipe
+        record.inputs["recipe"] = {"ref": ref, "hash": hashlib.sha256(read.text.encode()).hexdigest()}
+        record.checks, record.results = merged.checks, {"recipe": read.text, **merged.as_dict()}
+        source = merged.sources[read.models[0]][0]
+        (folder / CARD).write_text(model_card(record, merged, source), encoding="utf-8")
+        record.save(folder, reproducible=["*.safetensors"])
+
+    loops = "report" if allow_loops else "refuse"
+    merged = merge(
+        read, to, seed=seed, dtype=as_dtype(dtype), multi_gpu=multi_gpu, loops=loops, seal=seal, progress=not quiet
+    )
+    if read.unused:
+        typer.echo(f"note: {read.method} has no parameter {', '.join(read.unused)}: ignored, as by mergekit", err=True)
+    typer.echo(merged)
+
+
+@app.command(rich_help_panel=CHANGE)
+def edit(
+    model: ModelRef,
+    to: To,
+    edits: Annotated[
+        str | None,
+        typer.Option("--edits", metavar="FILE", help="A YAML list of edits, done first.", show_default=False),
+    ] = None,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scale", metavar="SITES:FACTOR", help="As in '12.mlp.down:0.5'; may be repeated.", show_default=False
+        ),
+    ] = None,
+    remove: Annotated[
+        str | None,
+        typer.Option(
+            "--remove",
+            metavar="DIRECTION",
+            help="A vector no longer to be written: FILE.safetensors, FILE.safetensors:NAME or FILE.json.",
+            show_default=False,
+        ),
+    ] = None,
+    at: Annotated[
+        str | None, typer.Option(help="Where --remove acts: a pattern of sites such as '*.attn.o'.", show_default=False)
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Of --remove: 1 (the default) removes, 2 reflects.", show_default=False)
+    ] = None,
+    dtype: Dtype = None,
+    stochastic: Stochastic = False,
+    seed: Seed = 0,
+    allow_loops: AllowLoops = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """MODEL with edits: scaled, directions removed or added, ranks truncated, layers swapped; streamed and verified."""
+    record = begin_record("edit", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
+    from surgery.checkpoint import Checkpoint
+    from surgery.edit_lists import Step, read_edit, read_edits
+    from surgery.model import find
+
+    steps: list[Step] = read_edits(Path(edits)) if edits else []
+    for entry in scale or []:
+        sites, _, factor = entry.rpartition(":")
+        steps.append(read_edit({"scale": {"factor": factor, "at": sites}}, f"--scale {entry}"))
+    if remove is not None:
+        fields = {"direction": remove, "at": at, "strength": strength}
+        given = {key: value for key, value in fields.items() if value is not None}
+        steps.append(read_edit({"remove": given}, f"--remove {remove}"))
+    elif at is not None or strength is not None:
+        raise ValueError("--at and --strength say where and how strongly --remove acts; without it they do nothing.")
+    if not steps:
+        raise ValueError(
+            "No edit is asked for: give --edits FILE, --scale SITES:FACTOR or --remove DIRECTION --at SITES."
+        )
+    base = Checkpoint(find(model))
+    point: Weights = base
+    for step in steps:
+        touched = step.sites(point)
+        if dry_run:
+            typer.echo(f"{step.text}: {len(touched)} site{'' if len(touched) == 1 else 's'}")
+            for site in touched:
+                typer.echo(f"  {site} {tuple(base.shape(site))}")
+        point = step(point)
+    if dry_run:
+        typer.echo(f"{len(point.changed_from(base))} sites of {model} would change; would go to {to}")
+        return
+    files = [*([Path(edits)] if edits else []), *(path for step in steps for path in step.files)]
+    record.inputs = {str(path): {"ref": str(path), "hash": _hash_of(path)} for path in files}
+    written = write_model(
+        record,
+        point,
+        to,
+        model=model,
+        dtype=dtype,
+        stochastic=stochastic,
+        seed=seed,
+        allow_loops=allow_loops,
+        quiet=quiet,
+    )
+    typer.echo(written)
+
+
+@app.command(rich_help_panel=CHANGE)
+def realign(
+    model: ModelRef,
+    change: Annotated[
+        str,
+        typer.Option(
+            help="What fine-tuning changed: a LoRA adapter's folder, or a delta's (`surgery diff`).", show_default=False
+        ),
+    ],
+    base: Annotated[str, typer.Option(help="The model before alignment.", show_default=False)],
+    aligned: Annotated[str, typer.Option(help="The model after alignment.", show_default=False)],
+    to: To,
+    safe: Annotated[
+        str | None,
+        typer.Option(
+            help="A change tuned on safety data, as --change: SafeMERGE, which mixes the two.", show_default=False
+        ),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="threshold: the modules up to --tau; count: the --count least like alignment.")
+    ] = "threshold",
+    tau: Annotated[
+        float | None,
+        typer.Option(help="Cosine with alignment, in [0, 1]; default 0.5, with --safe 0.35.", show_default=False),
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="How many modules; default 10.", min=1, show_default=False)] = None,
+    projection: Annotated[
+        str | None, typer.Option(help="paper (the default), exact, or the control shrink.", show_default=False)
+    ] = None,
+    cut: Annotated[
+        float | None,
+        typer.Option(help="exact: smallest singular value that counts, as a share of the largest.", show_default=False),
+    ] = None,
+    weight: Annotated[
+        float | None,
+        typer.Option(help="--safe: share of the change against the safe one; default 0.8.", show_default=False),
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option(help="--safe: exact (the default), or peft, which adds factors.", show_default=False)
+    ] = None,
+    at: Annotated[
+        str | None, typer.Option(help="Pattern of modules to judge; by default all in the layers.", show_default=False)
+    ] = None,
+    dtype: Dtype = None,
+    allow_loops: AllowLoops = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """MODEL plus a change that is brought back towards alignment where it left it: SafeLoRA, or with --safe SafeMERGE."""
+    record = begin_record("realign", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
+    from surgery.checkpoint import Checkpoint
+    from surgery.model import find
+    from surgery.realign import SAFE_WEIGHT, safelora, safemerge
+
+    if mode not in ("threshold", "count"):
+        raise ValueError(f"--mode {mode}: choose threshold or count.")
+    idle = {"--tau": tau if mode == "count" else None, "--count": count if mode == "threshold" else None}
+    idle |= {"--weight": weight, "--form": form} if safe is None else {"--projection": projection, "--cut": cut}
+    for option, value in idle.items():
+        if value is not None:
+            raise ValueError(
+                f"{option} has no use with --mode {mode} {'without' if safe is None else 'and'} --safe; leave it out."
+            )
+    for option, value, words in (
+        ("--projection", projection, ("paper", "exact", "shrink")),
+        ("--form", form, ("exact", "peft")),
+    ):
+        if value not in (None, *words):
+            raise ValueError(f"{option} {value}: choose {', '.join(words)}.")
+    require_new(to)
+    start = Checkpoint(find(model))
+    before, after = Checkpoint(find(base)), Checkpoint(find(aligned))
+    chosen: dict[str, Any] = {"count": 10 if count is None else count} if mode == "count" else {"tau": tau}
+    chosen |= {"at": at, "progress": not quiet}
+    vector, vector_input = _change_in(change, start)
+    record.inputs = {"change": vector_input}
+    if safe is None:
+        options = {"projection": projection or "paper", "cut": cut}
+        found = safelora(vector, after - before, **chosen, **options)
+    else:
+        safe_vector, record.inputs["safe"] = _change_in(safe, start)
+        options = {"weight": SAFE_WEIGHT if weight is None else weight, "form": form or "exact"}
+        found = safemerge(vector, safe_vector, after - before, **chosen, **options)
+    table = found.frame()
+    if dry_run:
+        typer.echo(
+            table[["site", "rho", "norm_before", "norm_after", "realigned"]].to_string(index=False, float_format="%.4g")
+        )
+        typer.echo(f"{found}; would go to {to}")
+        return
+    record.inputs |= {"base": {"ref": base, "hash": before.hash()}, "aligned": {"ref": aligned, "hash": after.hash()}}
+    written = write_model(
+        record,
+        start + found.delta,
+        to,
+        model=model,
+        dtype=dtype,
+        allow_loops=allow_loops,
+        quiet=quiet,
+        also=lambda folder: table.to_csv(folder / "similarity.csv", index=False),
+        reproducible=["*.safetensors", "similarity.csv"],
+    )
+    typer.echo(found)
+    typer.echo(written)
+
+
+def _measured_from(folder: Path) -> Path | None:
+    """The folder of the model a vector was measured from, where its record knows one that is still there."""
+    from surgery.record import RECORD, Record
+
+    if not (folder / RECORD).is_file():
+        return None
+    ref = Path(Record.load(folder).inputs.get("base", {}).get("ref", ""))
+    return ref if (ref / "config.json").is_file() else None
+
+
+def _lost(errors: Mapping[Site, float], vector: Delta) -> list[str]:
+    """What a rank lost of a vector, and what was left out of it, in words. errors: relative, 1 where a site is left out."""
+    norms = {site: norm for site, norm in vector.norms().items() if site in errors}
+    kept = [site for site in norms if errors[site] < 1]
+    out = [site for site in norms if errors[site] == 1 and norms[site]]
+    whole = sum(norm**2 for norm in norms.values()) ** 0.5
+    lost = sum((errors[site] * norms[site]) ** 2 for site in kept) ** 0.5
+    inside = sum(norms[site] ** 2 for site in kept) ** 0.5
+    worst = max(kept, key=lambda site: errors[site])
+    lines = [
+        f"{len(kept)} matrices; relative error {lost / inside:.4g} over all, at most {errors[worst]:.4g}, at {worst}"
+    ]
+    if out:
+        share = sum(norms[site] ** 2 for site in out) ** 0.5 / whole
+        names = ", ".join(map(str, out[:6])) + (", ..." if len(out) > 6 else "")
+        lines.append(f"left out, {share:.2%} of the vector's norm: {len(out)} sites, {names}")
+    return lines
+
+
+def _strength(entry: str) -> tuple[str, float]:
+    folder, colon, number = entry.rpartition(":")
+    if not colon or Path(entry).is_dir():
+        return entry, 1.0
+    try:
+        return folder, float(number)
+    except ValueError as error:
+        raise ValueError(f"--add {entry}: after the last colon comes a number, as in {folder}:0.7.") from error
+
+
+def _file_hash(path: Path) -> str:
+    import hashlib
+    import json
+
+    from surgery.tensorfile import hash_file_tensors
+
+    return hashlib.sha256(json.dumps(hash_file_tensors(path), sort_keys=True).encode()).hexdigest()
+
+
+def _change_in(ref: str, base: Checkpoint) -> tuple[Delta, dict[str, str]]:
+    """The vector in a folder, a delta's or a LoRA adapter's, and its entry in a record."""
+    import hashlib
+
+    from surgery.delta import StoredDelta
+    from surgery.lowrank import CONFIG, WEIGHTS, Adapter
+
+    if (Path(ref) / CONFIG).is_file():
+        settings = (Path(ref) / CONFIG).read_bytes()  # alpha, for one
+        return Adapter(ref, base), {
+            "ref": ref,
+            "hash": hashlib.sha256(settings + _file_hash(Path(ref) / WEIGHTS).encode()).hexdigest(),
+        }
+    vector = StoredDelta(ref)
+    return vector, {"ref": ref, "hash": _file_hash(Path(ref) / "delta.safetensors"), "base": vector.base_hash}
+
+
+def _hash_of(path: Path) -> str:
+    """Of what an edit was read from: a model's folder, a safetensors file, or another file."""
+    import hashlib
+
+    from surgery.checkpoint import Checkpoint
+
+    if path.is_dir():
+        return Checkpoint(path).hash()
+    return _file_hash(path) if path.suffix == ".safetensors" else hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,353 @@
+"""Commands that look at a model, judge it, or draw what was found; they change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from analyses.cli.options import LOOK, Device, Dtype, ModelRef, Questions, Quiet, Seed, To, app, begin_record
+
+if TYPE_CHECKING:
+    from surgery.preflight import Report
+    from surgery.record import Record
+    from surgery.sites import Site
+    from surgery.weights import Delta
+
+
+@app.command(rich_help_panel=LOOK)
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT", help="A model ('specimen', a folder, a hub id), or a vector's or adapter's folder."
+        ),
+    ],
+    at: Annotated[str, typer.Option(help="Pattern of sites: '*.attn.o', '0-3.mlp.*', '**'.")] = "**",
+    against: Annotated[
+        str | None,
+        typer.Option(help="Of a vector: another one's folder; gives cosines.", show_default=False),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a vector: the model it would be added to; gives its size there and what storing it keeps. An adapter needs it.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """What a checkpoint holds, or how large a vector is: by site."""
+    from surgery.delta import FILE
+    from surgery.lowrank import CONFIG
+
+    if any((Path(model) / name).is_file() for name in (FILE, CONFIG)):
+        _inspect_vector(model, at, against, on)
+        return
+    if against is not None or on is not None:
+        raise ValueError(f"--against and --on compare a vector; {model} holds none.")
+    from surgery.checkpoint import Checkpoint
+    from surgery.model import find
+    from surgery.sites import match
+
+    weights = Checkpoint(find(model))
+    anatomy = weights.anatomy
+    typer.echo(
+        f"{model}: {anatomy.family}, {anatomy.n_layers} layers, d {anatomy.d_model}, {anatomy.n_heads} heads ({anatomy.n_kv_heads} kv) of {anatomy.head_dim}, vocabulary {anatomy.vocab}"
+    )
+    typer.echo(
+        f"{len(weights)} sites in {len(weights.files)} file(s), {weights.nbytes / 1e6:.1f} MB"
+        + "".join(f"; {a} tied to {b}" for a, b in anatomy.ties.items())
+    )
+    for site in match(at, weights):
+        tensor = weights[site].float()
+        typer.echo(
+            f"{site!s:24} {tuple(tensor.shape)!s:16} {str(weights.dtype(site)).removeprefix('torch.'):10} norm {float(tensor.norm()):.4g}  mean|W| {float(tensor.abs().mean()):.4g}"
+        )
+
+
+def _inspect_vector(ref: str, at: str, against: str | None, on: str | None) -> None:
+    """A vector's norm at every site, and what it is to a model or to another vector."""
+    from surgery.checkpoint import Checkpoint
+    from surgery.delta import StoredDelta, read_vector
+    from surgery.lowrank import CONFIG, Adapter
+    from surgery.model import find
+
+    base = None if on is None else Checkpoint(find(on))
+    adapters = [folder for folder in (ref, against) if folder is not None and (Path(folder) / CONFIG).is_file()]
+    if adapters and base is None:
+        raise ValueError(
+            f"{adapters[0]} is an adapter: only its model knows where its modules are. Say which, with --on."
+        )
+
+    def read(folder: str) -> Delta:
+        return StoredDelta(folder) if base is None else read_vector(folder, base)
+
+    vector = read(ref)
+    kept = vector.keep(at)
+    norms = kept.norms()
+    cosines = {} if against is None else kept.cosines(read(against))
+    columns = f"{'site':24} {'shape':16} {'stored':18} {'norm':>10}"
+    columns += f" {'cosine':>8}" if against else ""
+    columns += f" {'of |W|':>10} {'unmoved':>8} {'kept':>8}" if base else ""
+    whole = sum(norm**2 for norm in norms.values()) ** 0.5
+    typer.echo(f"{ref}: {len(kept)} sites, norm {whole:.4g}")
+    for note in vector.notes if isinstance(vector, Adapter) else []:
+        typer.echo(f"note: {note}")
+    typer.echo(columns)
+    for site, norm in norms.items():
+        line = f"{site!s:24} {tuple(kept.shape(site))!s:16} {_stored_as(vector, site):18} {norm:10.4g}"
+        if against:
+            line += f" {cosines[site]:8.4f}" if site in cosines else f" {'-':>8}"
+        if base and site in base:
+            survival = kept.keep(site).survival(base.dtype(site), base)[site]
+            size = float(base[site].float().norm())
+            line += f" {norm / size if size else float('nan'):10.2e} {survival.unmoved:8.1%} {survival.cosine:8.4f}"
+        typer.echo(line)
+
+
+def _stored_as(vector: Delta, site: Site) -> str:
+    from surgery.delta import StoredDelta
+    from surgery.lowrank import Factored
+
+    form = vector.form(site) if isinstance(vector, StoredDelta) else ""
+    if isinstance(vector, Factored) and site in vector.factored():
+        error = vector.errors.get(site, 0.0) if isinstance(vector, StoredDelta) else 0.0
+        return f"rank {vector.rank(site)}" + (f", error {error:.2g}" if error else "")
+    return form or "dense"
+
+
+@app.command(rich_help_panel=LOOK)
+def check(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="WHAT",
+            help="RECIPE.yml · merge RECIPE.yml · apply MODEL · or a MODEL by itself.",
+            show_default=False,
+        ),
+    ],
+    add: Annotated[
+        list[str] | None,
+        typer.Option("--add", help="With apply: VECTOR:STRENGTH, a delta's or adapter's folder.", show_default=False),
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Where the output would go.", show_default=False)] = None,
+    dtype: Dtype = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+) -> None:
+    """What would go wrong, and what it would take, from headers alone: seconds, whatever the models' size."""
+    import json
+
+    report = _checked(what, add or [], to, dtype)
+    typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _checked(what: list[str], add: list[str], to: Path | None, dtype: str | None) -> Report:
+    from analyses.cli.change import _strength
+    from surgery.preflight import check_apply, check_model, check_recipe
+
+    command, words = (what[0], what[1:]) if what[0] in ("apply", "merge") and not Path(what[0]).exists() else ("", what)
+    recipe = command == "merge" or Path(words[0]).suffix in (".yml", ".yaml") if words else False
+    if command == "merge" and len(words) == 2 and to is None:
+        to = Path(words.pop())  # as in `surgery merge RECIPE OUT`
+    if (
+        len(words) != 1
+        or (command == "apply") != bool(add)
+        or (dtype and command != "apply")
+        or (to and not command and not recipe)
+    ):
+        raise ValueError(
+            f"surgery check {' '.join(what)}: write check RECIPE.yml, check merge RECIPE.yml [OUT], check apply MODEL --add VECTOR:0.7 "
+            "[--dtype bfloat16], or check MODEL."
+        )
+    if recipe:
+        if not Path(words[0]).is_file():
+            raise FileNotFoundError(f"There is no recipe {words[0]}.")
+        return check_recipe(words[0], to)
+    if command:
+        return check_apply(words[0], [_strength(entry)[0] for entry in add], to, dtype)
+    return check_model(words[0])
+
+
+measure = typer.Typer(help="Judge a model, or compare two.", no_args_is_help=True)
+
+
+@measure.command("early-answers")
+def early_answers(
+    model: ModelRef,
+    to: To,
+    data: Questions = "sums",
+    count: Annotated[int, typer.Option(help="How many questions.", min=2)] = 64,
+    traces: Annotated[str, typer.Option(help="own: what the model writes; gold: the worked solutions.")] = "own",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Is the chain of thought used? Cut it after each sentence and read the answer."""
+    record = begin_record("measure early-answers", {k: v for k, v in locals().items() if k not in ("to", "quiet")})
+    from analyses import tasks
+    from analyses.faithfulness import early_answers
+    from surgery.model import Model
+
+    if traces not in ("own", "gold"):
+        raise ValueError(f"--traces {traces!r}: choose own or gold.")
+    loaded = Model.load(model, device=device, dtype="float32")
+    questions = tasks.load(data, count, seed=seed, side="test" if not data.endswith("jsonl") else "all")
+    told = None if traces == "own" else [loaded.transcript(q.question, q.completion(loaded.markers)) for q in questions]
+    found = early_answers(loaded, questions, told, max_new_tokens=max_new_tokens, seed=seed, progress=not quiet)
+    _save_measure(
+        record,
+        to,
+        {"model": (model, loaded)},
+        lambda folder: found.save(folder / "early_answers.json"),
+        {"curve": found.curve(), "summary": found.summary()},
+    )
+    typer.echo(found)
+
+
+@measure.command()
+def drift(
+    model: ModelRef,
+    base: Annotated[str, typer.Option(help="The model to compare with.", show_default=False)],
+    to: To,
+    data: Questions = "sums",
+    count: Annotated[int, typer.Option(help="How many questions.", min=4)] = 48,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """How far the residual streams of two models are apart, by layer and span, on the same worked questions."""
+    record = begin_record("measure drift", {k: v for k, v in locals().items() if k not in ("to", "quiet")})
+    from analyses import tasks
+    from analyses.representation import drift
+    from surgery.model import Model
+
+    after, before = (Model.load(ref, device=device, dtype="float32") for ref in (model, base))
+    questions = tasks.load(data, count, seed=seed, side="test" if not data.endswith("jsonl") else "all")
+    told = [before.transcript(q.question, q.completion(before.markers)) for q in questions]
+    spans = [s for s in ("thinking", "answer") if any(s in t.spans for t in told)]
+    found = drift(before, after, told, over=spans, seed=seed, progress=not quiet)
+    _save_measure(
+        record,
+        to,
+        {"model": (model, after), "base": (base, before)},
+        lambda folder: found.save(folder / "drift.json"),
+        {"drift": found.frame()},
+    )
+    table = found.frame().query("measure == 'mean_shift'")
+    typer.echo(table[["layer", "span", "value", "low", "high", "floor"]].to_string(index=False, float_format="%.3f"))
+
+
+@measure.command()
+def geometry(
+    model: ModelRef,
+    base: Annotated[str, typer.Option(help="The model it changed from.", show_default=False)],
+    to: To,
+    at: Annotated[
+        str | None, typer.Option(help="Pattern of matrices; by default all of attention and MLP.", show_default=False)
+    ] = None,
+    density: Annotated[float, typer.Option(help="Size of the principal set, a fraction in (0, 1].")] = 0.05,
+    filter_rank: Annotated[int, typer.Option(help="Rank of the filter that decides what is principal.", min=1)] = 16,
+    k: Annotated[int, typer.Option(help="Dimension of the principal subspaces.", min=1)] = 8,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Which weights moved: changed fractions, principal mask, spectra, rotation, rank."""
+    record = begin_record("measure geometry", {k: v for k, v in locals().items() if k not in ("to", "quiet")})
+    from analyses.geometry import geometry
+    from surgery.checkpoint import Checkpoint
+    from surgery.model import find
+    from surgery.weights import require_same_sites
+
+    after, before = Checkpoint(find(model)), Checkpoint(find(base))
+    require_same_sites(after, before)
+    found = geometry(before, after, at=at, density=density, filter_rank=filter_rank, k=k, progress=not quiet)
+    summary = found.summary(seed=seed)
+    _save_measure(
+        record,
+        to,
+        {"model": (model, after), "base": (base, before)},
+        lambda folder: found.save(folder / "geometry.json"),
+        {"geometry": found.frame(), "summary": summary},
+    )
+    typer.echo(
+        summary.query("part == 'all'")[["measure", "value", "low", "high", "n"]].to_string(
+            index=False, float_format="%.4g"
+        )
+    )
+
+
+app.add_typer(measure, name="measure", rich_help_panel=LOOK)
+
+
+@app.command(rich_help_panel=LOOK)
+def figure(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="FIGURE", help="early-answers, drift, geometry, sweep, training, before-after or similarity."
+        ),
+    ],
+    table: Annotated[
+        Path, typer.Argument(metavar="TABLE", help="A .csv table, or the folder of a measure or study that has one.")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Image file: .png, .pdf or .svg.", show_default=False)],
+    measure: Annotated[
+        str | None, typer.Option(help="Which column or measure to draw, where there are several.", show_default=False)
+    ] = None,
+    width: Annotated[float, typer.Option(help="Inches.", min=1)] = 5.5,
+) -> None:
+    """Draw a saved table."""
+    import pandas as pd
+
+    from analyses import figures
+
+    if name not in figures.FIGURES:
+        raise ValueError(f"There is no figure {name!r}. Choose {', '.join(figures.FIGURES)}.")
+    if to.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--to {to}: the name must end in .png, .pdf or .svg.")
+    if to.exists():
+        raise FileExistsError(f"{to} exists already and is never overwritten. Choose another --to, or remove it.")
+    path = _table_in(table, name)
+    options: dict[str, Any] = {} if measure is None else {"measure": measure}
+    if measure is not None and name in ("early-answers", "before-after", "similarity"):
+        raise ValueError(f"{name} draws one thing; --measure is for drift, geometry, sweep and training.")
+    frame = pd.read_csv(path)
+    drawn = figures.draw(figures.FIGURES[name], frame, width=width, **options)
+    typer.echo(figures.save(drawn, to))
+
+
+def _save_measure(
+    record: Record, to: Path, inputs: dict[str, tuple[str, Any]], save: Callable[[Path], object], tables: dict[str, Any]
+) -> None:
+    """A measure's folder: its own file, its tables as CSV, its record; whole or not at all."""
+    from surgery.writing import new_folder
+
+    with new_folder(to) as folder:
+        save(folder)
+        for name, table in tables.items():
+            table.to_csv(folder / f"{name}.csv", index=False)
+        record.inputs = {
+            role: {"ref": ref, "hash": getattr(found, "checkpoint", found).hash()}
+            for role, (ref, found) in inputs.items()
+        }
+        record.save(folder)
+
+
+def _table_in(table: Path, figure: str) -> Path:
+    """The CSV of a figure: the file itself, or the one in a measure's or study's folder."""
+    if table.is_file():
+        return table
+    names = {"early-answers": ["curve.csv", "early-answers.csv"]}.get(figure, [f"{figure}.csv"])
+    for folder in (table, table / "tables"):
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    found = sorted(p.name for p in table.rglob("*.csv")) if table.is_dir() else []
+    raise FileNotFoundError(
+        f"{table} has no table for {figure} ({' or '.join(names)}); it has {', '.join(found) or 'no tables'}."
+    )

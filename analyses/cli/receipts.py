@@ -1,0 +1,66 @@
+"""Commands on what other commands left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from analyses.cli.change import apply, diff, edit, merge, realign, tune
+from analyses.cli.look import drift, early_answers, geometry
+from analyses.cli.options import RECEIPTS, Quiet, To, app
+from analyses.cli.start import study
+
+COMMANDS: dict[str, Callable[..., object]] = {
+    "study": study,
+    "tune": tune,
+    "diff": diff,
+    "apply": apply,
+    "merge": merge,
+    "edit": edit,
+    "realign": realign,
+    "measure early-answers": early_answers,
+    "measure drift": drift,
+    "measure geometry": geometry,
+}
+
+
+@app.command(rich_help_panel=RECEIPTS)
+def verify(folder: Annotated[Path, typer.Argument(help="A folder that a surgery command made.")]) -> None:
+    """Hash the outputs again; names the file or tensor that is not as recorded."""
+    from surgery.record import verify
+
+    problems = verify(folder)
+    for problem in problems:
+        typer.echo(problem)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{folder}: everything is as recorded")
+
+
+@app.command(rich_help_panel=RECEIPTS)
+def replay(folder: Annotated[Path, typer.Argument(help="A folder that a surgery command made.")], to: To) -> None:
+    """Run the recorded command again and compare; says how today's environment differs."""
+    from surgery.record import Record, compare_environment, environment, replay
+
+    for grade, difference in compare_environment(Record.load(folder).environment, environment()):
+        typer.echo(f"{grade}: {difference}", err=True)
+    again = replay(folder, to, COMMANDS)
+    typer.echo(f"{len(again.equal)} outputs equal, {len(again.differing)} differ")
+    for name in again.differing[:20]:
+        typer.echo(f"  {name}")
+    if not again.ok:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=RECEIPTS)
+def undo(
+    folder: Annotated[Path, typer.Argument(help="A model that a surgery command wrote.")], to: To, quiet: Quiet = False
+) -> None:
+    """The original of a written model, byte for byte, from the way back kept beside it."""
+    from surgery.reverse import undo
+
+    base_hash = undo(folder, to, progress=not quiet)
+    typer.echo(f"{to}: the original's bytes ({base_hash[:16]})")
