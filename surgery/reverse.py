@@ -20,7 +20,7 @@ from surgery.checkpoint import Checkpoint, point_hash
 from surgery.tensorfile import DTYPES, CheckpointError, Stored, TensorFile, raw_bytes, save_tensors
 
 PATCH = "undo.patch"
-UNDO_LIMIT = 64 << 20  # bytes: an edit that needs more keeps no patch, and says so
+UNDO_LIMIT = 32 << 20  # bytes: an edit that needs more keeps no patch, and says so
 SIDE_LIMIT = 1 << 20  # bytes: larger side files are not the kind a write replaces
 _OURS = {PATCH, "record.json", "README.md"}  # a command puts its own in their place
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -49,9 +49,9 @@ class Reverse:
         differing = np.flatnonzero(was != _bits(after.reshape(-1)))
         if not len(differing):
             return
-        index = differing + at
-        self._pieces.setdefault(name, []).append((index, was[differing].copy()))
-        self._size += len(index) * (4 + was.itemsize)
+        narrow = np.int32 if at + len(was) < 2**31 else np.int64
+        self._pieces.setdefault(name, []).append(((differing + at).astype(narrow), was[differing]))
+        self._size += len(differing) * (np.dtype(narrow).itemsize + was.itemsize)
         if self._size > self._limit:
             self.refuse(f"the original of what changed takes more than {self._limit / 2**20:.0f} MiB")
 
@@ -64,9 +64,7 @@ class Reverse:
             return f"no undo: {self.refused}"
         tensors = {}
         for name, pieces in self._pieces.items():
-            index = np.concatenate([i for i, _ in pieces])
-            narrow = np.int32 if index[-1] < 2**31 else np.int64
-            tensors[f"index:{name}"] = torch.from_numpy(index.astype(narrow))
+            tensors[f"index:{name}"] = torch.from_numpy(np.concatenate([i for i, _ in pieces]))
             tensors[f"value:{name}"] = torch.from_numpy(np.concatenate([v for _, v in pieces]).view(np.uint8))
         for file in self._layout.files:
             tensors[f"header:{file}"] = _as_tensor(TensorFile(self._layout.folder / file).header)

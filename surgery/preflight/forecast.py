@@ -28,10 +28,10 @@ MERGEKIT = 54 * MIB
 CHUNKS = 4 * MIB  # pieces in flight: computed, hashed, written
 RULE = 20 * MIB  # what a rule of mergekit's adds where chunks are enough
 PROOF = 30 * MIB  # the architecture's code, and activations
-PROBES = 32  # tokens whose logits are compared, three times over
-UNDO_LIMIT = 64 * MIB
+PROBES = 16  # tokens whose logits are compared, three times over
+UNDO_LIMIT = 32 * MIB
 CHANGED = 0.8  # of the entries asked to move in bf16, those that do
-HELD, SAVED = 8, 4  # bytes of a position while it is held, and in the file
+HELD, SAVED = 4, 4  # bytes of a position while it is held, and in the file
 RULE_COPIES = {
     "slerp": 2.6, "nuslerp": 4.9, "multislerp": 4.6, "karcher": 3.6, "model_stock": 3.2, "sce": 4.4, "ramplus_tl": 7.1, "arcee_fusion": 5.4,
     "dare_linear": 3.6, "dare_ties": 3.9, "della_linear": 6.2, "della": 6.2, "breadcrumbs": 3.9, "breadcrumbs_ties": 3.9,

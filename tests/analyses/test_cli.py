@@ -301,21 +301,29 @@ def test_exit_codes_of_the_program(option: str, parts: list[str], models: Path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_tune_resumes(models: Path, surgery, tmp_path: Path) -> None:
-    options = ["--steps", 400, "--batch-size", 2, "--save-every", 2, "--lr", 1e-4, "-q"]
-    command = words_of("tune", models / "base", "--to", tmp_path / "out", *options)
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_tune_resumes(blow: signal.Signals, models: Path, surgery, tmp_path: Path) -> None:
+    options = ["--steps", 120, "--batch-size", 2, "--save-every", 2, "--lr", 1e-4, "-q"]
+    words = ["tune", models / "base", "--to", tmp_path / "out", *options]
+    process = subprocess.Popen(words_of(*words), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     workshop = tmp_path / ".out.tuning" / "checkpoints"
     deadline = time.monotonic() + 90
     while not list(workshop.glob("checkpoint-*/complete.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(blow)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 130, said
-    assert "interrupted" in said
+    if blow == signal.SIGINT:
+        assert process.returncode == 130, said
+        assert "interrupted" in said
+    else:
+        assert process.returncode == -signal.SIGKILL
     assert "Traceback" not in said
     assert [p.name for p in tmp_path.iterdir()] == [".out.tuning"]
     saved = [p for p in workshop.glob("checkpoint-*") if (p / "complete.json").is_file()]
     assert saved
     assert (saved[-1] / "model.safetensors").is_file()
+    again = surgery(*words)
+    assert again.code == 0, again.err
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert surgery("verify", tmp_path / "out").code == 0
