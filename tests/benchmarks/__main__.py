@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks [SECTION ...] [STUDY]
 
-SECTION: write, lift, training, faithfulness, merge, memory, realign, check; by default all. The other sections stay as they were.
+SECTION: write, merge, merge-large, memory, realign, check, lift, training, faithfulness; by default all. The other sections stay as they were.
 STUDY:   folder of a finished study whose time is to be stated.
 """
 
@@ -34,6 +34,7 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 SECTIONS: dict[str, Callable[[str, Path], list[measure.Row]]] = {
     "write": bench_write.run,
     "merge": bench_merge.run,
+    "merge-large": lambda folder, base: bench_merge.run_large(folder),
     "memory": lambda folder, base: bench_memory.run(),
     "realign": bench_realign.run,
     "check": lambda folder, base: bench_check.run(folder),
@@ -75,7 +76,7 @@ def _study(folder: Path) -> str:
 def _sections() -> dict[str, str]:
     """What RESULTS.md says already, by section."""
     text = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else ""
-    parts = re.split(r"^## (\w+)\n\n", text, flags=re.MULTILINE)
+    parts = re.split(r"^## ([\w-]+)\n\n", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], (part.rstrip() + "\n" for part in parts[2::2]), strict=True))
 
 

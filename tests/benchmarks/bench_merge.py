@@ -141,18 +141,20 @@ def _values(shape: tuple[int, ...], number: int, seed: int, beside: int | None) 
 
 
 def run(folder: Path | str, base: Path | str, repeats: int = 3) -> list[measure.Row]:
-    """Rows for three checkpoints of the size of `base`, a single bf16 file, and for three synthetic sharded ones.
+    """Rows for three checkpoints of the size of `base`, a single bf16 file.
 
-    folder: where everything is written and then removed; about 20 GB at a time.
+    folder: where everything is written and then removed.
     """
-    made: list[measure.Row] = []
     with tempfile.TemporaryDirectory(dir=folder) as here:
         models = [str(perturbed(Path(base), Path(here) / f"model{seed}", seed=seed)) for seed in range(3)]
-        made += _rows(here, models, "three 135M", METHODS, 0.6, repeats)
+        return _rows(here, models, "three 135M", METHODS, 0.6, repeats)
+
+
+def run_large(folder: Path | str) -> list[measure.Row]:
+    """Rows for three synthetic sharded checkpoints, once; about 20 GB at a time."""
     with tempfile.TemporaryDirectory(dir=folder) as here:
         kin = [synthetic(Path(here) / f"model{seed}", seed=seed, beside=None if seed == 1 else 1) for seed in (1, 2, 3)]
-        made += _rows(here, [str(path) for path in kin], "three of 2 GB, sharded", METHODS[1:], 0.4, repeats=1)
-    return made
+        return _rows(here, [str(path) for path in kin], "three of 2 GB, sharded", METHODS[1:], 0.4, repeats=1)
 
 
 def _rows(
