@@ -5,8 +5,9 @@ Nothing heavy is imported before a command runs, so that ``--help`` is immediate
 options    what commands share
 start      specimen, study
 change     tune, diff, apply, merge, edit, realign
-look       inspect, measure, figure
-receipts   verify, replay
+written    how every command that makes a model writes it
+look       inspect, check, measure, figure
+receipts   verify, replay, undo
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ import sys
 
 import typer
 
+from analyses.cli.options import app
+
+# isort: off
+from analyses.cli import start as start  # the help is in the order of these lines
 from analyses.cli import change as change
 from analyses.cli import look as look
 from analyses.cli import receipts as receipts
-
-# isort: off - the order of the help
-from analyses.cli import start as start
-from analyses.cli.options import app
-
 # isort: on
 
 
