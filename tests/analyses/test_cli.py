@@ -9,40 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from analyses import cli
 from analyses.cli.change import diff
 from tests.families import save_tiny
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-@dataclass
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def surgery(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run a command as the console script does, in this process."""
-
-    def run(*words: object) -> Said:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["surgery", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capfd.readouterr()
-        return Said(int(left.value.code or 0), out, err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -27,28 +26,10 @@ ROOT = Path(__file__).parent.parent.parent
 U = torch.randn(32, generator=torch.Generator().manual_seed(5))
 
 
-@dataclass
-class Said:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def surgery(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run a command as the console script does, in this process."""
-
-    def run(*words: object) -> Said:
-        """What a random model says falls into loops by nature, so `edit` and `realign` are told to allow them."""
-        words += ("--allow-loops",) if words[0] in ("edit", "realign") else ()
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["surgery", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capfd.readouterr()
-        return Said(int(left.value.code or 0), out, err)
-
-    return run
+def surgery(surgery):
+    """What a random model says falls into loops by nature, so `edit` and `realign` are told to allow them."""
+    return lambda *words: surgery(*words, *(("--allow-loops",) if words[0] in ("edit", "realign") else ()))
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,34 +11,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from analyses import cli
 from surgery.checkpoint import Checkpoint, load_module
 from surgery.delta import StoredDelta
 from surgery.lowrank import CONFIG, WEIGHTS, Adapter
 from surgery.record import verify
 from tests.families import save_tiny
-
-
-@dataclass
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def surgery(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run a command as the console script does, in this process."""
-
-    def run(*words: object) -> Said:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["surgery", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capfd.readouterr()
-        return Said(int(left.value.code or 0), out, err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

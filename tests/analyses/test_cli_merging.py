@@ -8,14 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from analyses import cli
 from surgery.checkpoint import Checkpoint
 from tests.families import save_tiny
 from tests.siblings import sibling
@@ -32,28 +30,6 @@ models:
     parameters: {weight: 0.4, density: 0.6}
 dtype: bfloat16
 """
-
-
-@dataclass
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def surgery(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run a command as the console script does, in this process."""
-
-    def run(*words: object) -> Said:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["surgery", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capfd.readouterr()
-        return Said(int(left.value.code or 0), out, err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
