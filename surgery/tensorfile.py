@@ -91,21 +91,25 @@ def stored(entry: headers.Entry) -> Stored:
     return Stored(entry.file, entry.name, DTYPES[entry.code], torch.Size(entry.shape), entry.begin, entry.end)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, the same bytes for the same tensors (the library's own writer shuffles its metadata and writes mode 0600)."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+def header_bytes(
+    tensors: Iterable[tuple[str, torch.dtype, torch.Size]], metadata: Mapping[str, str]
+) -> tuple[bytes, int]:
+    """What a safetensors file of these tensors, in this order, begins with; and the size the whole file will have."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.nbytes],
-        }
-        at += tensor.nbytes
+    for name, dtype, shape in tensors:
+        length = shape.numel() * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, at + length]}
+        at += length
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + at
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, the same bytes for the same tensors (the library's own writer shuffles its metadata and writes mode 0600)."""
     with path.open("wb") as sink:
-        sink.write(len(text).to_bytes(8, "little") + text)
+        sink.write(header_bytes(((name, t.dtype, t.shape) for name, t in tensors.items()), metadata)[0])
         for tensor in tensors.values():
             sink.write(raw_bytes(tensor))
         sink.flush()

@@ -15,7 +15,7 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -31,7 +31,7 @@ from surgery.proof import Loops, prove
 from surgery.reverse import UNDO_LIMIT, Reverse
 from surgery.rounding import generator, stochastic
 from surgery.sites import Site
-from surgery.tensorfile import CODES, Stored, TensorFile, raw_bytes, read_header
+from surgery.tensorfile import Stored, TensorFile, header_bytes, raw_bytes, read_header
 from surgery.weights import Weights
 
 Rounding = Literal["nearest", "stochastic"]
@@ -227,7 +227,8 @@ class _Job:
     def write_file(self, path: Path, bar: Any) -> None:
         """One safetensors file of the layout, its tensors in their order, a chunk at a time."""
         stored = sorted((t for t in self.layout.tensors.values() if t.file == path.name), key=lambda t: t.begin)
-        text, size = self._header(stored, self.layout.metadata[path.name])
+        planned = ((t.name, self._out(t), t.shape) for t in stored)
+        text, size = header_bytes(planned, self.layout.metadata[path.name])
         with path.open("wb", buffering=0) as sink:
             if hasattr(os, "posix_fallocate"):  # a disk too small is known before the work, and writing is faster
                 os.posix_fallocate(sink.fileno(), 0, size)
@@ -243,19 +244,6 @@ class _Job:
                         at += piece.numel()
                     bar.update(tensor.end - tensor.begin)
             os.fsync(sink.fileno())
-
-    def _header(self, stored: list[Stored], metadata: Mapping[str, str]) -> tuple[bytes, int]:
-        """The header of a file, and the size the whole file will have."""
-        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-        at = 0
-        for tensor in stored:
-            out = self._out(tensor)
-            length = tensor.shape.numel() * out.itemsize
-            header[tensor.name] = {"dtype": CODES[out], "shape": list(tensor.shape), "data_offsets": [at, at + length]}
-            at += length
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text, 8 + len(text) + at
 
     def _out(self, tensor: Stored) -> torch.dtype:
         return tensor.dtype if self.dtype is None or not tensor.dtype.is_floating_point else self.dtype

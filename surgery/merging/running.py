@@ -26,7 +26,7 @@ from surgery.merging.point import Merged
 from surgery.merging.recipe import DTYPES, Recipe, RecipeError, read_recipe
 from surgery.proof import Loops, VerificationError, judge_generation, prove
 from surgery.record import hash_folder
-from surgery.tensorfile import CODES, CheckpointError, Stored, TensorFile
+from surgery.tensorfile import CheckpointError, Stored, TensorFile, header_bytes
 from surgery.writing import Written, new_folder, write
 
 if TYPE_CHECKING:
@@ -185,17 +185,10 @@ def _skeleton(made: Plan, source: Checkpoint, folder: Path) -> Path:
 
 
 def _hollow(path: Path, tensors: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, (dtype, shape) in tensors.items():
-        length = shape.numel() * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, at + length]}
-        at += length
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text, size = header_bytes(((name, *kind) for name, kind in tensors.items()), {"format": "pt"})
     with path.open("wb") as sink:
-        sink.write(len(text).to_bytes(8, "little") + text)
-        sink.truncate(8 + len(text) + at)
+        sink.write(text)
+        sink.truncate(size)
 
 
 def _relayered(config: dict[str, Any], layers: tuple[int, ...]) -> dict[str, Any]:
