@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Loops = Literal["ignore", "report", "refuse"]
 SHARE = 0.4  # of the memory that is free: the largest model that is loaded whole
-_PROBES = 1, 16  # sequences, and tokens of each, whose logits are compared
+_PROBES = 1, 8  # sequences, and tokens of each, whose logits are compared
 _SAID = 32  # tokens of the generation that must not loop
 
 

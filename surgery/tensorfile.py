@@ -10,7 +10,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -64,10 +64,11 @@ class TensorFile:
             raw = raw.clone()  # a file that is not aligned
         return raw.view(tensor.dtype).view(tensor.shape)
 
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of every tensor's bytes, read in file order."""
+    def hashes(self, names: Container[str] | None = None) -> dict[str, str]:
+        """SHA-256 of every tensor's bytes (or of those named), read in file order."""
+        chosen = [t for t in self.tensors.values() if names is None or t.name in names]
         with self.path.open("rb") as source:
-            return {t.name: _hash_range(source, t.begin, t.end) for t in self.tensors.values()}
+            return {t.name: _hash_range(source, t.begin, t.end) for t in chosen}
 
     @property
     def header(self) -> bytes:

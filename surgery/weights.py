@@ -440,8 +440,8 @@ def apply(edit: Edit | Rewiring, weights: Weights, at: str | Site | Iterable[str
     """The same weights with an edit applied. Nothing happens until it is read.
 
     edit: ``(site, W) -> W``, applied in fp32 at the sites that the patterns `at` match; `W` is ``[out, in]``, or a head's rows or columns
-          of it. One with a method ``check(site, shape)`` is asked first whether it fits, at every site. Or ``weights -> weights``
-          (`SwapLayers`), which takes no patterns.
+          of it. One with a method ``bound(weights, sites)`` is first asked for its form there (what a norm's gain has a say in), one
+          with ``check(site, shape)`` whether it fits, at every site. Or ``weights -> weights`` (`SwapLayers`), which takes no patterns.
     Raises ValueError when the patterns match nothing or the edit does not fit, TypeError for patterns that are missing or too many.
     """
     takes = sum(p.default is p.empty for p in inspect.signature(edit).parameters.values())
@@ -453,7 +453,9 @@ def apply(edit: Edit | Rewiring, weights: Weights, at: str | Site | Iterable[str
         return cast(Rewiring, edit)(weights)
     if takes == 1:
         raise TypeError(f"{edit!r} edits the whole model: leave out the sites.")
-    sites, check = match(at, weights), getattr(edit, "check", None)
+    sites = match(at, weights)
+    edit = bound(weights, sites) if (bound := getattr(edit, "bound", None)) else edit
+    check = getattr(edit, "check", None)
     for site in sites:
         if site.head is not None:
             weights.anatomy.head_slice(site)  # raises on a head that does not exist
@@ -510,10 +512,17 @@ def _sum(terms: list[tuple[float, _Tensors]], site: Site, rows: slice, start: We
     for coefficient, leaf in terms:
         if leaf is anchor or site not in leaf:
             continue
-        value = leaf.rows(site, rows).to(None if origin is None else origin.device, torch.float32)
+        stored = leaf.rows(site, rows)
+        value = stored.to(None if origin is None else origin.device, torch.float32)
+        fresh = value is not stored  # nobody else's: arithmetic may happen in place
         if origin is not None and isinstance(leaf, Weights):
-            value = value - origin
-        total = value * coefficient if total is None else torch.add(total, value.to(total.device), alpha=coefficient)
+            value = value.sub_(origin) if fresh else value - origin
+            fresh = True
+        if total is None:
+            total = value * coefficient
+        else:
+            value = value.to(total.device)
+            total = torch.add(total, value, alpha=coefficient, out=value if fresh else None)
     assert total is not None  # a site exists only where some leaf has it
     return total
 

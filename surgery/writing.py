@@ -141,6 +141,7 @@ def write(
     to = Path(to)
     job = _Job(weights, layout, dtype, seed if rounding == "stochastic" else None, Reverse(layout, undo_limit))
     hashing: list[Future[dict[str, str]]] = []
+    flushing: list[Future[None]] = []
     from tqdm.auto import tqdm
 
     with (
@@ -150,16 +151,22 @@ def write(
     ):
         with _one_core_free():
             for file in layout.files:
-                hashing.append(aside.submit(TensorFile(layout.folder / file).hashes))  # while the cache still holds it
+                # while the cache still holds it; what nothing changes has the hash of its copy
+                hashing.append(aside.submit(TensorFile(layout.folder / file).hashes, job.altered))
                 job.write_file(partial / file, bar)
+                flushing.append(aside.submit(_flush, partial / file))
         _copy_side_files(layout.folder, partial, dtype)
         checks = prove(partial, job.hashes, layout, dtype, loops)
-        base_hashes = {name: digest for done in hashing for name, digest in done.result().items()}
+        base_hashes = dict(job.hashes)
+        for read in hashing:
+            base_hashes |= read.result()
         base_hash, point = point_hash(layout.tensors, base_hashes), point_hash(read_headers(partial)[0], job.hashes)
         checks.append(job.reverse.save(partial, base_hash, point))
         written = Written(to, point, base_hash, job.hashes, job.kept, checks)
         if seal is not None:
             seal(partial, written)
+        for flushed in flushing:
+            flushed.result()
     return written
 
 
@@ -199,6 +206,12 @@ def _one_core_free() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _flush(path: Path) -> None:
+    """The file's bytes are on the disk when this returns."""
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
+
+
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -223,6 +236,7 @@ class _Job:
 
     def __post_init__(self) -> None:
         self._changed, self._homes = self.weights.changed_from(self.layout), self.layout.anatomy.stored_in()
+        self.altered = {n for n, t in self.layout.tensors.items() if self._touched(n) or self._out(t) != t.dtype}
 
     def write_file(self, path: Path, bar: Any) -> None:
         """One safetensors file of the layout, its tensors in their order, a chunk at a time."""
@@ -236,14 +250,15 @@ class _Job:
             with _Worker(self.hashes, sink) as worker:
                 for tensor in stored:
                     at = 0
-                    touched = [s for s in self._homes[tensor.name] if s in self._changed]
-                    for piece in self._pieces(tensor, touched):
+                    for piece in self._pieces(tensor, self._touched(tensor.name)):
                         worker.put(tensor.name, raw_bytes(piece))
-                        if touched or piece.dtype != tensor.dtype:
+                        if tensor.name in self.altered:
                             self.reverse.add(tensor.name, at, piece)
                         at += piece.numel()
                     bar.update(tensor.end - tensor.begin)
-            os.fsync(sink.fileno())
+
+    def _touched(self, name: str) -> list[Site]:
+        return [site for site in self._homes[name] if site in self._changed]
 
     def _out(self, tensor: Stored) -> torch.dtype:
         return tensor.dtype if self.dtype is None or not tensor.dtype.is_floating_point else self.dtype
