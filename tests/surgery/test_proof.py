@@ -1,6 +1,7 @@
 """The proof finds what went wrong between computing and loading, and names it; what is right it lets pass."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from surgery import Checkpoint, Scale, apply, write
 from surgery.checkpoint import load_module
 from surgery.proof import VerificationError, loops_at_end
 from surgery.tensorfile import TensorFile, save_tensors
-from tests.families import FAMILIES, save_tiny
+from tests.families import FAMILIES, SPARSE_FAMILIES, save_tiny
 
 
 def planted(fault, monkeypatch):
@@ -83,6 +84,26 @@ def test_a_planted_fault_is_named_and_nothing_is_left(name, offload, tmp_path, m
         said = said.replace("as loaded", "on disk")
     with pytest.raises(ValueError, match=said):
         write(apply(Scale(0.5), Checkpoint(source), "1.mlp.down"), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["whole", "left on disk"])
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
+def test_a_dropped_expert_is_named(family, offload, tmp_path, monkeypatch):
+    source = save_tiny(family, tmp_path / "model")
+    lost = r"layers\.2\.\w+\.experts\.3\."
+
+    def drop(tensors):
+        gone = [name for name in tensors if re.search(lost, name)]
+        assert gone
+        for name in gone:
+            del tensors[name]
+
+    planted(lambda folder: rewrite(folder, drop), monkeypatch)
+    if offload:
+        monkeypatch.setattr(proof, "SHARE", 0)
+    with pytest.raises(ValueError, match=rf"{lost}|2\.mlp\.e3"):
+        write(apply(Scale(0.5), Checkpoint(source), "1.attn.o"), tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
