@@ -19,7 +19,10 @@ realign      SafeLoRA and SafeMERGE
 merging      mergekit's recipes and rules over our stream: read_recipe(), merge()
 linalg       low rank, principal subspaces and angles
 transcript   Transcript: prompt, thinking, answer, sentences, as token spans
+rows         rows_are(): where the prompts of a running batch end, said by whoever runs it
+runs         Runs: transcripts as a file, with the fingerprint of the model that wrote them
 model        Model: live module, tokenizer, anatomy; generate(), installed()
+windows      the same live weights in nnsight and TransformerLens, and what they call our sites
 record       Record, verify, replay
 card         the model card beside a written model
 preflight    surgery check: problems and their fixes, and a forecast, from headers alone
@@ -57,6 +60,8 @@ if TYPE_CHECKING:
     from surgery.realign import safemerge as safemerge
     from surgery.record import Record as Record
     from surgery.reverse import undo as undo
+    from surgery.runs import Runs as Runs
+    from surgery.runs import fingerprint as fingerprint
     from surgery.sites import Site as Site
     from surgery.sites import match as match
     from surgery.tensorfile import CheckpointError as CheckpointError
@@ -73,6 +78,7 @@ _HOMES = {
     "Adapter": "lowrank", "Factored": "lowrank", "joined": "lowrank", "read_vector": "delta", "save_adapter": "lowrank",
     "truncated": "lowrank",
     "merge": "merging", "read_recipe": "merging",
+    "Runs": "runs", "fingerprint": "runs",
     "safelora": "realign", "safemerge": "realign",
     "Anatomy": "anatomy", "Checkpoint": "checkpoint", "CheckpointError": "tensorfile", "Delta": "weights", "Markers": "transcript",
     "Model": "model", "Record": "record", "RemoveDirection": "edits", "Scale": "edits", "Site": "sites", "StoredDelta": "delta",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -19,10 +19,12 @@ from surgery.sites import Site, nothing_matched
 if TYPE_CHECKING:  # torch takes seconds to import, and a family's table needs none of it
     import torch
     from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
     from transformers import PretrainedConfig
 
 LINEAR_PARTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 _DENSE = ("mlp.gate", "mlp.up", "mlp.down")
+STREAMS = ("resid", "attn.z", "attn.out", "mid", "mlp.out")  # activation sites of a block, in the order they come about
 _EXPERT = re.compile(r"^mlp\.(e\d+|shared)\.")
 
 
@@ -68,6 +70,51 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Tap:
+    """Where an activation is in a live module: what goes into a module, or what comes out of it.
+
+    path: the module's path. side: which of the two. head: the part of the last dimension that one head has, or None for all.
+    """
+
+    path: str
+    side: Literal["input", "output"]
+    head: slice | None = None
+
+    def attach(self, module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Call `see` on the activation, ``[batch, token, width]``, at every forward pass; what it returns, unless None, goes on instead.
+
+        A block's output may be a tensor or a tuple that begins with one, and an input may come by position or by name: both are
+        handled here and nowhere else. Remove the handle to end it.
+        """
+        inner = module.get_submodule(self.path)
+
+        def shown(whole: Tensor) -> Tensor | None:
+            if self.head is None:
+                return see(whole)
+            new = see(whole[..., self.head])
+            if new is None:
+                return None
+            whole = whole.clone()
+            whole[..., self.head] = new
+            return whole
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            new = shown(args[0] if args else kwargs["hidden_states"])
+            if new is None:
+                return None
+            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            packed = isinstance(output, tuple)
+            new = shown(output[0] if packed else output)
+            return (new, *output[1:]) if packed and new is not None else new
+
+        if self.side == "input":
+            return inner.register_forward_pre_hook(before, with_kwargs=True)
+        return inner.register_forward_hook(after)
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """A family's table bound to one config and to the tensor names found.
 
@@ -75,9 +122,11 @@ class Anatomy:
               model less the prefixes in which file layouts differ, so that one tensor has one site in all of them).
     ties:     site -> the site it shares its tensor with (``head`` -> ``embed``).
     copies:   names of tensors that merely repeat a tied site's, where a file holds both.
+    streams:  activation parts of a block, in the order they come about -> the module inside the block, and whether its input or output.
     head_dim: width of one attention head, read from the config, divided out only where the model itself does so.
     tower:    module path of the language model inside a vision-language model, whose sites have the plain names; else None.
     n_experts: experts of a sparse layer, at ``mlp.e0.down`` and so on; 0 in a dense model.
+    gain_offset: what the norms add to the gains as they are stored: 1 where a family stores them less one, else 0.
     """
 
     family: str
@@ -88,12 +137,13 @@ class Anatomy:
     head_dim: int
     vocab: int
     blocks: str
-    mid: str | None
+    streams: Mapping[str, tuple[str, Literal["input", "output"]]]
     places: Mapping[Site, Place]
     ties: Mapping[Site, Site]
     copies: Mapping[str, Site]
     tower: str | None = None
     n_experts: int = 0
+    gain_offset: float = 0.0
 
     @classmethod
     def of(cls, config: PretrainedConfig, names: Iterable[str], where: str = "the model") -> Anatomy:
@@ -119,6 +169,15 @@ class Anatomy:
                 f"first {', '.join(missing[:3])}. The download or the index may be incomplete, or config.json belongs to another model."
             )
         flag = table.get("no_mid_if")
+        streams: dict[str, tuple[str, Literal["input", "output"]]] = {
+            "resid": ("", "input"),
+            "attn.z": (table["z"], "input"),
+            "attn.out": (table["attn_out"], "output"),
+            "mid": (table["mid"], "input"),
+            "mlp.out": (table["mlp_out"], "output"),
+        }
+        if flag and getattr(text, flag, False):
+            del streams["mid"]
         return cls(
             family=family,
             n_layers=shape.n_layers,
@@ -128,12 +187,13 @@ class Anatomy:
             head_dim=shape.head_dim,
             vocab=text.vocab_size,
             blocks=table["blocks"],
-            mid=None if flag and getattr(text, flag, False) else table["mid"],
+            streams=streams,
             places=places,
             ties={Site(None, "head"): Site(None, "embed")} if tied else {},
             copies=copies,
             tower=host["tower"][0] if host else None,
             n_experts=shape.experts if any("{e}" in pattern for pattern in table["tensors"]) else 0,
+            gain_offset=float(table.get("gain_offset", 0)),
         )
 
     def resolve(self, site: Site | str) -> Site:
@@ -172,21 +232,46 @@ class Anatomy:
         span = slice(site.head * self.head_dim, (site.head + 1) * self.head_dim)
         return (slice(None), span) if site.part == "attn.o" else (span,)
 
-    def activation_sites(self) -> list[Site]:
-        """The streams that can be captured: ``0.resid`` to ``{n_layers}.resid`` and, where there is one, ``mid``."""
-        layers = range(self.n_layers)
-        mid = [Site(layer, "mid") for layer in layers] if self.mid else []
-        return sorted([Site(layer, "resid") for layer in [*layers, self.n_layers]] + mid)
+    def norm_after(self, site: Site) -> Site | None:
+        """The norm that what a matrix (or its bias) writes passes on its way to the stream; None where it is added as it is."""
+        part = _EXPERT.sub("mlp.", site.part.removesuffix(".bias"))
+        name = {"attn.o": "attn.out_norm", "mlp.down": "mlp.out_norm"}.get(part, "")
+        norm = Site(site.layer, name)
+        return norm if norm in self.places else None
 
-    def hook_point(self, site: Site) -> str:
-        """Path of the module whose *input* is the stream at an activation site."""
-        if site not in self.activation_sites():
+    def activation_sites(self) -> list[Site]:
+        """What can be captured, in the order it comes about: in each layer `resid`, `attn.z`, `attn.out`, `mid` (where there is one) and
+        `mlp.out`; then ``{n_layers}.resid``, which leaves the last block.
+        """
+        inside = [Site(layer, part) for layer in range(self.n_layers) for part in self.streams]
+        return [*inside, Site(self.n_layers, "resid")]
+
+    def order(self, site: Site) -> tuple[int, int]:
+        """When an activation comes about in a forward pass: a key to sort by."""
+        return site.layer or 0, STREAMS.index(site.part)
+
+    def width(self, site: Site) -> int:
+        """The last dimension of an activation."""
+        if site.part != "attn.z":
+            return self.d_model
+        return self.head_dim * (self.n_heads if site.head is None else 1)
+
+    def tap(self, site: Site) -> Tap:
+        """Where an activation site is in the live module. Raises ValueError, listing what exists, for any other site."""
+        if site.whole not in self.activation_sites():
             raise ValueError(nothing_matched(str(site), self.activation_sites()))
-        if site.part == "mid":
-            return f"{self.blocks}.{site.layer}.{self.mid}"
+        head = None
+        if site.head is not None:
+            if site.part != "attn.z" or site.head >= self.n_heads:
+                raise ValueError(
+                    f"{site} does not exist: activations have heads at attn.z, h0 to h{self.n_heads - 1}, before attn.o mixes them."
+                )
+            head = slice(site.head * self.head_dim, (site.head + 1) * self.head_dim)
         if site.layer == self.n_layers:
-            return self.places[Site(None, "norm")].name.removesuffix(".weight")
-        return f"{self.blocks}.{site.layer}"
+            norm = self.places[Site(None, "norm")].name.split(".")[-2]  # a file may call what is around it otherwise
+            return Tap(f"{self.blocks.rpartition('.')[0]}.{norm}", "input")
+        inner, side = self.streams[site.part]
+        return Tap(f"{self.blocks}.{site.layer}.{inner}".rstrip("."), side, head)
 
     def check(self, module: nn.Module, seed: int = 0) -> None:
         """Prove the map on a live module: perturb each site in turn and see what moves.
@@ -208,13 +293,10 @@ class Anatomy:
         def run(tokens: Tensor) -> Tensor:
             return module(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
 
-        def keep(site: Site) -> Any:
-            return lambda _, args, kwargs: seen.update({site: args[0] if args else kwargs["hidden_states"]})
+        def keep(site: Site) -> Callable[[Tensor], None]:
+            return lambda activation: seen.update({site: activation})
 
-        hooks = [
-            module.get_submodule(self.hook_point(site)).register_forward_pre_hook(keep(site), with_kwargs=True)
-            for site in self.activation_sites()
-        ]
+        hooks = [self.tap(site).attach(module, keep(site)) for site in self.activation_sites()]
         try:
             with torch.no_grad():
                 alone, before, streams = run(ids[:, :1]), run(ids), dict(seen)
@@ -263,13 +345,16 @@ class Anatomy:
             return "the logits did not move"
         if site.layer is None:
             return None
-        early = sorted(s for s in streams if (s.layer or 0, s.part == "mid") <= (site.layer, kind == "mlp"))
+        last = "mid" if kind == "mlp" else "attn.z" if name in ("o", "out_norm") else "resid"
+        early = [s for s in streams if self.order(s) <= self.order(Site(site.layer, last))]
         if early:
-            return f"{early[0]}, which comes before it, moved"
-        if kind == "attn" and moved and self.mid and Site(site.layer, "mid") not in streams:
-            return f"{site.layer}.mid, which comes after it, did not move"
-        if moved and Site(site.layer + 1, "resid") not in streams:
-            return f"{site.layer + 1}.resid, which comes after it, did not move"
+            return f"{min(early, key=self.order)}, which comes before it, moved"
+        after = [Site(site.layer, f"{kind}.out"), Site(site.layer + 1, "resid")]
+        if kind == "attn":
+            after += [Site(site.layer, part) for part in ("mid", "attn.z") if part in self.streams and part != last]
+        still = [s for s in after if s not in streams]
+        if moved and still:
+            return f"{min(still, key=self.order)}, which comes after it, did not move"
         if kind == "attn" and name in ("q", "k", "q_norm", "k_norm") and single:
             return "the logits of a single token moved"
         if site.part == "attn.v" and not single:

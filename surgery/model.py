@@ -15,12 +15,15 @@ from torch import Tensor
 
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint, load_module
+from surgery.rows import are_apart, rows_are
 from surgery.sites import Site
 from surgery.transcript import THINK, Markers, Transcript, end_tokens, read_transcript
 from surgery.weights import Weights
 
 if TYPE_CHECKING:
+    from nnsight import TransformersModel
     from torch import nn
+    from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -142,9 +145,9 @@ class Model:
         with tqdm(total=len(jobs), desc="generating", disable=not progress, leave=False) as bar:
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                rows = self._generate_batch(
-                    [prompts[i] for i, _ in batch], [(seed, i, j) for i, j in batch], heat, max_new_tokens
-                )
+                asking = [prompts[i] for i, _ in batch]
+                with rows_are([len(ids) for ids in asking], [i for i, _ in batch]):
+                    rows = self._generate_batch(asking, [(seed, i, j) for i, j in batch], heat, max_new_tokens)
                 for (i, j), row in zip(batch, rows, strict=True):
                     done[i, j] = read_transcript(self.tokenizer, asked[i], prompts[i], row, self.markers, sample=j)
                 bar.update(len(batch))
@@ -185,6 +188,18 @@ class Model:
         pad: Any = self.tokenizer.pad_token_id
         return next(iter(end_tokens(self.tokenizer)), 0) if pad is None else pad
 
+    def nnsight(self) -> TransformersModel:
+        """The model in nnsight, over the same live weights: see `surgery.windows.open_nnsight`."""
+        from surgery.windows import open_nnsight
+
+        return open_nnsight(self)
+
+    def bridge(self) -> TransformerBridge:
+        """The model in TransformerLens, over the same live weights: see `surgery.windows.open_bridge`."""
+        from surgery.windows import open_bridge
+
+        return open_bridge(self)
+
     @contextmanager
     def installed(self, weights: Weights) -> Iterator[Model]:
         """The model with other weights in it: ``with model.installed(base + 0.5 * delta):``. Restored bit for bit on leaving."""
@@ -202,6 +217,16 @@ def installed(weights: Weights, model: Model) -> Iterator[Model]:
 
     Values are rounded to the module's own dtype. Raises ValueError when the anatomies differ.
     """
+    with swapped(model, changed_parameters(weights, model)):
+        yield model
+
+
+@torch.no_grad()
+def changed_parameters(weights: Weights, model: Model) -> dict[str, Tensor]:
+    """What of a live model's parameters would be other with `weights` in it: name -> tensor, in the module's own dtype.
+
+    Raises ValueError when the anatomies differ.
+    """
     from surgery.weights import require_same_sites
 
     live = model.weights
@@ -212,21 +237,27 @@ def installed(weights: Weights, model: Model) -> Iterator[Model]:
     for site, place in model.anatomy.places.items():
         by_parameter.setdefault(place.name, []).append(site)
     parameters = dict(model.module.named_parameters())
-    with torch.no_grad():
-        new: dict[str, Tensor] = {}
-        changed = weights.changed_from(live)
-        for name, sites in by_parameter.items():
-            touched = [s for s in sites if s in changed]
-            tensor = parameters[name].detach()
-            for site in touched:
-                tensor = model.anatomy.places[site].put(tensor, weights[site].to(tensor.device))
-            if touched:
-                new[name] = tensor
-    originals = {name: parameters[name].data for name in new}
+    new: dict[str, Tensor] = {}
+    changed = weights.changed_from(live)
+    for name, sites in by_parameter.items():
+        touched = [s for s in sites if s in changed]
+        tensor = parameters[name].detach()
+        for site in touched:
+            tensor = model.anatomy.places[site].put(tensor, weights[site].to(tensor.device))
+        if touched:
+            new[name] = tensor
+    return new
+
+
+@contextmanager
+def swapped(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """A live model with other tensors under some of its parameters' names; its own come back on leaving, bit for bit."""
+    parameters = dict(model.module.named_parameters())
+    originals = {name: parameters[name].data for name in tensors}
     try:
-        for name, tensor in new.items():
+        for name, tensor in tensors.items():
             parameters[name].data = tensor
-        yield model
+        yield
     finally:
         for name, tensor in originals.items():
             parameters[name].data = tensor
@@ -291,13 +322,14 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def prefix_cache(module: PreTrainedModel, prefix: Sequence[int], rows: int) -> Any:
     """The KV cache of a prefix with which every row of a batch begins: computed once, repeated for `rows` rows.
 
-    Differentiable where gradients are on. None for models some of whose layers do not keep a plain cache (sliding windows).
+    Differentiable where gradients are on. None for models some of whose layers do not keep a plain cache (sliding windows), and
+    where rows are to be treated unlike (`surgery.rows.rows_apart`).
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     cache = DynamicCache(config=module.config)
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+    if are_apart() or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
     ids = torch.tensor([list(prefix)], device=next(module.parameters()).device)
     module.base_model(input_ids=ids, past_key_values=cache, use_cache=True)

@@ -117,6 +117,18 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         os.fsync(sink.fileno())
 
 
+def save_whole(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """`save_tensors` of a result: tensors of any device, in a file that is there whole or not at all, its folder made where it is missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        save_tensors(partial, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes as they are stored."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data

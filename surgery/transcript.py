@@ -9,7 +9,7 @@ closes it has no answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+_ROLES = ("prompt", "completion", "thinking", "answer", "all", "sentence")
+_PICKED = re.compile(r"(?P<name>[\w-]+)(?:\[(?P<which>-?\d+|-?\d*:-?\d*)\])?")
+_WRITTEN = re.compile(r"(?:(?P<name>[\w-]+)~)?/(?P<pattern>.+)/", re.DOTALL)
 _SENTENCE = re.compile(r"[^\n]*?(?:[.!?](?=\s)|\n|\Z)", re.DOTALL)
 
 
@@ -182,3 +185,71 @@ def _offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[st
         end = max(begin, len(prefix.rstrip("\ufffd")))  # half a character decodes to the replacement mark
         offsets.append((begin, end))
     return text, offsets
+
+
+def positions(transcript: Transcript, over: str | Sequence[str]) -> list[int]:
+    """Token positions of a span, or of several together: sorted, each once; none where the transcript lacks the span.
+
+    over: ``prompt``, ``thinking``, ``answer``, ``completion``, ``all``, or a name of the transcript's own; tokens of it:
+    ``thinking[-1]`` the last, ``thinking[:16]`` the first sixteen; ``sentence[2]`` the third sentence of the thinking, ``sentence[-1]``
+    the last; ``/therefore/`` the tokens of the completion that overlap a match of a regular expression, ``prompt~/not/`` those of the
+    prompt. Raises ValueError, listing what can be asked for, on anything else.
+    """
+    wanted = (over,) if isinstance(over, str) else over
+    return sorted({i for text in wanted for i in _one_span(transcript, text)})
+
+
+def parse_span(over: str) -> tuple[str, str | None, str | None]:
+    """What is asked for, taken apart: a span's name, which of its tokens (or sentences), and a regular expression in it.
+
+    ``thinking[:16]`` is ("thinking", ":16", None), ``/so/`` is ("completion", None, "so"). Raises ValueError on anything else.
+    """
+    written, picked = _WRITTEN.fullmatch(over), _PICKED.fullmatch(over)
+    if written:
+        return written["name"] or "completion", None, written["pattern"]
+    if picked is None:
+        raise ValueError(_no_span(_ROLES, over))
+    return picked["name"], picked["which"], None
+
+
+def _one_span(transcript: Transcript, over: str) -> Sequence[int]:
+    name, which, pattern = parse_span(over)
+    if pattern is not None:
+        return _matching(transcript, _tokens(transcript, name, over), pattern)
+    if name == "sentence":
+        spans = transcript.sentences if which is None else _chosen(transcript.sentences, which)
+        return [i for span in spans for i in range(*span)]
+    tokens = _tokens(transcript, name, over)
+    return tokens if which is None else _chosen(tokens, which)
+
+
+def _tokens(transcript: Transcript, name: str, over: str) -> Sequence[int]:
+    if name not in transcript.spans and name not in _ROLES[:-1]:
+        raise ValueError(_no_span([*_ROLES, *transcript.spans], over))
+    return range(*transcript.spans[name]) if name in transcript.spans else ()
+
+
+def _chosen(items: Sequence[Any], which: str) -> Sequence[Any]:
+    if ":" not in which:
+        at = int(which)
+        return items[at:][:1] if at >= -len(items) else ()
+    begin, end = (int(part) if part else None for part in which.split(":"))
+    return items[begin:end]
+
+
+def _matching(transcript: Transcript, tokens: Sequence[int], pattern: str) -> list[int]:
+    if not tokens:
+        return []
+    start, end = transcript.offsets[tokens[0]][0], transcript.offsets[tokens[-1]][1]
+    try:
+        found = [m.span() for m in re.compile(pattern).finditer(transcript.text, start, end)]
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}.") from error
+    return [i for i in tokens if any(transcript.offsets[i][0] < e and transcript.offsets[i][1] > b for b, e in found)]
+
+
+def _no_span(names: Iterable[str], over: str) -> str:
+    return (
+        f"{over!r} is not a span. Ask for {', '.join(dict.fromkeys(names))}; for tokens of one, as in thinking[-1], thinking[:16] or sentence[2]; "
+        "or for what a regular expression matches, as in /therefore/ or prompt~/not/."
+    )

@@ -191,14 +191,64 @@ def test_geometry_is_read():
         a.heads(Site(None, "embed"))
 
 
-def test_hook_points_that_do_not_exist():
+def test_activations_that_do_not_exist():
     a = model("llama").anatomy
-    for site in (Site(4, "resid"), Site(3, "mid"), Site(0, "attn.o"), Site(0, "resid", 1)):
-        with pytest.raises(ValueError, match=r"'.*' matches no site.*Layers 0 to 3 have: mid, resid"):
-            a.hook_point(site)
+    for site in (Site(4, "resid"), Site(3, "mid"), Site(0, "attn.o")):
+        with pytest.raises(
+            ValueError, match=r"'.*' matches no site.*Layers 0 to 3 have: attn\.out, attn\.z, mid, mlp\.out, resid"
+        ):
+            a.tap(site)
+    for site in (Site(0, "resid", 1), Site(0, "attn.z", 4)):
+        with pytest.raises(ValueError, match=r"does not exist: activations have heads at attn\.z, h0 to h3"):
+            a.tap(site)
     parallel = model("gpt-neox").anatomy
-    with pytest.raises(ValueError, match=r"'0\.mid' matches no site.*have: resid\."):
-        parallel.hook_point(Site(0, "mid"))
+    with pytest.raises(ValueError, match=r"'0\.mid' matches no site.*have: attn\.out, attn\.z, mlp\.out, resid\."):
+        parallel.tap(Site(0, "mid"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_adds_what_its_branches_give(family):
+    """``resid + attn.out = mid`` and ``mid + mlp.out`` is the next stream; heads are slices of attn.z, which attn.o mixes."""
+    live = model(family)
+    a, seen = live.anatomy, {}
+    sites = [*a.activation_sites(), Site(1, "attn.z", 3)]
+    hooks = [a.tap(s).attach(live.module, lambda x, s=s: seen.update({s: x})) for s in sites]
+    ids = torch.arange(20, 36)[None]
+    with torch.no_grad():
+        live.module(input_ids=ids, attention_mask=torch.ones_like(ids))
+    for hook in hooks:
+        hook.remove()
+    assert list(seen) == sorted(seen, key=a.order)
+    for layer in range(a.n_layers):
+        at = {part: seen[Site(layer, part)] for part in a.streams}
+        after = seen[Site(layer + 1, "resid")]
+        torch.testing.assert_close(at["resid"] + at["attn.out"] + at["mlp.out"], after, rtol=1e-4, atol=1e-4)
+        if "mid" in at:
+            torch.testing.assert_close(at["resid"] + at["attn.out"], at["mid"], rtol=1e-4, atol=1e-4)
+        assert all(x.shape[-1] == a.width(Site(layer, part)) for part, x in at.items())
+    z, w = seen[Site(1, "attn.z")], live.weights["1.attn.o"]
+    assert torch.equal(z[..., 3 * a.head_dim : 4 * a.head_dim], seen[Site(1, "attn.z", 3)])
+    if a.streams["attn.z"][0] == a.streams["attn.out"][0] and "1.attn.o.bias" not in live.weights:
+        torch.testing.assert_close(z @ w.T, seen[Site(1, "attn.out")], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_activation_is_changed_where_it_is_seen(family):
+    live = model(family)
+    a, ids = live.anatomy, torch.arange(20, 36)[None]
+
+    def logits():
+        with torch.no_grad():
+            return live.module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+    before = logits()
+    for site in [*a.activation_sites(), Site(1, "attn.z", 3)]:
+        for change, moves in ((lambda x: x.clone(), False), (lambda x: x + torch.linspace(-1, 1, x.shape[-1]), True)):
+            hook = a.tap(site).attach(live.module, change)
+            moved = not torch.equal(logits(), before)
+            hook.remove()
+            assert moved is moves, site
+    assert torch.equal(logits(), before)
 
 
 def test_a_family_without_a_table_and_a_tensor_that_is_not_there():

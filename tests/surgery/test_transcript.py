@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.transcript import read_transcript
+from surgery.transcript import positions, read_transcript
 from tests.families import characters
 
 TOKENIZER = characters()
@@ -103,3 +103,34 @@ def test_sentences_tile_the_thinking(inside):
 def test_sentences_by_hand():
     t = read("<think>\n12.5 + 1 = 13.5\nGood. Is it? Yes\n\n</think>13.5")
     assert [t.span_text(s) for s in t.sentences] == ["12.5 + 1 = 13.5", "Good.", "Is it?", "Yes"]
+
+
+def test_positions_of_spans_and_of_tokens_in_them():
+    run = read("<think>one.\ntwo is not three.\n</think>not4", eos=False, prompt="not q")
+    begin, end = run.spans["thinking"]
+
+    def text(over):
+        return "".join(run.text[slice(*run.offsets[i])] for i in positions(run, over))
+
+    assert positions(run, "thinking") == list(range(begin, end))
+    assert positions(run, "thinking[-1]") == [end - 1]
+    assert positions(run, "thinking[:3]") == [begin, begin + 1, begin + 2]
+    assert positions(run, "thinking[999]") == positions(run, "thinking[-999]") == []
+    assert positions(run, ["answer", "thinking[0]", "thinking[:2]"]) == [begin, begin + 1, *range(*run.spans["answer"])]
+    assert text("sentence[0]").strip() == "one."
+    assert text("sentence[-1]").strip() == "two is not three."
+    assert positions(run, "sentence") == positions(run, "sentence[:]") == list(range(begin, end))
+    assert text("/not/") == "notnot"  # of the completion, not of the prompt
+    assert positions(run, "prompt~/not/") == [0, 1, 2]
+    assert text("answer~/n.t/") == "not"
+    assert positions(run, "thinking~/four/") == []
+
+
+def test_spans_that_are_absent_or_do_not_exist():
+    bare = read("4")
+    assert positions(bare, ["thinking", "thinking[-1]", "sentence[0]", "thinking~/a/"]) == []
+    for over in ("thinkin", "thinking[", "thinking[a]", "412", "poem~/a/"):
+        with pytest.raises(ValueError, match=r"is not a span\. Ask for prompt, completion, thinking.*or prompt~/not/"):
+            positions(bare, over)
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression: missing \)"):
+        positions(bare, "/(/")
