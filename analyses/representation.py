@@ -29,6 +29,7 @@ from analyses.statistics import Estimate, bootstrap, percentile, resamples
 from probes.activations import Activations, collect
 from surgery.linalg import each_matrix, principal_angles, principal_subspace
 from surgery.model import Model
+from surgery.rows import rows_are
 from surgery.sites import Site
 from surgery.transcript import Transcript
 
@@ -262,7 +263,7 @@ def output_kl(
     divergence: list[np.ndarray] = [np.empty(0)] * len(transcripts)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        logits = [_logits(model, [transcripts[i].ids for i in batch]) for model in (tuned, base)]
+        logits = [_logits(model, [transcripts[i] for i in batch]) for model in (tuned, base)]
         for i, (p, q) in zip(batch, zip(*logits, strict=True), strict=True):
             if p.shape != q.shape:
                 raise ValueError(f"vocabularies differ: {p.shape[-1]} tokens against {q.shape[-1]}")
@@ -281,13 +282,16 @@ def output_kl(
     return found
 
 
-def _logits(model: Model, texts: list[tuple[int, ...]]) -> list[Float[Tensor, "token vocab"]]:
+def _logits(model: Model, transcripts: list[Transcript]) -> list[Float[Tensor, "token vocab"]]:
     """Each text's logits, all positions but the last. Padded on the right, where causal attention cannot see it."""
+    texts = [t.ids for t in transcripts]
     ids = torch.full((len(texts), max(map(len, texts))), model.pad_id)
     mask = torch.zeros_like(ids)
     for row, text in enumerate(texts):
         ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
-    logits = model.module(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    with rows_are([t.spans.get("prompt", (0, 0))[1] for t in transcripts]):
+        logits = model.module(**inputs, use_cache=False).logits
     return [logits[row, : len(text) - 1] for row, text in enumerate(texts)]
 
 

@@ -14,6 +14,7 @@ import torch
 
 from analyses.statistics import Estimate, percentile, resamples
 from surgery.model import Model
+from surgery.rows import rows_are
 from surgery.transcript import Transcript
 
 
@@ -55,11 +56,13 @@ def nll(
     none with it is a ValueError. No padding enters: a batch of 8 is eight batches of 1.
     """
     spans = [transcript.spans.get(over) for transcript in transcripts]
-    rows = [(t.ids, *span) for t, span in zip(transcripts, spans, strict=True) if span and span[1] > max(span[0], 1)]
+    kept = [(t, span) for t, span in zip(transcripts, spans, strict=True) if span and span[1] > max(span[0], 1)]
+    rows = [(t.ids, *span) for t, span in kept]
     if not rows:
         there = sorted({name for transcript in transcripts for name in transcript.spans})
         raise ValueError(f"none of {len(transcripts)} transcripts has a span {over!r}; there are {there}")
-    return _likelihood(model, rows, batch_size, seed, len(transcripts) - len(rows))
+    prompts = [t.spans.get("prompt", (0, 0))[1] for t, _ in kept]
+    return _likelihood(model, rows, prompts, batch_size, seed, len(transcripts) - len(rows))
 
 
 def text_nll(model: Model, texts: Sequence[str], *, batch_size: int = 16, seed: int = 0) -> Likelihood:
@@ -68,7 +71,7 @@ def text_nll(model: Model, texts: Sequence[str], *, batch_size: int = 16, seed: 
     rows = [(ids, 1, len(ids)) for ids in model.tokenizer(list(texts))["input_ids"] if len(ids) > 1]
     if not rows:
         raise ValueError(f"none of {len(texts)} texts is longer than one token")
-    return _likelihood(model, rows, batch_size, seed, len(texts) - len(rows))
+    return _likelihood(model, rows, [0] * len(rows), batch_size, seed, len(texts) - len(rows))
 
 
 @contextmanager
@@ -94,7 +97,12 @@ def keeping(module: torch.nn.Module, positions: Sequence[int]) -> tuple[dict[str
 
 
 def _likelihood(
-    model: Model, rows: Sequence[tuple[Sequence[int], int, int]], batch_size: int, seed: int, missing: int
+    model: Model,
+    rows: Sequence[tuple[Sequence[int], int, int]],
+    prompts: Sequence[int],
+    batch_size: int,
+    seed: int,
+    missing: int,
 ) -> Likelihood:
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: must be at least 1")
@@ -115,7 +123,10 @@ def _likelihood(
             wanted = sorted({p - 1 for row in batch for p in range(max(rows[row][1], 1), rows[row][2])})
             keep, places = keeping(module, wanted)
             where = dict(zip(wanted, places, strict=True))
-            logits = module(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep).logits
+            with rows_are([prompts[row] for row in batch], batch):
+                logits = module(
+                    input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep
+                ).logits
             for line, row in enumerate(batch):
                 start, end = max(rows[row][1], 1), rows[row][2]
                 chosen = logits[line, [where[p - 1] for p in range(start, end)]].float().log_softmax(-1)

@@ -1,6 +1,25 @@
 """What the activations say.
 
-activations  collect(): rows at sites over spans, without padding, each knowing whose it is
+capture      live tensors at sites, by hooks
+activations  collect(): rows at sites over spans, without padding, each knowing whose it is; stream(), moments(), gradients()
+engines      the same through nnsight, also on a server, and through TransformerLens
+shards       rows on disk: written whole or not at all, gone on with after an interruption
+statistics   Moments and CrossMoments: mean, covariance and extremes of rows seen once; mergeable
+recorder     recording(): activations while generating
+showing      show_spans() colours the tokens that are meant
+held_out     folds that keep a question whole, the AUC, and its interval over questions
+directions   Direction: mean difference, pairs, PCA, logistic, mass-mean; arithmetic; length_direction()
+linear       probe(): linear probes over layers and spans, beside their controls
+erasure      LEACE: leace(), leace_streamed(), and check() of what is left
+attribution  contributions(), writers_of(): which heads and layers write a direction, or a logit; ablations(): what silencing them does
+lens         what each stream says of the next token: ``from probes.lens import lens``
+attention    attention on marked tokens: ``from probes.attention import attention``
+following    which tokens of a running pass are thinking, answer, padding: ``from probes.following import following``
+steering     steered(): add, ablate or clamp a direction on the tokens of a span, while generating and while reading
+baking       bake(): a steering as weights, proved to agree, or refused with the reason
+mixing       mixed(): the logits of two models as one, from the one to the other and beyond
+passes       a forward pass of a batch, read at some places while it runs
+results      what results share: intervals over questions, files
 """
 
 from importlib import import_module
@@ -9,10 +28,86 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from probes.activations import Activations as Activations
     from probes.activations import collect as collect
+    from probes.activations import gradients as gradients
+    from probes.activations import moments as moments
+    from probes.activations import stream as stream
+    from probes.attention import AttentionMass as AttentionMass
+    from probes.attribution import Ablations as Ablations
+    from probes.attribution import Contributions as Contributions
+    from probes.attribution import ablated as ablated
+    from probes.attribution import ablations as ablations
+    from probes.attribution import contributions as contributions
+    from probes.attribution import logit_contributions as logit_contributions
+    from probes.attribution import writers_of as writers_of
+    from probes.baking import agreement as agreement
+    from probes.baking import bake as bake
+    from probes.directions import Direction as Direction
+    from probes.directions import contrast_pairs as contrast_pairs
+    from probes.directions import length_direction as length_direction
+    from probes.directions import logistic as logistic
+    from probes.directions import mass_mean as mass_mean
+    from probes.directions import mean_difference as mean_difference
+    from probes.directions import pca_of_differences as pca_of_differences
+    from probes.erasure import Eraser as Eraser
+    from probes.erasure import Erasers as Erasers
+    from probes.erasure import leace as leace
+    from probes.erasure import leace_streamed as leace_streamed
+    from probes.following import Follower as Follower
+    from probes.lens import Lens as Lens
+    from probes.linear import ProbeTable as ProbeTable
+    from probes.linear import probe as probe
+    from probes.mixing import mix_logits as mix_logits
+    from probes.mixing import mixed as mixed
+    from probes.recorder import Recording as Recording
+    from probes.recorder import recording as recording
+    from probes.showing import show_spans as show_spans
+    from probes.statistics import CrossMoments as CrossMoments
+    from probes.statistics import Moments as Moments
+    from probes.steering import Steering as Steering
+    from probes.steering import steered as steered
+    from probes.steering import stream_norms as stream_norms
 
 _HOMES = {
+    "Direction": "directions",
+    "Eraser": "erasure",
+    "Erasers": "erasure",
+    "ProbeTable": "linear",
+    "contrast_pairs": "directions",
+    "leace": "erasure",
+    "leace_streamed": "erasure",
+    "length_direction": "directions",
+    "logistic": "directions",
+    "mass_mean": "directions",
+    "mean_difference": "directions",
+    "pca_of_differences": "directions",
+    "probe": "linear",
+    "Ablations": "attribution",
+    "AttentionMass": "attention",
+    "Contributions": "attribution",
+    "Lens": "lens",
+    "ablated": "attribution",
+    "ablations": "attribution",
+    "contributions": "attribution",
+    "logit_contributions": "attribution",
+    "writers_of": "attribution",
     "Activations": "activations",
     "collect": "activations",
+    "gradients": "activations",
+    "moments": "activations",
+    "stream": "activations",
+    "Recording": "recorder",
+    "recording": "recorder",
+    "show_spans": "showing",
+    "CrossMoments": "statistics",
+    "Moments": "statistics",
+    "Follower": "following",
+    "Steering": "steering",
+    "steered": "steering",
+    "stream_norms": "steering",
+    "agreement": "baking",
+    "bake": "baking",
+    "mix_logits": "mixing",
+    "mixed": "mixing",
 }
 __all__ = list(_HOMES)
 

@@ -1,35 +1,47 @@
-"""Rows of activations at sites over spans. No padding, ever: each row is one real token, and knows whose it is."""
+"""Rows of activations at sites over spans. No padding, ever: each row is one real token, or one pooled span, and knows whose it is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from probes.capture import Keep, forward, only_activations, pad_right, require_seen, tapped
+from probes.shards import Folder, Stored
+from probes.statistics import Moments
 from surgery.model import Model
-from surgery.sites import Site, match
-from surgery.transcript import Transcript
+from surgery.rows import rows_are
+from surgery.sites import Site, match, nothing_matched
+from surgery.tensorfile import save_whole
+from surgery.transcript import Transcript, positions
+
+Pool = Literal["mean", "last"]
+Engine = Literal["torch", "nnsight", "transformer-lens"]
+Patterns = str | Site | Iterable[str | Site]
+Scalar = Callable[[Float[Tensor, "token vocab"], Transcript], Float[Tensor, ""]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Activations:
     """Activations of transcripts at some sites.
 
-    values:     site -> rows ``[row, d]``, fp32.
+    values:     site -> rows ``[row, d]``, fp32. Read from disk site by site where they were collected to a folder.
     transcript: for each row the index of the transcript it comes from.
-    position:   for each row its token position in that transcript, 0-based.
+    position:   for each row its token position in that transcript, 0-based; -1 where the row is a mean of several.
+    span:       for each row the index in `over` of its span. Unpooled, a token in several has one row, under the first of them.
     over:       the spans that were collected.
     """
 
     values: Mapping[Site, Float[Tensor, "row d"]]
     transcript: Int[Tensor, " row"]
     position: Int[Tensor, " row"]
+    span: Int[Tensor, " row"]
     over: tuple[str, ...]
 
     @property
@@ -38,7 +50,9 @@ class Activations:
 
     def __getitem__(self, site: Site | str) -> Float[Tensor, "row d"]:
         wanted = Site.parse(site)
-        return self.values[wanted if wanted in self.values else match(str(site), self.values)[0]]
+        if wanted not in self.values:
+            raise ValueError(nothing_matched(str(site), self.sites))
+        return self.values[wanted]
 
     def __len__(self) -> int:
         return len(self.transcript)
@@ -46,128 +60,355 @@ class Activations:
     def where(self, rows: Bool[Tensor, " row"]) -> Activations:
         """The rows a mask keeps."""
         values = {site: v[rows] for site, v in self.values.items()}
-        return Activations(values, self.transcript[rows], self.position[rows], self.over)
+        return Activations(values, self.transcript[rows], self.position[rows], self.span[rows], self.over)
 
     def save(self, path: str | Path) -> None:
-        from safetensors.torch import save_file
-
-        tensors = {str(site): v for site, v in self.values.items()}
-        save_file(
-            {**tensors, "transcript": self.transcript, "position": self.position},
-            path,
-            metadata={"over": ",".join(self.over)},
-        )
+        """Write one safetensors file."""
+        save_whole(path, self._tensors(), {"over": "\n".join(self.over), "sites": "\n".join(map(str, self.sites))})
 
     @classmethod
     def load(cls, path: str | Path) -> Activations:
+        """What `save` wrote, or the folder that `collect` wrote to. Raises ValueError for a folder that is not complete."""
+        if Path(path).is_dir():
+            folder = Folder.open(Path(path))
+            folder.require_complete()
+            transcript, position, span = map(folder.read, _LABELS)
+            return cls(Stored(folder), transcript, position, span, tuple(folder.about["over"]))
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            over = tuple(file.metadata()["over"].split(","))
-        transcript, position = tensors.pop("transcript"), tensors.pop("position")
-        return cls(dict(sorted((Site.parse(name), v) for name, v in tensors.items())), transcript, position, over)
+            over, sites = (file.metadata()[name].split("\n") for name in ("over", "sites"))
+        return cls._from(tensors, sites, over)
+
+    @classmethod
+    def shards(cls, path: str | Path) -> Iterator[Activations]:
+        """The folder that `collect` wrote to, a part at a time and none of them kept: to feed statistics."""
+        folder = Folder.open(Path(path))
+        folder.require_complete()
+        for number in range(len(folder.shards)):
+            yield cls._from(folder.read_shard(number), folder.about["sites"], folder.about["over"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        labels = {name: getattr(self, name) for name in _LABELS}
+        return {name: t.contiguous() for name, t in {**{str(s): v for s, v in self.values.items()}, **labels}.items()}
+
+    @classmethod
+    def _from(cls, tensors: Mapping[str, Tensor], sites: Iterable[str], over: Iterable[str]) -> Activations:
+        transcript, position, span = (tensors[name] for name in _LABELS)
+        return cls({Site.parse(name): tensors[name] for name in sites}, transcript, position, span, tuple(over))
+
+    def __repr__(self) -> str:
+        sites, texts = self.sites, len(self.transcript.unique())
+        named = ", ".join(map(str, sites)) if len(sites) < 4 else f"{sites[0]}, {sites[1]}, ... {sites[-1]}"
+        return f"<Activations: {len(self):,} rows of {texts:,} transcripts over {', '.join(self.over)}, at {named}>"
 
 
-class _EnoughError(Exception):
-    """Raised inside a forward pass once the last wanted site has been seen."""
-
-
-@contextmanager
-def streams(
-    module: nn.Module, points: Mapping[Site, str], into: dict[Site, Tensor], stop_after: Site | None = None
-) -> Iterator[None]:
-    """Keep, on every forward pass inside the block, the input of the modules at `points`; hooks are gone on leaving.
-
-    With `stop_after`, a forward pass ends (silently for `forward_until`) once that site was seen.
-    """
-    handles = []
-
-    def keep(site: Site):
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            into[site] = args[0] if args else kwargs["hidden_states"]
-            if site == stop_after:
-                raise _EnoughError
-
-        return hook
-
-    try:
-        for site, path in points.items():
-            handles.append(module.get_submodule(path).register_forward_pre_hook(keep(site), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+_LABELS = ("transcript", "position", "span")
 
 
 def collect(
     model: Model,
     transcripts: Sequence[Transcript],
     *,
-    at: str | Site | Iterable[str | Site] = "*.resid",
+    at: Patterns = "*.resid",
     over: str | Sequence[str] = "completion",
+    pool: Pool | None = None,
+    to: str | Path | None = None,
     batch_size: int = 16,
+    engine: Engine = "torch",
+    remote: bool | str = False,
     progress: bool = False,
 ) -> Activations:
     """The activations of transcripts at sites over spans, as rows without padding.
 
-    at:   patterns of activation sites: ``*.resid`` (the stream entering each block; ``{n_layers}.resid`` leaves the last), ``*.mid``.
-    over: one span or several: ``prompt``, ``thinking``, ``answer``, ``completion``, ``all``. A transcript without a span gives no rows for it.
+    at:     patterns of activation sites: ``*.resid`` (the stream entering each block; ``{n_layers}.resid`` leaves the last), ``*.mid``,
+            ``*.attn.z`` and its heads ``*.attn.z.h3``, ``*.attn.out`` and ``*.mlp.out`` (what attention and MLP add to the stream).
+    over:   one span or several: ``prompt``, ``thinking``, ``answer``, ``completion``, ``all``, ``thinking[-1]``, ``sentence[2]``,
+            ``/regex/`` and what else `surgery.transcript.positions` knows. A transcript without a span gives no rows for it.
+    pool:   None gives a row for each token, each token once; ``mean`` and ``last`` give one for each transcript and span, its tokens'
+            mean or its last token.
+    to:     a folder to write to while collecting, for rows that memory does not hold. Interrupted, the same call goes on where it
+            stopped; a folder made for another model, transcripts, sites or spans is refused. (What is steered or swapped in by
+            hooks is no part of the model's weights: give each its own folder.)
+    engine: who runs the forward pass; the rows are the same. remote: on NDIF, with ``nnsight`` only.
 
-    The forward pass stops at the last site asked for. Rows come transcript by transcript, in token order, each token once. Raises
-    ValueError for an unknown site, and when no transcript has any of the spans.
+    The forward pass stops at the last site asked for. Rows come transcript by transcript, in token order (pooled: in the order of
+    `over`), on the CPU. Raises ValueError for an unknown site or head, and when no transcript has any of the spans.
     """
-    from tqdm.auto import tqdm
-
-    sites = match(at, model.anatomy.activation_sites())
-    spans = (over,) if isinstance(over, str) else tuple(over)
-    wanted = [_positions(t, spans) for t in transcripts]
-    if not any(wanted):
-        held = sorted({name for t in transcripts for name in t.spans})
-        raise ValueError(
-            f"None of the {len(transcripts)} transcripts has a span {' or '.join(spans)}; they have {', '.join(held) or 'nothing'}."
-        )
-    points = {site: model.anatomy.hook_point(site) for site in sites}
-    order = sorted((i for i in range(len(transcripts)) if wanted[i]), key=lambda i: len(transcripts[i].ids))
-    rows: dict[int, dict[Site, Tensor]] = {}
-    with tqdm(total=len(order), desc="collecting", disable=not progress, leave=False) as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            seen = forward_until(model, [transcripts[i].ids for i in batch], points)
-            for row, i in enumerate(batch):
-                at_positions = torch.tensor(wanted[i], device=model.device)
-                rows[i] = {site: seen[site][row, at_positions].float().cpu() for site in sites}
-            bar.update(len(batch))
-    kept = sorted(rows)
-    return Activations(
-        {site: torch.cat([rows[i][site] for i in kept]) for site in sites},
-        torch.cat([torch.full((len(wanted[i]),), i) for i in kept]),
-        torch.cat([torch.tensor(wanted[i]) for i in kept]),
-        spans,
-    )
+    run = _Run(model, transcripts, at, over, pool, batch_size)
+    if engine != "torch" or remote:
+        run.use(engine, remote)
+    return run.gather(range(len(transcripts)), progress) if to is None else run.to_folder(Path(to), progress)
 
 
-@torch.no_grad()
-def forward_until(model: Model, rows: Sequence[Sequence[int]], points: Mapping[Site, str]) -> dict[Site, Tensor]:
-    """One forward pass of right-padded rows, as far as the last of `points`: site -> ``[batch, token, d]``.
+def stream(
+    model: Model,
+    transcripts: Sequence[Transcript],
+    *,
+    at: Patterns = "*.resid",
+    over: str | Sequence[str] = "completion",
+    pool: Pool | None = None,
+    batch_size: int = 16,
+    engine: Engine = "torch",
+    remote: bool | str = False,
+    progress: bool = False,
+) -> Iterator[Activations]:
+    """What `collect` gives, a batch of transcripts at a time and none of them kept: to feed statistics.
 
-    Padding is on the right, where causal attention keeps it out of every real token.
+    Short transcripts come first; `transcript` counts among all. Arguments and errors as `collect`.
     """
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), model.pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
+    run = _Run(model, transcripts, at, over, pool, batch_size)
+    if engine != "torch" or remote:
+        run.use(engine, remote)
+    return run.batches(range(len(transcripts)), progress)
+
+
+def moments(
+    model: Model,
+    transcripts: Sequence[Transcript],
+    *,
+    at: Patterns = "*.resid",
+    over: str | Sequence[str] = "completion",
+    pool: Pool | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> dict[Site, Moments]:
+    """Mean, covariance and extremes at each site, from one pass over the transcripts that keeps no rows. Arguments and errors as `collect`."""
+    found: dict[Site, Moments] = {}
+    for batch in stream(model, transcripts, at=at, over=over, pool=pool, batch_size=batch_size, progress=progress):
+        for site, rows in batch.values.items():
+            found.setdefault(site, Moments.empty(rows.shape[1])).add_(rows)
+    return found
+
+
+def completion_nll(logits: Float[Tensor, "token vocab"], transcript: Transcript) -> Float[Tensor, ""]:
+    """The mean negative log-likelihood of the completion's tokens, each given all before it, in nats."""
+    begin, end = transcript.require("completion")
+    begin = max(begin, 1)  # the first token of all is given nothing before it
+    targets = torch.tensor(transcript.ids[begin:end], device=logits.device)
+    wide = logits[begin - 1 : end - 1].to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(wide, targets)
+
+
+def gradients(
+    model: Model,
+    transcripts: Sequence[Transcript],
+    *,
+    of: Scalar = completion_nll,
+    at: Patterns = "*.resid",
+    over: str | Sequence[str] = "completion",
+    pool: Pool | None = None,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> Activations:
+    """The gradient of a number with respect to the activations: rows exactly as `collect` gives them, of gradients.
+
+    of: ``(logits [token, vocab], transcript) -> number``, called for each transcript with its own logits, without padding; the
+        gradient at a site is the whole derivative, through everything that comes after it.
+
+    Parameters get no gradient and keep the ones they have. Other arguments and errors as `collect`; ValueError also where `of` gives
+    something else than one number that depends on the logits.
+    """
+    run = _Run(model, transcripts, at, over, pool, batch_size)
+    run.through = lambda batch, keep: _backward(model, [transcripts[i] for i in batch], run.sites, of, keep)
+    return run.gather(range(len(transcripts)), progress)
+
+
+def _backward(
+    model: Model, texts: Sequence[Transcript], sites: Sequence[Site], of: Scalar, keep: Keep
+) -> dict[Site, Tensor]:
     seen: dict[Site, Tensor] = {}
-    backbone = model.module.base_model  # no need of the vocabulary
-    last = max(points, key=lambda s: (s.layer or 0, s.part == "mid"))
-    prefix = model.module.base_model_prefix + "."
-    inner = {s: p.removeprefix(prefix) for s, p in points.items()}
-    with suppress(_EnoughError), streams(backbone, inner, seen, stop_after=last):
-        backbone(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-    return seen
+    ids, mask = (t.to(model.device) for t in pad_right([t.ids for t in texts], model.pad_id))
+    with only_activations(model.module):
+        with tapped(model, [*dict.fromkeys(site.whole for site in sites)], seen.__setitem__):
+            logits = model.module(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        numbers = [of(logits[i, : len(t.ids)], t) for i, t in enumerate(texts)]
+        wrong = [n for n in numbers if not isinstance(n, Tensor) or n.shape != () or not n.requires_grad]
+        if wrong:
+            raise ValueError(
+                f"The gradient needs one number that depends on the logits; the function gave {_described(wrong[0])}."
+            )
+        require_seen(model, [site.whole for site in sites], seen)
+        wholes = list(seen)
+        # each number depends on its own row of the batch, so the sum's gradient is each one's own
+        found = torch.autograd.grad(
+            torch.stack(numbers).sum(), [seen[s] for s in wholes], allow_unused=True, materialize_grads=True
+        )
+    whole = dict(zip(wholes, found, strict=True))
+    heads = {site: model.anatomy.tap(site).head for site in sites}
+    return {s: keep(whole[s.whole] if head is None else whole[s.whole][..., head]) for s, head in heads.items()}
 
 
-def _positions(transcript: Transcript, spans: Sequence[str]) -> list[int]:
-    return sorted({i for name in spans if name in transcript.spans for i in range(*transcript.spans[name])})
+def _described(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.shape else repr(value)
+
+
+# --- which rows, and getting them ------------------------------------------------------------------------------------------------
+
+
+def as_spans(over: str | Sequence[str]) -> tuple[str, ...]:
+    """One span or several, as several. Raises ValueError for none."""
+    spans = (over,) if isinstance(over, str) else tuple(over)
+    if not spans:
+        raise ValueError("No span is named. Say which tokens: prompt, thinking, answer, completion or all.")
+    return spans
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which rows transcripts give.
+
+    transcript, position, span: as in `Activations`.
+    starts: for each transcript its first row, and at the end the number of rows.
+    tokens: for each transcript the positions that are read, row after row. counts: how many of them make each row.
+    """
+
+    transcript: Int[Tensor, " row"]
+    position: Int[Tensor, " row"]
+    span: Int[Tensor, " row"]
+    starts: Sequence[int]
+    tokens: Sequence[Sequence[int]]
+    counts: Sequence[Sequence[int]]
+
+    @classmethod
+    def of(cls, transcripts: Sequence[Transcript], over: Sequence[str], pool: Pool | None) -> Rows:
+        """Raises ValueError when no transcript has any of the spans."""
+        if pool not in (None, "mean", "last"):
+            raise ValueError(
+                f"pool={pool!r} is no way to pool: None keeps every token, 'mean' and 'last' give a row a span."
+            )
+        wanted = [_rows_of(t, over, pool) for t in transcripts]
+        if not any(wanted):
+            held = sorted({name for t in transcripts for name in t.spans})
+            raise ValueError(
+                f"None of the {len(transcripts)} transcripts has a span {' or '.join(over)}; they have {', '.join(held) or 'nothing'}."
+            )
+        return cls(
+            torch.tensor([i for i, rows in enumerate(wanted) for _ in rows]),
+            torch.tensor([tokens[-1] if pool != "mean" else -1 for rows in wanted for _, tokens in rows]),
+            torch.tensor([span for rows in wanted for span, _ in rows]),
+            [0, *accumulate(map(len, wanted))],
+            [[p for _, tokens in rows for p in tokens] for rows in wanted],
+            [[len(tokens) for _, tokens in rows] for rows in wanted],
+        )
+
+    def within(self, transcripts: range) -> slice:
+        """The rows of a range of transcripts."""
+        return slice(self.starts[transcripts.start], self.starts[transcripts.stop])
+
+    def taker(self, batch: Sequence[int], width: int) -> Keep:
+        """A function from values ``[batch, width, d]`` of some transcripts to their rows ``[row, d]``, fp32, on the CPU."""
+        flat = torch.tensor([k * width + p for k, i in enumerate(batch) for p in self.tokens[i]])
+        counts = [n for i in batch for n in self.counts[i]]
+        single = all(n == 1 for n in counts)
+
+        def take(value: Tensor) -> Tensor:
+            rows = value.detach().flatten(0, 1)[flat.to(value.device)]
+            if single:
+                return rows.float().cpu()
+            rows = rows.cpu() if rows.device.type == "mps" else rows  # which has no float64
+            return torch.stack([part.mean(0, dtype=torch.float64) for part in rows.split(counts)]).float().cpu()
+
+        return take
+
+
+def _rows_of(transcript: Transcript, over: Sequence[str], pool: Pool | None) -> list[tuple[int, list[int]]]:
+    """For each row of a transcript the index of its span and the token positions it is made of."""
+    held = [(k, tokens) for k, name in enumerate(over) if (tokens := positions(transcript, name))]
+    if pool == "mean":
+        return held
+    if pool == "last":
+        return [(k, tokens[-1:]) for k, tokens in held]
+    owner = {p: k for k, tokens in reversed(held) for p in tokens}  # the first span has the last word
+    return [(owner[p], [p]) for p in sorted(owner)]
+
+
+Through = Callable[[Sequence[int], Keep], Mapping[Site, Tensor]]
+
+
+class _Run:
+    """Forward passes over transcripts. through: takes a batch of them to rows, where it is not by a plain forward pass."""
+
+    def __init__(
+        self,
+        model: Model,
+        transcripts: Sequence[Transcript],
+        at: Patterns,
+        over: str | Sequence[str],
+        pool: Pool | None,
+        batch_size: int,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: a batch has at least one transcript.")
+        self.model, self.transcripts, self.pool, self._size = model, transcripts, pool, batch_size
+        self.sites = match(at, model.anatomy.activation_sites())
+        for site in self.sites:
+            model.anatomy.tap(site)  # raises where there is no such head
+        self.over = as_spans(over)
+        self.rows = Rows.of(transcripts, self.over, pool)
+        self.through: Through = self._torch
+
+    def use(self, engine: Engine, remote: bool | str) -> None:
+        """Read through another library from now on."""
+        from probes import engines
+
+        read = engines.reader(self.model, engine, remote)
+
+        def through(batch: Sequence[int], keep: Keep) -> dict[Site, Tensor]:
+            seen = read([self.transcripts[i].ids for i in batch], self.sites)
+            return {site: keep(seen[site]) for site in self.sites}
+
+        self.through = through
+
+    def _torch(self, batch: Sequence[int], keep: Keep) -> dict[Site, Tensor]:
+        return forward(self.model, [self.transcripts[i].ids for i in batch], self.sites, keep)
+
+    def batches(self, chosen: range, progress: bool) -> Iterator[Activations]:
+        """Batch after batch, transcripts of like length together, those without rows left out."""
+        from tqdm.auto import tqdm
+
+        rows, texts = self.rows, self.transcripts
+        order = sorted((i for i in chosen if rows.counts[i]), key=lambda i: len(texts[i].ids))
+        with tqdm(total=len(order), desc="collecting", disable=not progress, leave=False) as bar:
+            for start in range(0, len(order), self._size):
+                batch = sorted(order[start : start + self._size])
+                keep = rows.taker(batch, max(len(texts[i].ids) for i in batch))
+                with rows_are([texts[i].spans.get("prompt", (0, 0))[1] for i in batch], batch):
+                    values = self.through(batch, keep)
+                mine = torch.cat([torch.arange(rows.starts[i], rows.starts[i + 1]) for i in batch])
+                yield Activations(values, rows.transcript[mine], rows.position[mine], rows.span[mine], self.over)
+                bar.update(len(batch))
+
+    def gather(self, chosen: range, progress: bool) -> Activations:
+        """All rows of a range of transcripts, in order."""
+        rows, part = self.rows, self.rows.within(chosen)
+        values: dict[Site, Tensor] = {}
+        for batch in self.batches(chosen, progress):
+            owners = batch.transcript.unique().tolist()
+            into = torch.cat([torch.arange(rows.starts[i], rows.starts[i + 1]) for i in owners]) - part.start
+            for site, found in batch.values.items():
+                values.setdefault(site, torch.empty(part.stop - part.start, found.shape[1]))[into] = found
+        return Activations(values, rows.transcript[part], rows.position[part], rows.span[part], self.over)
+
+    def to_folder(self, to: Path, progress: bool) -> Activations:
+        """All rows, shard by shard."""
+        from tqdm.auto import tqdm
+
+        rows = self.rows
+        folder = Folder.prepare(
+            to,
+            self.model,
+            texts=[list(t.ids) for t in self.transcripts],
+            tokens=[[rows.tokens[i], rows.counts[i]] for i in range(len(self.transcripts))],
+            about={"sites": [str(s) for s in self.sites], "over": list(self.over), "pool": self.pool},
+            rows=[len(counts) for counts in rows.counts],
+            row_bytes=4 * sum(self.model.anatomy.width(site) for site in self.sites),
+        )
+        with tqdm(total=len(folder.shards), desc="collecting", disable=not progress, leave=False) as bar:
+            for number, (begin, end) in enumerate(folder.shards):
+                if not folder.has(number):
+                    found = self.gather(range(begin, end), progress=False)
+                    folder.write(number, found._tensors())
+                bar.update()
+        return Activations.load(to)

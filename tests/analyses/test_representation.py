@@ -1,6 +1,7 @@
 """Representation drift: literal oracles, planted drifts, floors and intervals whose truth is known, and the shells."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,11 +122,11 @@ def activations(n: int, seed: int = 0, *, alike: float = 1.0) -> Activations:
     for layer in range(2):
         own = alike * gaussian(n, D, 1000 * seed + layer)[owner] + gaussian(10 * n, D, 1000 * seed + 50 + layer)
         values[Site(layer, "resid")] = (own * scale).float()
-    return Activations(values, owner, position, ("all",))
+    return Activations(values, owner, position, torch.zeros_like(owner), ("all",))
 
 
 def changed(acts: Activations, how) -> Activations:
-    return Activations({s: how(v) for s, v in acts.values.items()}, acts.transcript, acts.position, acts.over)
+    return replace(acts, values={s: how(v) for s, v in acts.values.items()})
 
 
 def noisy(acts: Activations, size: float, seed: int = 9) -> Activations:
@@ -254,7 +255,7 @@ def test_intervals_resample_texts_not_tokens():
     base = activations(30, alike=0.0)
     tuned = changed(base, lambda v: v + 2 * gaussian(30, D, 3).float()[base.transcript] + 1)
     row = cell(drift(base, tuned, texts(30), over="thinking", k=3, draws=400), "mean_shift")
-    apart = [Activations(a.values, torch.arange(300), a.position, a.over) for a in (base, tuned)]
+    apart = [replace(a, transcript=torch.arange(300)) for a in (base, tuned)]
     by_token = cell(drift(*apart, texts(300), over="thinking", k=3, draws=400), "mean_shift")
     assert row.value == pytest.approx(by_token.value)
     assert row.high - row.low > 1.6 * (by_token.high - by_token.low)

@@ -1,4 +1,4 @@
-"""Whole training steps: LIFT beside full fine-tuning with AdamW; and the cost of capturing every residual stream beside the bare forward."""
+"""Whole training steps: LIFT beside full fine-tuning with AdamW."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from torch import Tensor
 from analyses.tasks import chained_sums
 from finetune.lift import LIFT
 from finetune.tune import completion_loss
-from probes.activations import streams
 from surgery.model import Model
-from surgery.sites import Site
 from surgery.weights import linear_sites
 
 
 def run(folder: str | Path, rounds: int = 5) -> list[dict[str, Any]]:
-    """Rows for the model in `folder`, in fp32 weights with bf16 autocast (training) and in fp32 (capture), on the CPU."""
-    return [*training_rows(folder, rounds), capture_row(folder, rounds)]
+    """Rows for the model in `folder`, in fp32 weights with bf16 autocast, on the CPU."""
+    return training_rows(folder, rounds)
 
 
 def batch(model: Model, size: int = 16) -> dict[str, Tensor]:
@@ -83,33 +81,6 @@ def training_rows(folder: str | Path, rounds: int) -> list[dict[str, Any]]:
             f"16 transcripts, {tokens} tokens, bf16 autocast, clipping; median of {rounds}",
         )
     ]
-
-
-def capture_row(folder: str | Path, rounds: int) -> dict[str, Any]:
-    model = Model.load(folder, device="cpu", dtype="float32")
-    ids = batch(model)["input_ids"]
-    points = {Site(layer, "resid"): f"layers.{layer}" for layer in range(model.anatomy.n_layers)}
-
-    @torch.no_grad()
-    def forward(capture: bool) -> float:
-        seen: dict[Site, Tensor] = {}
-        began = time.perf_counter()
-        with streams(model.module.base_model, points if capture else {}, seen):
-            model.module.base_model(input_ids=ids, use_cache=False)
-        if capture and len(seen) != len(points):
-            raise RuntimeError("a stream was not captured")
-        return time.perf_counter() - began
-
-    forward(True), forward(False)
-    pairs = [(forward(True), forward(False)) for _ in range(rounds)]
-    a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return row(
-        f"capturing {len(points)} residual streams against the bare forward (s)",
-        a,
-        b,
-        1.10,
-        f"{ids.numel()} tokens, fp32; median of {rounds}",
-    )
 
 
 def row(name: str, ours: float, peer: float, limit: float, note: str) -> dict[str, Any]:

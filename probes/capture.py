@@ -1,0 +1,102 @@
+"""Live tensors at sites: hooks on the model's own forward pass, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from surgery.model import Model
+from surgery.sites import Site
+
+Keep = Callable[[Float[Tensor, "batch token width"]], Tensor]
+
+
+class _EnoughError(Exception):
+    """Raised inside a forward pass once every wanted site has been seen."""
+
+
+@contextmanager
+def tapped(model: Model, sites: Sequence[Site], see: Callable[[Site, Tensor], None]) -> Iterator[None]:
+    """Call ``see(site, value)`` with the live tensor whenever a forward pass inside the block comes by a site.
+
+    A head's value is its slice of the whole. Hooks are gone on leaving, also after an exception. Raises ValueError for a site that does not exist.
+    """
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def looking(site: Site) -> Callable[[Tensor], None]:
+        return lambda value: see(site, value)
+
+    try:
+        for site in sites:
+            handles.append(model.anatomy.tap(site).attach(model.module, looking(site)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def forward(
+    model: Model, rows: Sequence[Sequence[int]], sites: Sequence[Site], keep: Keep | None = None
+) -> dict[Site, Tensor]:
+    """One forward pass of token rows, padded on the right, as far as the last of `sites`: site -> ``[batch, token, width]``.
+
+    keep: what to keep of each value as it comes by, for the rest to be freed at once; all of it by default.
+    Padding is on the right, where causal attention keeps it out of every real token; what is at padding means nothing. Raises
+    ValueError when a site's module does not run, as in a compiled model.
+    """
+    seen: dict[Site, Tensor] = {}
+
+    def see(site: Site, value: Tensor) -> None:
+        seen[site] = value if keep is None else keep(value)
+        if len(seen) == len(sites):
+            raise _EnoughError
+
+    ids, mask = pad_right(rows, model.pad_id)
+    backbone = model.module.base_model  # no need of the vocabulary
+    with suppress(_EnoughError), tapped(model, sites, see):
+        backbone(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+    require_seen(model, sites, seen)
+    return {site: seen[site] for site in sites}
+
+
+def require_seen(model: Model, sites: Sequence[Site], seen: Container[Site]) -> None:
+    """Raise ValueError for a site that a forward pass did not come by."""
+    missing = [site for site in sites if site not in seen]
+    if missing:
+        raise ValueError(
+            f"The forward pass did not come by {missing[0]}: the hook on {model.anatomy.tap(missing[0]).path} never ran. "
+            "Compiled modules run without hooks: take the model as it was before torch.compile."
+        )
+
+
+def pad_right(
+    rows: Sequence[Sequence[int]], pad: int
+) -> tuple[Int[Tensor, "batch longest"], Int[Tensor, "batch longest"]]:
+    """Token ids and attention mask of rows, padded on the right."""
+    ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+    return ids, mask
+
+
+@contextmanager
+def only_activations(module: nn.Module) -> Iterator[None]:
+    """Inside the block gradients flow through activations alone: parameters ask for none, the embedding's output does."""
+    asking = [p for p in module.parameters() if p.requires_grad]
+    embedding = module.get_input_embeddings()  # type: ignore[operator]
+    handle = embedding.register_forward_hook(lambda _, args, output: output.requires_grad_())
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        for parameter in asking:
+            parameter.requires_grad_(True)

@@ -1,0 +1,168 @@
+"""Rows on disk: a folder of safetensors shards that is written one whole shard at a time, can be gone on with, and knows what it is of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.model import Model
+from surgery.runs import fingerprint
+from surgery.sites import Site
+
+_MANIFEST = "capture.json"
+_WRITING = ".writing-"
+SHARD_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of shards. about: what the rows are of. shards: the half-open range of transcripts in each."""
+
+    path: Path
+    about: Mapping[str, Any]
+    shards: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def prepare(
+        cls,
+        path: Path,
+        model: Model,
+        *,
+        texts: Sequence[object],
+        tokens: Sequence[object],
+        about: Mapping[str, Any],
+        rows: Sequence[int],
+        row_bytes: int,
+    ) -> Folder:
+        """A new folder, or the one that an interrupted call with the same arguments left.
+
+        texts: the token ids of each transcript. tokens: which of them are read. rows: how many rows each gives. row_bytes: size of one
+        row at all sites together. Raises ValueError when the folder holds something else.
+        """
+        about = {
+            **about,
+            "transcripts": _hash(texts),
+            "tokens": _hash(tokens),
+            "model": fingerprint(model),
+            "dtype": str(model.module.dtype),
+        }
+        if (path / _MANIFEST).is_file():
+            found = cls.open(path)
+            other = [key for key in about if found.about.get(key) != about[key]]
+            if other:
+                raise ValueError(
+                    f"{path} was collected from other {' and '.join(other)}: {_differences(found.about, about, other)}"
+                    "Give another folder, or remove this one."
+                )
+            return found
+        if path.exists() and (not path.is_dir() or any(not p.name.startswith(_WRITING) for p in path.iterdir())):
+            raise ValueError(f"{path} exists and was not made by collect. Give a new folder.")
+        path.mkdir(parents=True, exist_ok=True)
+        made = cls(path, about, _cut(rows, max(1, SHARD_BYTES // row_bytes)))
+        _replace(path / _MANIFEST, json.dumps({"about": about, "shards": made.shards}, indent=1).encode())
+        return made
+
+    @classmethod
+    def open(cls, path: Path) -> Folder:
+        """A folder that is there. Raises ValueError where it is none of ours."""
+        if not (path / _MANIFEST).is_file():
+            raise ValueError(
+                f"{path} has no {_MANIFEST}, so it holds no activations. collect(..., to=FOLDER) makes such a folder."
+            )
+        said = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        return cls(path, said["about"], tuple((begin, end) for begin, end in said["shards"]))
+
+    def file(self, number: int) -> Path:
+        return self.path / f"rows-{number:05}.safetensors"
+
+    def has(self, number: int) -> bool:
+        return self.file(number).is_file()
+
+    def require_complete(self) -> None:
+        missing = [n for n in range(len(self.shards)) if not self.has(n)]
+        if missing:
+            raise ValueError(
+                f"{self.path} is not complete: {len(missing)} of {len(self.shards)} shards are missing. The same collect(..., to=...) goes on where it stopped."
+            )
+
+    def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write one shard: it is there whole, or not at all."""
+        from safetensors.torch import save
+
+        _replace(self.file(number), save(dict(tensors)))
+
+    def read(self, name: str) -> Tensor:
+        """One column of all shards, in order."""
+        from safetensors import safe_open
+
+        parts = []
+        for number in range(len(self.shards)):
+            with safe_open(self.file(number), framework="pt") as file:
+                parts.append(file.get_tensor(name))
+        return torch.cat(parts)
+
+    def read_shard(self, number: int) -> dict[str, Tensor]:
+        """All columns of one shard."""
+        from safetensors.torch import load_file
+
+        return load_file(self.file(number))
+
+
+class Stored(Mapping[Site, Tensor]):
+    """site -> its rows, read from a folder when asked for and not kept."""
+
+    def __init__(self, folder: Folder):
+        self._folder, self._sites = folder, [Site.parse(text) for text in folder.about["sites"]]
+
+    def __getitem__(self, site: Site) -> Tensor:
+        if site not in self._sites:
+            raise KeyError(site)
+        return self._folder.read(str(site))
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __contains__(self, site: object) -> bool:  # without reading it
+        return site in self._sites
+
+
+def _cut(rows: Sequence[int], most: int) -> tuple[tuple[int, int], ...]:
+    """Ranges of transcripts with at most so many rows each, or of one transcript that has more; ranges without rows are left out."""
+    bounds, held = [0], 0
+    for i, count in enumerate(rows):
+        if held and held + count > most:
+            bounds.append(i)
+            held = 0
+        held += count
+    bounds.append(len(rows))
+    return tuple((a, b) for a, b in pairwise(bounds) if sum(rows[a:b]))
+
+
+def _differences(there: Mapping[str, Any], asked: Mapping[str, Any], keys: Sequence[str]) -> str:
+    plain = [k for k in keys if k in ("sites", "over", "pool", "dtype")]
+    return "".join(f"{k} {there.get(k)!r} there, {asked[k]!r} asked for. " for k in plain)
+
+
+def _hash(words: object) -> str:
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(f"{_WRITING}{os.getpid()}-{path.name}")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,354 @@
+"""What a token is depends on the tokens up to it: the same with a cache and without, wherever the padding is, whatever the batch."""
+
+import copy
+import random
+
+import pytest
+import torch
+
+from analyses.controls import planted_tokenizer
+from probes.following import following
+from surgery.model import Model, pad_after_prefix, prefix_cache
+from surgery.rows import rows_apart, rows_are
+from surgery.transcript import positions, read_transcript
+from tests.families import FAMILIES, tiny
+
+TEXTS = [
+    "<think>ab\ncd.</think>yes",
+    "<think></think>no",
+    "no thoughts at all",
+    "<think>never closed > < and </thin",
+    "so: <think>a < b</think>\n\nfine</think> <think>again</think>",
+    "<thin><think>x",
+]
+SPANS = [
+    "all",
+    "prompt",
+    "completion",
+    "thinking",
+    "answer",
+    "prompt[-1]",
+    "prompt[2:-1]",
+    "prompt~/s/",
+    "thinking[0]",
+    "thinking[:3]",
+]
+SPANS += ["answer[1:]", "completion[2:5]", "all[:4]"]
+SLOW = ["/a./", "thinking~/[ac]/", "sentence[0]", "sentence[1:]"]
+
+
+def setup(family="llama"):
+    model = Model(*tiny(family))
+    return model, [model.transcript("s" * (1 + 2 * (i % 3)), text) for i, text in enumerate(TEXTS)]
+
+
+class Seen:
+    """The masks of each pass, by the row's item and the position of the token."""
+
+    def __init__(self, model, spans):
+        self.model, self.spans, self.found, self.passes = model, spans, {}, 0
+
+    def __enter__(self):
+        self.context = following(self.model)
+        follower = self.context.__enter__()
+
+        def look(*_):
+            self.passes += 1
+            places, items = follower.position.tolist(), follower.items.tolist()
+            masks = {span: follower.mask(span).tolist() for span in self.spans}
+            for span, mask in masks.items():
+                for item, place, row in zip(items, places, mask, strict=True):
+                    for at, member in zip(place, row, strict=True):
+                        assert at >= 0 or not member
+                        if at >= 0 and item >= 0:
+                            self.found.setdefault((item, span), {})[at] = member
+
+        backbone = self.model.module.get_submodule(self.model.anatomy.blocks)[0]
+        self.hook = backbone.register_forward_pre_hook(look, with_kwargs=False)
+        return self
+
+    def __exit__(self, *error):
+        self.hook.remove()
+        self.context.__exit__(*error)
+
+    def members(self, item, span):
+        return [at for at, member in sorted(self.found[item, span].items()) if member]
+
+
+def padded(rows, pad, where):
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
+    if where == "between":
+        return pad_after_prefix(rows, pad)[:2]
+    for i, row in enumerate(rows):
+        here = slice(width - len(row), None) if where == "left" else slice(0, len(row))
+        ids[i, here], mask[i, here] = torch.tensor(row), 1
+    return ids, mask
+
+
+def by_definition(model, transcript, span):
+    """A token is in a span if the transcript up to it says so of its last token. After the thinking, answer begins at once."""
+    prompt = transcript.spans["prompt"][1]
+    if span.startswith("prompt"):
+        return positions(transcript, span)
+    found = []
+    for at in range(len(transcript.ids)):
+        known = read_transcript(
+            model.tokenizer, "", transcript.ids[:prompt], transcript.ids[prompt : at + 1], model.markers
+        )
+        if at in positions(known, span):
+            found.append(at)
+    return found
+
+
+@pytest.mark.parametrize("where", ["left", "right", "between"])
+@torch.no_grad()
+def test_finished_texts_are_read_by_definition(where):
+    model, runs = setup()
+    runs = [t for t in runs if "\n\n" not in t.completion]  # blanks after the thinking are answer at once: see below
+    assert len(runs) == 5
+    ids, mask = padded([list(t.ids) for t in runs], model.pad_id, where)
+    with Seen(model, SPANS + SLOW) as seen, rows_are([t.spans["prompt"][1] for t in runs]):
+        model.module(input_ids=ids, attention_mask=mask)
+    for i, t in enumerate(runs):
+        for span in SPANS + SLOW:
+            assert seen.members(i, span) == by_definition(model, t, span), (t.text, span)
+        assert sorted(seen.found[i, "all"]) == list(range(len(t.ids)))
+
+
+@torch.no_grad()
+def test_markers_of_one_token_give_the_transcripts_spans():
+    tokenizer, draw = planted_tokenizer(), random.Random(0)
+    model = Model(tiny("llama")[0], tokenizer)
+    words = ["a", "k", "\n", "1", "<think>", "</think>", "<end>"]
+    for _ in range(60):
+        text = "".join(draw.choices(words, weights=[4, 4, 2, 2, 2, 2, 1], k=12))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompt = draw.randrange(1, 4)
+        run = read_transcript(tokenizer, "", ids[:prompt], ids[prompt:], model.markers)
+        with Seen(model, ["thinking", "completion", "answer", "thinking[1:]"]) as seen, rows_are([prompt]):
+            model.module(input_ids=torch.tensor([ids]))
+        for span in ("completion", "thinking", "thinking[1:]"):
+            assert seen.members(0, span) == positions(run, span), text
+        if "thinking" in run.spans and "answer" in run.spans:
+            assert seen.members(0, "answer")[-len(positions(run, "answer")) :] == positions(run, "answer"), text
+
+
+def pieces(words):
+    """A tokenizer of given words, whatever markers they cut through."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token=words[0], eos_token=words[1])
+
+
+@torch.no_grad()
+def test_tokens_that_reach_over_markers():
+    words = [
+        "<pad>",
+        "<end>",
+        "<think",
+        "></",
+        "think>",
+        "<think>",
+        "</think>",
+        "a",
+        "k>",
+        "<thin",
+        "></think>",
+        "<think>b",
+    ]
+    tokenizer, draw = pieces(words), random.Random(0)
+    model, both = Model(tiny("llama")[0], tokenizer), 0
+    for _ in range(120):
+        ids = [7, *draw.choices(range(2, len(words)), k=9)]
+        with Seen(model, ["thinking", "answer"]) as seen, rows_are([1]):
+            model.module(input_ids=torch.tensor([ids]))
+        text = read_transcript(tokenizer, "", ids[:1], ids[1:], model.markers)
+        for span in ("thinking", "answer"):
+            assert seen.members(0, span) == by_definition(model, text, span), text.text
+        both += "thinking" in text.spans and "answer" in text.spans
+    assert both > 30
+
+
+@torch.no_grad()
+def test_where_it_differs_from_the_whole_text():
+    """Of a marker of several tokens only the last one tells; and what follows the thinking is answer at once."""
+    model, _ = setup()
+    run = model.transcript("s", "<think>ab</think>\n\n")
+    start, end = run.spans["thinking"]
+    with Seen(model, ["thinking", "answer"]) as seen, rows_are([run.spans["prompt"][1]]):
+        model.module(input_ids=torch.tensor([run.ids]))
+    assert seen.members(0, "thinking") == [*range(start, end), *range(end, end + len("</think"))]
+    opening = range(start - len("<think>"), start - 1)
+    assert "answer" not in run.spans
+    assert seen.members(0, "answer") == [*opening, *range(end + len("</think>"), end + len("</think>\n\n"))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_decoding_sees_what_reading_sees(family):
+    """A generation, prompts padded and their prefix shared or not, and the same tokens read in one pass."""
+    model = Model(*tiny(family))
+    spans = ["all", "completion", "thinking", "answer", "completion[2:5]", "prompt", "/a|b|c|d|e/"]
+    with Seen(model, spans) as seen:
+        runs = model.generate(["one", "two and two", "o", "on"], max_new_tokens=9, batch_size=3)
+    assert seen.passes >= 2 * 9
+    ids, mask = padded([list(t.ids) for t in runs], model.pad_id, "right")
+    with Seen(model, spans) as read, rows_are([t.spans["prompt"][1] for t in runs]):
+        model.module(input_ids=ids, attention_mask=mask)
+    for key, members in read.found.items():
+        mine = seen.found[key]
+        last = len(runs[key[0]].ids) - 1
+        assert all(mine[at] == member for at, member in members.items() if at in mine)
+        shared = set(members) - set(mine) - {last}  # the last token is never read
+        assert all(key[1] in ("all", "prompt") or not members[at] for at in shared)
+
+
+@torch.no_grad()
+def test_forced_words_are_followed_through_a_cache():
+    """Rows of thought put through a cache token by token, in chunks, with the cache copied, repeated and cut back."""
+    model, runs = setup()
+    run = runs[0]
+    prompt, ids = run.spans["prompt"][1], torch.tensor([run.ids])
+    spans = ["thinking", "answer", "completion", "thinking[1:3]"]
+    with Seen(model, spans) as whole, rows_are([prompt]):
+        model.module(input_ids=ids)
+    for sizes in ([1] * len(run.ids), [5, 1, 9, 2, 100], [prompt, 100], [prompt + 3, 100]):
+        with Seen(model, spans) as seen, rows_are([prompt]):
+            cache, at = None, 0
+            for size in sizes:
+                piece = ids[:, at : at + size]
+                if piece.shape[1]:
+                    cache = copy.deepcopy(
+                        model.module(input_ids=piece, past_key_values=cache, use_cache=True).past_key_values
+                    )
+                at += size
+        assert seen.found == whole.found
+    with Seen(model, spans) as seen:
+        with rows_are([prompt]):
+            cache = model.module(input_ids=ids[:, :-2], use_cache=True).past_key_values
+        cache.crop(-(ids.shape[1] - 2 - prompt - 4))  # so many fewer
+        assert cache.get_seq_length() == prompt + 4
+        cache.batch_repeat_interleave(2)
+        model.module(input_ids=ids[:, prompt + 4 :].repeat(2, 1), past_key_values=cache)
+    assert {k: v for k, v in seen.found.items() if k[0] == 0} == whole.found
+    assert [v for k, v in seen.found.items() if k[0] == 1] == [
+        {at: m for at, m in v.items() if at >= prompt + 4} for v in whole.found.values()
+    ]
+
+
+@torch.no_grad()
+def test_rows_repeated_halfway():
+    """Each copy of a row goes on from where its own row was."""
+    model, _ = setup()
+    texts = ["<think>ab</think>c", "no thoughts, say I"]
+    runs = [model.transcript("s", text) for text in texts]
+    ids, prompt = torch.tensor([t.ids for t in runs]), runs[0].spans["prompt"][1]
+    half = prompt + 9
+    with Seen(model, ["thinking", "thinking[1:]"]) as seen, rows_are([prompt, prompt]):
+        cache = model.module(input_ids=ids[:, :half], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        with rows_are([prompt] * 4, [0, 2, 1, 3]):
+            model.module(input_ids=ids[:, half:].repeat_interleave(2, 0), past_key_values=cache)
+    for span in ("thinking", "thinking[1:]"):
+        assert seen.members(0, span) == by_definition(model, runs[0], span)
+        assert seen.members(2, span) == [at for at in seen.members(0, span) if at >= half] != []
+        assert seen.members(1, span) == seen.members(3, span) == []
+
+
+def test_a_plain_generate_says_where_its_prompts_end():
+    model, _ = setup()
+    prompts = [model.prompt_ids(q) for q in ("one", "three")]
+    ids, mask = padded(prompts, model.pad_id, "left")
+    with Seen(model, ["completion", "prompt", "prompt[-1]"]) as seen:
+        model.module.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        assert "generate" in vars(model.module)
+    assert "generate" not in vars(model.module)
+    for i, row in enumerate(prompts):
+        assert seen.members(i, "prompt") == list(range(len(row)))
+        assert seen.members(i, "prompt[-1]") == [len(row) - 1]
+        assert seen.members(i, "completion") == [len(row), len(row) + 1]
+    with following(model), pytest.raises(ValueError, match="Beam search moves rows"):
+        model.module.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, num_beams=2)
+
+
+@torch.no_grad()
+def test_a_shared_prefix_is_prompt():
+    model, _ = setup()
+    rows = [[4, 5, 6, 7], [4, 5, 6, 8, 9]]
+    with Seen(model, ["prompt", "prompt[-1]", "completion", "thinking"]) as seen, rows_are([4, 5]):
+        prefix_cache(model.module, rows[0][:3], 2)
+        assert seen.passes == 1
+    with following(model) as follower, rows_are([4, 5]):
+        asked = []
+        hook = model.module.base_model.layers[0].register_forward_pre_hook(
+            lambda *_: asked.append(follower.mask("prompt[-2:]"))
+        )
+        with pytest.raises(ValueError, match=r"'prompt\[-2:\]' is not the same in the rows that share this prefix"):
+            prefix_cache(model.module, rows[0][:3], 2)
+        with rows_apart():
+            assert prefix_cache(model.module, rows[0][:3], 2) is None
+        hook.remove()
+
+
+def ask(model, question, *, rows=None, **given):
+    asked = []
+    with following(model) as follower:
+        hook = model.module.base_model.layers[0].register_forward_pre_hook(lambda *_: asked.append(question(follower)))
+        try:
+            if rows is None:
+                model.module(**given)
+            else:
+                with rows_are(rows):
+                    model.module(**given)
+        finally:
+            hook.remove()
+
+
+@torch.no_grad()
+def test_what_cannot_be_followed():
+    model, _ = setup()
+    ids = torch.tensor([[4, 5, 6, 7]])
+    for span in ("completion", "thinking", "prompt"):
+        with pytest.raises(ValueError, match="Nobody said where the prompts of this pass end"):
+            ask(model, lambda f, s=span: f.mask(s), input_ids=ids)
+    ask(model, lambda f: f.mask("all"), input_ids=ids)
+    for span in ("thinking[-1]", "completion[:-2]", "sentence[-1]", "answer[-3]"):
+        with pytest.raises(ValueError, match="counts from an end that is not known while tokens come"):
+            ask(model, lambda f, s=span: f.mask(s), rows=[2], input_ids=ids)
+    with pytest.raises(ValueError, match="'poem' cannot be followed"):
+        ask(model, lambda f: f.mask("poem"), rows=[2], input_ids=ids)
+    with pytest.raises(ValueError, match="No span is named"):
+        ask(model, lambda f: f.mask(()), rows=[2], input_ids=ids)
+    with pytest.raises(ValueError, match="2 rows go through, but 3 were announced"):
+        ask(model, lambda f: f.mask("thinking"), rows=[2, 2, 2], input_ids=ids.repeat(2, 1))
+    with pytest.raises(ValueError, match="given embeddings, not tokens"):
+        ask(model, lambda f: f.mask("all"), inputs_embeds=torch.zeros(1, 3, model.anatomy.d_model))
+    with pytest.raises(ValueError, match=r"The attention mask is \(1, 1, 4, 4\), which does not say"):
+        ask(model, lambda f: f.mask("all"), input_ids=ids, attention_mask=torch.zeros(1, 1, 4, 4))
+    cache = model.module(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="4 tokens in the cache were not followed"):
+        ask(model, lambda f: f.mask("thinking"), rows=[2], input_ids=ids, past_key_values=cache)
+    with following(model) as follower, pytest.raises(RuntimeError, match="No forward pass is running"):
+        follower.mask("all")
+    with pytest.raises(ValueError, match="Say where the prompts end"), rows_are():
+        pass
+    with pytest.raises(ValueError, match="1 rows have prompts, but 2 are said to be items"), rows_are([3], [0, 1]):
+        pass
+
+
+def test_nothing_is_left_behind():
+    model, _ = setup()
+
+    def failing():
+        with following(model), following(model):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        failing()
+    assert "generate" not in vars(model.module)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.module.modules())
