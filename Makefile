@@ -17,7 +17,7 @@ help: ## these lines
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,interp]'
 	touch $@
 
 study: $(READY) ## the main job: tune a real model, cut it open, judge it (TO=runs/first)
