@@ -1,0 +1,319 @@
+"""Probes are scikit-learn's pipelines, judged on questions they have not seen, beside controls that can fail them."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from probes.activations import Activations, collect
+from probes.held_out import deal, units
+from probes.linear import BINS, PENALTIES, ProbeTable, probe, probe_rows, untrained
+from surgery.model import Model
+from surgery.sites import Site
+from surgery.transcript import positions
+from tests.families import FAMILIES, tiny
+from tests.oracles import directions as oracle
+
+EMBED, LOW, HIGH = Site(0, "resid"), Site(1, "resid"), Site(2, "resid")
+
+
+def activations(values, span=None, transcript=None, over=("thinking",)):
+    n = len(next(iter(values.values())))
+    rows = torch.arange(n) if transcript is None else torch.as_tensor(transcript)
+    spans = torch.zeros(n, dtype=torch.long) if span is None else torch.as_tensor(span)
+    return Activations(values, rows, torch.full((n,), -1), spans, over)
+
+
+def world(n=120, d=10, seed=0, effect=2.5):
+    """Labels that can be read at HIGH and nowhere else; three answers a question."""
+    draw = torch.Generator().manual_seed(seed)
+    y = (torch.rand(n, generator=draw) < 0.5).long()
+    values = {site: torch.randn(n, d, generator=draw) for site in (EMBED, LOW, HIGH)}
+    values[HIGH][:, 0] += effect * y
+    return values, y, torch.arange(n) // 3
+
+
+FAST = {"folds": 3, "draws": 100, "shuffles": 1}
+
+
+def row(table, site, span="thinking"):
+    return next(r for r in table.rows if (r.site, r.span) == (str(site), span))
+
+
+def test_a_probe_is_the_plain_pipeline():
+    """Restated with whole pipelines, one for each penalty and fold, the penalty chosen inside the training rows."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def fitted(rows, C):
+        pipe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000))
+        return pipe.fit(X[rows], y[rows])
+
+    values, y, g = world()
+    X, y, g = values[HIGH].double().numpy(), y.numpy().astype(bool), units(g.numpy())
+    fold = deal(g, y, folds=3, seed=3)
+    scores = np.empty(len(y))
+    for k in range(3):
+        train, test = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        inner = deal(units(g[train]), y[train], folds=3, seed=3)
+        losses = dict.fromkeys(PENALTIES, 0.0)
+        for C in PENALTIES:
+            for j in range(3):
+                seen, held = train[inner != j], train[inner == j]
+                p = fitted(seen, C).predict_proba(X[held])[:, 1]
+                losses[C] -= np.log(np.where(y[held], p, 1 - p)).sum()
+        scores[test] = fitted(train, min(losses, key=lambda C: losses[C])).predict_proba(X[test])[:, 1]
+    found = row(probe_rows(activations(values), y, g, seed=3, **FAST), HIGH)
+    assert found.value == pytest.approx(oracle.auc(scores, y, fold), abs=1e-6)
+    assert found.accuracy == pytest.approx(((scores > 0.5) == y).mean(), abs=1e-6)
+    assert found.log_loss == pytest.approx(-np.log(np.where(y, scores, 1 - scores)).mean(), abs=1e-6)
+    assert found.n == 40
+    assert found.rows == 120
+
+
+def test_a_planted_signal_is_found_where_it_is():
+    values, y, g = world()
+    table = probe_rows(activations(values), y, g, **FAST)
+    assert [r.site for r in table.rows] == ["0.resid", "1.resid", "2.resid"]
+    high, low = row(table, HIGH), row(table, LOW)
+    assert high.low > 0.6
+    assert low.low < 0.5 < low.high
+    assert high.low > row(table, HIGH).shuffled
+    assert high.selectivity == high.value - high.shuffled
+    assert high.embedding == row(table, EMBED).value
+    assert 0.2 < high.shuffled_most < 0.7
+    assert high.accuracy > high.majority
+    assert set(table.chosen[0].sites) == {"2.resid"}
+    assert table.chosen[0].value == high.value
+    assert math.isnan(high.untrained)
+    assert math.isnan(high.length)
+
+
+def test_the_site_is_chosen_without_the_held_out_rows():
+    """Many sites of noise: the best of the table beats chance, the chosen ones do not."""
+    draw = torch.Generator().manual_seed(0)
+    values = {Site(i, "resid"): torch.randn(45, 6, generator=draw) for i in range(16)}
+    y = (torch.rand(45, generator=draw) < 0.5).long()
+    table = probe_rows(activations(values), y, torch.arange(45), folds=3, draws=100, shuffles=0)
+    chosen = table.chosen[0]
+    assert max(r.value for r in table.rows) > 0.65
+    assert chosen.value < 0.65
+    assert chosen.low < 0.5
+    assert len(chosen.sites) == 3
+
+
+def test_a_question_is_never_on_both_sides():
+    """The activations know the question, and the label belongs to the question: nothing can be learned for others."""
+    draw = torch.Generator().manual_seed(0)
+    g = torch.arange(160) // 8
+    centres = torch.randn(20, 30, generator=draw) * 3
+    y = (torch.arange(20) % 2)[torch.randperm(20, generator=draw)][g]
+    acts = activations({HIGH: centres[g] + 0.1 * torch.randn(160, 30, generator=draw)})
+    honest = row(probe_rows(acts, y, g, **FAST), HIGH)
+    leaky = row(probe_rows(acts, y, torch.arange(160), **FAST), HIGH)
+    assert leaky.value > 0.95
+    assert honest.low < 0.5
+    assert honest.value < 0.8
+
+
+def test_length_is_told_apart_from_what_goes_with_it():
+    """One site knows the length, which goes with the label; another knows the label."""
+    draw = torch.Generator().manual_seed(1)
+    y = (torch.rand(300, generator=draw) < 0.5).long()
+    tokens = (20 + 15 * y + torch.randint(0, 30, (300,), generator=draw)).double()
+    values = {site: torch.randn(300, 5, generator=draw) for site in (LOW, HIGH)}
+    values[LOW][:, 0] = tokens.float()
+    values[HIGH][:, 0] += 2 * y
+    table = probe_rows(activations(values), y, torch.arange(300), lengths=tokens, **FAST)
+    knows_length, knows_label = row(table, LOW), row(table, HIGH)
+    assert knows_length.value == pytest.approx(knows_length.length, abs=0.03)
+    assert knows_length.value > 0.7
+    assert knows_length.same_length_low < 0.55
+    assert knows_length.same_length < 0.62
+    assert knows_label.same_length_low > 0.6
+    # by hand: pairs of one fold and one bin
+    cuts = np.unique(np.quantile(tokens.numpy(), np.linspace(0, 1, BINS + 1)[1:-1]))
+    assert len(cuts) == BINS - 1
+    assert math.isnan(row(probe_rows(activations(values), y, torch.arange(300), **FAST), LOW).same_length)
+
+
+def test_a_number_is_ridge_regression():
+    from sklearn.linear_model import Ridge
+    from sklearn.preprocessing import StandardScaler
+
+    values, _, g = world(effect=0)
+    draw = torch.Generator().manual_seed(2)
+    y = (values[HIGH][:, 0] * 2 + 0.5 * torch.randn(120, generator=draw)).double().numpy()
+    table = probe_rows(activations(values), y, g, kind="number", lengths=np.arange(120) % 7 + 1, **FAST)
+    high = row(table, HIGH)
+    assert high.measure == "r2"
+    assert high.low > 0.7
+    assert row(table, LOW).value < 0.1
+    assert abs(high.shuffled) < 0.3
+    assert high.same_length > 0.7
+    assert math.isnan(high.accuracy)
+    fold = deal(units(g.numpy()), y, folds=3, seed=0)
+    losses = {}
+    for C in PENALTIES:
+        predicted, means = np.empty(120), np.empty(120)
+        for k in range(3):
+            train = fold != k
+            scaler = StandardScaler().fit(values[HIGH].numpy()[train])
+            ridge = Ridge(alpha=1 / C).fit(scaler.transform(values[HIGH].numpy()[train]), y[train])
+            predicted[~train] = ridge.predict(scaler.transform(values[HIGH].numpy()[~train]))
+            means[~train] = y[train].mean()
+        losses[C] = 1 - ((predicted - y) ** 2).sum() / ((means - y) ** 2).sum()
+    assert min(abs(v - high.value) for v in losses.values()) < 0.01
+    assert high.value <= max(losses.values()) + 0.01
+
+
+def test_rows_without_a_label_and_spans():
+    values, y, g = world()
+    double = {site: torch.cat([v, v.flip(0)]) for site, v in values.items()}
+    acts = activations(double, [0] * 120 + [1] * 120, [*range(120), *range(120)], ("thinking", "answer"))
+    table = probe_rows(acts, y, g, **FAST)
+    assert [(r.site, r.span) for r in table.rows[:4]] == [
+        ("0.resid", "thinking"), ("1.resid", "thinking"), ("2.resid", "thinking"), ("0.resid", "answer"),
+    ]  # fmt: skip
+    plain = probe_rows(activations(values), y, g, **FAST)
+    assert row(table, HIGH) == row(plain, HIGH)
+    assert row(table, HIGH, "answer").low < 0.5
+    some = [None if i % 5 == 0 else int(v) for i, v in enumerate(y)]
+    kept = [i for i in range(120) if i % 5]
+    fewer = probe_rows(activations({s: v[kept] for s, v in values.items()}), y[kept], g[kept], **FAST)
+    assert row(probe_rows(activations(values), some, g, **FAST), HIGH) == row(fewer, HIGH)
+
+
+def test_options_change_something():
+    values, y, g = world()
+    base = row(probe_rows(activations(values), y, g, **FAST), HIGH)
+    for options in ({"components": 3}, {"folds": 4}, {"shuffles": 4}, {"seed": 1}, {"draws": 50}):
+        other = row(probe_rows(activations(values), y, g, **{**FAST, **options}), HIGH)
+        assert dataclasses.astuple(other)[4:] != dataclasses.astuple(base)[4:], options
+
+
+def test_threads_do_not_matter():
+    values, y, g = world(n=60)
+    one = probe_rows(activations(values), y, g, **FAST)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        two = probe_rows(activations(values), y, g, **FAST)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    a, b = (t.frame().drop(columns=["site", "span", "measure"]).to_numpy(float) for t in (one, two))
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_save_and_load(tmp_path):
+    values, y, g = world(n=60)
+    table = probe_rows(activations(values), y, g, lengths=np.arange(60), **FAST)
+    table.save(tmp_path / "t.json")
+    again = ProbeTable.load(tmp_path / "t.json")
+    assert repr(again) == repr(table)
+    assert again.frame().equals(table.frame())
+    assert again.chosen == table.chosen
+    assert again.about == table.about
+    assert "thinking" in table._repr_html_()
+
+
+def test_what_cannot_be_probed():
+    values, y, g = world()
+    acts = activations(values)
+    with pytest.raises(ValueError, match="All 120 rows over 'thinking' have the same label"):
+        probe_rows(acts, torch.ones(120), g)
+    with pytest.raises(ValueError, match=r"Two classes are labelled 1 and 0; .* hold 2\. For a number"):
+        probe_rows(acts, y + 1, g)
+    with pytest.raises(ValueError, match="one group"):
+        probe_rows(acts, y, torch.zeros(120))
+    with pytest.raises(ValueError, match="No row over 'thinking' has a label"):
+        probe_rows(acts, [None] * 120, g)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        probe_rows(activations({HIGH: values[HIGH] * float("inf")}), y, g)
+    with pytest.raises(ValueError, match="untrained model's rows are not those"):
+        probe_rows(acts, y, g, twin=activations({HIGH: values[HIGH][:5]}))
+
+
+# --- models -----------------------------------------------------------------------------------------------------------------
+
+
+def runs_of(model, n=24):
+    """Half of the answers think in a's, half in b's; what the answer itself says has nothing to do with it."""
+    texts = [f"<think>{'ab'[i % 2] * (3 + i % 5)}</think>{'xyz'[i % 3]}" for i in range(n)]
+    return [model.transcript(f"q{i // 4}", text) for i, text in enumerate(texts)], [i % 2 for i in range(n)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pass_over_a_model(family):
+    model = Model(*tiny(family))
+    runs, labels = runs_of(model)
+    ids = torch.tensor([model.prompt_ids("q")])
+    before, state = model.module(input_ids=ids).logits, torch.get_rng_state()
+    table = probe(model, runs, labels, over="thinking", at="2.resid", folds=2, draws=50, shuffles=0)
+    assert torch.equal(model.module(input_ids=ids).logits, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    # the letters can be read off the embedding already, and off a model that never learned anything
+    thinking = row(table, HIGH)
+    assert thinking.value > 0.9
+    assert thinking.embedding > 0.9
+    assert thinking.untrained > 0.9
+    assert thinking.n == 6
+
+
+def test_several_spans():
+    model = Model(*tiny("qwen3"))
+    runs, labels = runs_of(model, 16)
+    spans = ("thinking", "answer[-1]")
+    table = probe(model, runs, labels, over=spans, at="2.resid", **FAST)
+    assert [(r.site, r.span) for r in table.rows] == [(site, span) for span in spans for site in ("0.resid", "2.resid")]
+    acts = collect(model, runs, at=["0.resid", "2.resid"], over=spans, pool="mean")
+    lengths = [len(positions(runs[i], spans[k])) for i, k in zip(acts.transcript, acts.span, strict=True)]
+    by_hand = probe_rows(acts, labels, [t.question for t in runs], lengths=lengths, **FAST)
+    for span in spans:
+        assert math.isnan(row(by_hand, HIGH, span).untrained)
+        assert row(by_hand, HIGH, span).value == row(table, HIGH, span).value
+        assert row(by_hand, HIGH, span).length == row(table, HIGH, span).length
+    assert table.about["folds"] == 3
+
+
+def test_the_untrained_twin():
+    model = Model(*tiny("gemma2"))
+    state = torch.get_rng_state()
+    twin = untrained(model, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert twin.module.config.to_dict() == model.module.config.to_dict()
+    assert not torch.equal(twin.weights["1.attn.o"], model.weights["1.attn.o"])
+    assert torch.equal(twin.weights["1.attn.o"], untrained(model, seed=1).weights["1.attn.o"])
+    assert not torch.equal(twin.weights["1.attn.o"], untrained(model, seed=2).weights["1.attn.o"])
+
+
+def test_what_a_model_cannot_be_probed_for():
+    model = Model(*tiny("llama"))
+    runs, labels = runs_of(model)
+    plain = [model.transcript(f"q{i}", "abc") for i in range(24)]
+    with pytest.raises(ValueError, match="None of the 24 labelled transcripts has a span 'thinking'"):
+        probe(model, plain, labels, over="thinking")
+    with pytest.raises(ValueError, match="24 transcripts, 3 labels"):
+        probe(model, runs, [0, 1, 1])
+    with pytest.raises(ValueError, match="No transcript has a label"):
+        probe(model, runs, [None] * 24)
+    with pytest.raises(ValueError, match=r"'9\.resid' matches no site"):
+        probe(model, runs, labels, at="9.resid")
+
+
+def test_as_many_rows_as_transcripts_but_not_one_each():
+    """Labels and groups stay with their transcripts where half of these have two spans and the others none."""
+    model = Model(*tiny("llama"))
+    runs, labels = runs_of(model, 8)
+    nothing = [model.transcript(f"q{i}", "") for i in range(8)]
+    spans = ("thinking", "answer")
+    some = probe(model, [*nothing, *runs], [0, 1, 1, 0] * 2 + labels, over=spans, at="1.resid", folds=2, shuffles=0)
+    once = probe(model, runs, labels, over=spans, at="1.resid", folds=2, shuffles=0)
+    assert [r.rows for r in some.rows] == [8] * 4
+    for span in spans:
+        a, b = row(some, LOW, span), row(once, LOW, span)
+        assert (a.value, a.low, a.length, a.untrained, a.n) == (b.value, b.low, b.length, b.untrained, b.n)
