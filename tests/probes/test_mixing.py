@@ -1,0 +1,172 @@
+"""The mixture is the base at 0 and the tuned model at 1, and in between and beyond what the formula says."""
+
+import pytest
+import torch
+
+from probes.mixing import mix_logits, mixed
+from probes.steering import steered
+from surgery.edits import Scale
+from surgery.model import Model, prefix_cache
+from surgery.rows import rows_are
+from surgery.weights import apply
+from tests.families import FAMILIES, tiny
+
+QUESTIONS = ["one", "two and two", "a much longer question, it is", "on"]
+IDS = torch.arange(4, 24)[None]
+
+
+def pair(family="llama", other=None):
+    return Model(*tiny(family)), Model(*tiny(other or family, seed=7))
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model.module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def tokens(model, **options):
+    return [t.ids for t in model.generate(QUESTIONS, max_new_tokens=6, batch_size=3, **options)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ends_are_the_two_models(family):
+    base, tuned = pair(family)
+    ends, reads = [tokens(base), tokens(tuned)], [logits(base), logits(tuned)]
+    between = []
+    for other in (tuned, tuned_weights(base, tuned)):
+        for s in (0.0, 1.0):
+            with mixed(base, other, s):
+                assert torch.equal(logits(base), reads[int(s)])
+                assert tokens(base) == ends[int(s)]
+        with mixed(base, other, [0.0, 1.0, 1.0, 0.0]):
+            assert tokens(base) == [ends[0][0], ends[1][1], ends[1][2], ends[0][3]]
+        with mixed(base, other, 0.4):
+            between.append(tokens(base))
+    assert between[0] == between[1]
+    assert tokens(base) == ends[0]
+    assert torch.equal(logits(base), reads[0])
+
+
+def tuned_weights(base, tuned):
+    """The tuned model's point, as weights of the base."""
+    return base.weights + (tuned.weights - base.weights)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.3, 1.6])
+def test_the_formula(scale):
+    base, tuned = pair()
+    low, high = logits(base).double().log_softmax(-1), logits(tuned).double().log_softmax(-1)
+    with mixed(base, tuned, scale):
+        got = logits(base).double().log_softmax(-1)
+    torch.testing.assert_close(got, ((1 - scale) * low + scale * high).log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "other"), [("llama", "llama"), ("gemma2", "gemma2"), ("gpt2", "mistral"), ("qwen2", "gpt-neox")]
+)
+def test_decoding_is_the_argmax_of_the_formula(family, other):
+    """Token by token without any cache, each question by itself: also of two architectures, and with a shared prefix or none."""
+    base, tuned = pair(family, other)
+    with mixed(base, tuned, [0.5, 0.2, 1.4, 0.8]):
+        found = base.generate(QUESTIONS, max_new_tokens=6)
+    for scale, run in zip((0.5, 0.2, 1.4, 0.8), found, strict=True):
+        ids = list(run.ids[: run.spans["prompt"][1]])
+        while len(ids) < len(run.ids):
+            now = torch.tensor([ids])
+            ids.append(int(mix_logits(logits(base, now)[0, -1], logits(tuned, now)[0, -1], scale).argmax()))
+        assert tuple(ids) == run.ids
+
+
+def test_a_prefix_is_shared_unless_the_other_model_has_windows():
+    for family, shared in (("gpt2", True), ("mistral", False)):
+        base, other = pair("gpt2", family)
+        with mixed(base, other, 0.5), rows_are([4, 4]), torch.no_grad():
+            assert (prefix_cache(base.module, [4, 5, 6], 2) is not None) == shared
+
+
+def test_samples_do_not_depend_on_the_batch():
+    base, tuned = pair()
+    with mixed(base, tuned, 0.5):
+        options = {"samples": 2, "temperature": 2.0, "seed": 3, "max_new_tokens": 5}
+        together = [t.ids for t in base.generate(QUESTIONS, **options)]
+        assert [t.ids for t in base.generate(QUESTIONS, batch_size=3, **options)] == together
+        assert len(set(together)) == len(together)
+
+
+def test_a_floor_rules_out_what_the_base_all_but_excludes():
+    low, high = torch.tensor([[0.0, -1.0, -5.0]]), torch.tensor([[0.0, 1.0, 50.0]])
+    assert mix_logits(low, high, 2.0).argmax().item() == 2
+    ruled = mix_logits(low, high, 2.0, floor=0.1)
+    assert ruled.argmax().item() == 1
+    assert ruled.isinf().tolist() == [[False, False, True]]
+    base, tuned = pair()
+    with mixed(base, tuned, 3.0, floor=0.999):
+        greedy = tokens(base)
+    assert greedy == tokens(base)  # only the base's own first choice is left
+
+
+def test_a_steered_mixture_steers_a_model_with_two_weights_twice():
+    base, _ = pair()
+    other = apply(Scale(0.5), base.weights, "*.mlp.down")
+    u = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    with steered(base, u, strength=0.5, at="1.resid", over="completion"):
+        with base.installed(other):
+            wanted = tokens(base)
+        with mixed(base, other, 1.0):
+            assert tokens(base) == wanted
+        plain = tokens(base)
+        with mixed(base, other, 0.0):
+            assert tokens(base) == plain
+
+
+def test_everything_is_given_back():
+    base, tuned = pair()
+    before = logits(base)
+    data = {n: p.data_ptr() for n, p in base.module.named_parameters()}
+
+    def failing(other):
+        with mixed(base, other, 0.5):
+            logits(base)
+            raise KeyboardInterrupt
+
+    for other in (tuned, tuned_weights(base, tuned)):
+        with pytest.raises(KeyboardInterrupt):
+            failing(other)
+        with mixed(base, other, 0.5):
+            with pytest.raises(AttributeError):
+                base.module(input_ids=IDS, attention_mask="no mask")
+            assert not torch.equal(logits(base), before)
+    for model in (base, tuned):
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.module.modules())
+    assert {n: p.data_ptr() for n, p in base.module.named_parameters()} == data
+    assert torch.equal(logits(base), before)
+
+
+def test_what_cannot_be_mixed(unchecked):
+    base, tuned = pair()
+    for scale in (float("nan"), [], [0.5, float("inf")]):
+        with pytest.raises(ValueError, match="A scale is a finite number"), mixed(base, tuned, scale):
+            pass
+    for floor in (-0.1, 1.0):
+        with (
+            pytest.raises(ValueError, match=r"A floor is a share .* in \[0, 1\)"),
+            mixed(base, tuned, 0.5, floor=floor),
+        ):
+            pass
+    stranger = Model(*tiny("llama", seed=7))
+    stranger.tokenizer.add_tokens(["new"])
+    with pytest.raises(ValueError, match="do not have the same tokens"), mixed(base, stranger, 0.5):
+        pass
+    with (
+        pytest.raises(ValueError, match="do not have the same anatomy"),
+        mixed(base, Model(*tiny("gpt2")).weights, 0.5),
+    ):
+        pass
+    few = mixed(base, tuned, [0.1, 0.2])
+    with few, rows_are([1, 1, 1], [0, 1, 2]), pytest.raises(ValueError, match="2 scales are given for 3 rows"):
+        logits(base, IDS.repeat(3, 1))
+    with mixed(base, tuned, 0.5), pytest.raises(ValueError, match="The loss would be the base's alone"):
+        base.module(input_ids=IDS, labels=IDS)
+    cache = base.module(input_ids=IDS, use_cache=True).past_key_values
+    with mixed(base, tuned, 0.5), pytest.raises(ValueError, match="20 tokens in the cache were not read by both"):
+        base.module(input_ids=IDS[:, :1], past_key_values=cache)
