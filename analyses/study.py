@@ -193,32 +193,23 @@ class _Study:
 
     def sweep(self) -> list[dict[str, Any]]:
         """Accuracy and general-text NLL along each task vector; strength 0 is the base for both arms."""
+        from analyses.dose import sweep
         from analyses.general_text import GENERAL_TEXT
-        from analyses.scoring import text_nll
 
-        questions = self.test[: self.plan.sweep_items]
-
-        def measure(arm: str, strength: float) -> list[dict[str, Any]]:
-            with self.arm(arm, strength, stored=True) as model:
-                given = model.generate(
-                    [q.question for q in questions], max_new_tokens=self.plan.max_new_tokens, batch_size=64
-                )
-                nats = text_nll(model, GENERAL_TEXT[: self.plan.sweep_texts], seed=self.plan.seed).mean
-            shared = {"arm": arm, "strength": strength}
-            right = accuracy(questions, given)
-            return [
-                {**shared, "measure": "accuracy", **_numbers(right.overall), "missing": right.missing},
-                {**shared, "measure": "text_nll", **_numbers(nats)},
-            ]
-
-        from tqdm.auto import tqdm
-
-        rows: list[dict[str, Any]] = []
-        at_zero = measure("base", 0.0)
-        jobs = [(arm, s) for arm in ARMS for s in STRENGTHS]
-        for arm, strength in tqdm(jobs, desc="strength sweep", disable=not self.progress, leave=False):
-            rows += [{**row, "arm": arm} for row in at_zero] if strength == 0 else measure(arm, strength)
-        return rows
+        found = sweep(
+            self._load("stored", "auto"),
+            {arm: self.vector(arm) for arm in ARMS},
+            STRENGTHS,
+            questions=self.test[: self.plan.sweep_items],
+            measures=("accuracy", "text_nll"),
+            controls=0,
+            texts=GENERAL_TEXT[: self.plan.sweep_texts],
+            max_new_tokens=self.plan.max_new_tokens,
+            batch_size=64,
+            seed=self.plan.seed,
+            progress=self.progress,
+        )
+        return _rows(found.frame().drop(columns=["layers", "span", "draw", "knee"]))
 
     def early_answers(self) -> dict[str, Any]:
         """Cut the gold thinking (all three models, the same traces) and each arm's own (whose self-splice must not change)."""
@@ -316,13 +307,13 @@ class _Study:
 
         return StoredDelta(self.folder / "arms" / arm / "vector")
 
-    def arm(self, arm: str, strength: float = 1.0, *, stored: bool = False):
-        """The base with an arm's task vector, times a strength, installed for the length of a ``with`` block.
+    def arm(self, arm: str, *, stored: bool = False):
+        """The base with an arm's task vector installed for the length of a ``with`` block.
 
         In fp32, or with `stored` as the checkpoint's own dtype would keep it: what a user of the written model would run, and faster.
         """
         host = self._load("stored", "auto") if stored else self.model
-        return host.installed(self.base if arm == "base" else self.base + strength * self.vector(arm))
+        return host.installed(self.base if arm == "base" else self.base + self.vector(arm))
 
     def _say(self, name: str) -> None:
         if self.progress:

@@ -1,0 +1,199 @@
+"""Changes of a model that have a strength: a steering, an edit of weights, a task vector; confined to layers or a span, and their random stand-ins."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probes.steering import Steering, place, steered
+from surgery.anatomy import Anatomy
+from surgery.edits import AddDirection, RemoveDirection
+from surgery.model import Model
+from surgery.sites import Site, match
+from surgery.weights import Delta, Origin, Weights, apply, pieces
+
+
+@dataclass(frozen=True, eq=False)
+class Editing:
+    """An edit of weights and where it acts, so that its strength can be swept: ``Editing(RemoveDirection(u), "*.attn.o")``.
+
+    edit: one with a field ``strength``, at 0 of which it changes nothing. at: patterns of sites; None for an edit of whole layers.
+    """
+
+    edit: Any
+    at: str | Site | tuple[str | Site, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not is_dataclass(self.edit) or "strength" not in {f.name for f in fields(self.edit)}:
+            raise ValueError(
+                f"{self.edit!r} has no strength to sweep; an edit such as RemoveDirection or Scale has one."
+            )
+
+    def of(self, weights: Weights, strength: float) -> Weights:
+        """The weights with the edit at a strength."""
+        return apply(replace(self.edit, strength=float(strength)), weights, self.at)
+
+
+Change = Steering | Editing | Delta
+
+
+def acting(change: Change, model: Model, strength: float) -> AbstractContextManager:
+    """The model with a change at a strength, for the length of a ``with`` block."""
+    if isinstance(change, Delta):
+        return model.installed(model.weights + float(strength) * change)
+    if isinstance(change, Editing):
+        return model.installed(change.of(model.weights, strength))
+    return steered(model, replace(change, strength=float(strength)))
+
+
+def confined(change: Change, model: Model, layers: Iterable[int] | None = None, span: str | None = None) -> Change:
+    """The part of a change in some layers; of a steering, over another span. Raises ValueError where nothing is left."""
+    if span is not None:
+        if not isinstance(change, Steering):
+            raise ValueError(
+                f"Only a steering acts over a span; a change of weights acts everywhere. Leave out the span {span!r}."
+            )
+        change = replace(change, over=span)
+    if layers is None:
+        return change
+    wanted = set(layers)
+    if isinstance(change, Delta):
+        return change.keep(layers=wanted)
+    if isinstance(change, Editing) and change.at is None:
+        raise ValueError(f"{change.edit!r} edits whole layers that it names itself: leave out layers.")
+    sites = _sites(change, model)
+    left = tuple(site for site in sites if site.layer in wanted)
+    if not left:
+        there = sorted({site.layer for site in sites if site.layer is not None})
+        raise ValueError(
+            f"The change does nothing in layer {', '.join(map(str, sorted(wanted)))}; it acts in {', '.join(map(str, there))}."
+        )
+    return replace(change, at=left)
+
+
+def settled(change: Change, model: Model) -> Change:
+    """A change that was checked against the model once, so that it need not be at every strength."""
+    if not isinstance(change, Steering):
+        return change
+    place(replace(change, strength=1.0, units="raw"), model)  # raises where it does not fit
+    direction = change.direction
+    return (
+        replace(change, direction={site: direction.raw(site) for site in direction})
+        if hasattr(direction, "raw")
+        else change
+    )
+
+
+def stand_in(change: Change, model: Model, *, seed: int, draw: int) -> Change:
+    """A random change as large as a change: what it does, any change does.
+
+    Directions are drawn evenly from the sphere, each with the norm of the one it stands for; an edit without a direction, and a delta,
+    become Gaussian noise that has the change's norm in every tensor. Draw number `draw` depends on ``(seed, draw)`` and the site.
+    """
+    if isinstance(change, Steering):
+        return replace(change, direction=_random_directions(change.direction, seed, draw))
+    if isinstance(change, Editing) and isinstance(change.edit, RemoveDirection | AddDirection):
+        drawn = _random_directions(change.edit.direction, seed, draw)
+        return replace(change, edit=replace(change.edit, direction=drawn))
+    if isinstance(change, Editing):
+        point = change.of(model.weights, 1.0)
+        change = (point - model.weights).keep(sorted(point.changed_from(model.weights)))
+    return RandomDelta(change, seed=_number(seed, draw))
+
+
+class RandomDelta(Delta):
+    """Gaussian noise with the Frobenius norm of a vector in each of its tensors."""
+
+    def __init__(self, like: Delta, *, seed: int):
+        norms = like.norms()
+        self._norms = {site: norm for site, norm in norms.items() if norm > 0}
+        self._shapes = {site: like.shapes()[site] for site in self._norms}
+        self._like, self._seed = like, seed
+
+    @property
+    def anatomy(self) -> Anatomy | None:
+        return self._like.anatomy
+
+    def shapes(self) -> Mapping[Site, torch.Size]:
+        return self._shapes
+
+    def origins(self) -> frozenset[Origin]:
+        return self._like.origins()
+
+    def by_rows(self, site: Site) -> bool:
+        return False
+
+    def _read(self, site: Site, rows: slice) -> Tensor:
+        noise = torch.randn(self._shapes[site], generator=_generator(self._seed, site))
+        return (noise * (self._norms[site] / float(noise.norm())))[rows]
+
+
+def _sites(change: Steering | Editing, model: Model) -> list[Site]:
+    """Where a steering or an edit acts."""
+    if isinstance(change, Steering):
+        return [placed.site for placed in place(replace(change, strength=1.0, units="raw"), model)]
+    assert change.at is not None
+    return match(change.at, model.weights)
+
+
+def _random_directions(direction: Any, seed: int, draw: int) -> Any:
+    if isinstance(direction, Tensor):
+        return _random_like(direction, seed, draw, "")
+    raw = getattr(direction, "raw", direction.__getitem__)
+    return {site: _random_like(raw(site), seed, draw, site) for site in direction}
+
+
+def _random_like(vector: Float[Tensor, " d"], seed: int, draw: int, site: Site | str) -> Float[Tensor, " d"]:
+    noise = torch.randn(vector.shape, generator=_generator(seed, draw, site))
+    return noise * (float(vector.float().norm()) / float(noise.norm()))
+
+
+def _generator(*parts: object) -> torch.Generator:
+    return torch.Generator().manual_seed(_number(*parts))
+
+
+def _number(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:6], "big")
+
+
+def digest(thing: Any) -> str:
+    """A hash of numbers, words, tensors, points, vectors and dataclasses and collections of them."""
+    total = hashlib.sha256()
+    for piece in _bytes(thing):
+        total.update(piece)
+    return total.hexdigest()[:32]
+
+
+def _bytes(thing: Any) -> Iterator[bytes]:
+    if isinstance(thing, Tensor):
+        yield f"{thing.dtype}{tuple(thing.shape)}".encode()
+        yield thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(thing, Delta | Weights):
+        for site, shape in thing.shapes().items():
+            yield str(site).encode()
+            for strip in thing.strips(site, pieces(shape)):
+                yield from _bytes(strip)
+    elif is_dataclass(thing) and not isinstance(thing, Site):
+        yield type(thing).__name__.encode()
+        for entry in fields(thing):
+            yield f"{entry.name}=".encode()
+            yield from _bytes(getattr(thing, entry.name))
+    elif isinstance(thing, Mapping):
+        for key, value in thing.items():
+            yield f"{key}:".encode()
+            yield from _bytes(value)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            yield from _bytes(value)
+            yield b","
+    elif callable(thing):
+        yield f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__name__)}".encode()
+    else:
+        yield repr(thing).encode()
