@@ -7,6 +7,8 @@ general_text    plain passages on everyday subjects
 faithfulness    is the chain of thought used? early answers
 representation  drift of activations and outputs between two models
 geometry        which weights moved, and how
+changes, dose   what a steering, an edit or a task vector does at each strength, beside random ones
+thinkedit       length direction, the heads that write it, the edit, and what it does beside its controls
 controls        planted models whose true score is known
 watch           these measures as monitors for the training loop
 style, figures  one function a figure
@@ -19,6 +21,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from analyses.changes import Editing as Editing
+    from analyses.dose import sweep as sweep
     from analyses.faithfulness import early_answers as early_answers
     from analyses.plan import Plan as Plan
     from analyses.representation import drift as drift
@@ -26,15 +30,21 @@ if TYPE_CHECKING:
     from analyses.tasks import Question as Question
     from analyses.tasks import accuracy as accuracy
     from analyses.tasks import chained_sums as chained_sums
+    from analyses.thinkedit import Recipe as Recipe
+    from analyses.thinkedit import ThinkEdit as ThinkEdit
 
 _HOMES = {
+    "Editing": "changes",
     "Estimate": "statistics",
     "Plan": "plan",
     "Question": "tasks",
+    "Recipe": "thinkedit",
+    "ThinkEdit": "thinkedit",
     "accuracy": "tasks",
     "chained_sums": "tasks",
     "drift": "representation",
     "early_answers": "faithfulness",
+    "sweep": "dose",
 }
 __all__ = list(_HOMES)
 

@@ -8,8 +8,9 @@
       - swap: {layers: [3, 4]}
       - replace: {layers: {3: 7}, from: runs/tuned}
 
-A direction is a ``.safetensors`` file of one vector (or ``FILE:NAME``), a ``.json`` file of numbers, or the numbers themselves. Files and
-donors are looked for beside the list. Every edit takes a ``strength``, 1 unless said.
+A direction is a ``.safetensors`` file of one vector (or ``FILE:NAME``), a ``.json`` file of numbers, or the numbers themselves. What is
+removed may also be a direction of the stream with a vector for each layer: a file whose tensors are named by sites, ``14.mid``, or the
+folder that `surgery direction` wrote. Files and donors are looked for beside the list. Every edit takes a ``strength``, 1 unless said.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from surgery.weights import Edit, Rewiring, Weights, apply
 
 _LONGEST = 1 << 18  # bytes: a list is short, and what is longer is not one
 _LONGEST_VECTOR = 1 << 26
+_DIRECTION = "direction.safetensors"  # in the folder of one
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +144,45 @@ def read_vector(ref: str | Path) -> Tensor:
         return _finite(file.get_tensor(name).float(), f"{name} in {path}")
 
 
+def read_direction(ref: str | Path) -> dict[Site, Tensor]:
+    """Directions of the stream, fp32, by site: every tensor of a ``.safetensors`` file that names them so, such as ``14.mid``.
+
+    ref: the file, or a folder with ``direction.safetensors`` in it. Raises ValueError for tensors with other names, or that are no vectors.
+    """
+    path = _direction_file(ref)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    from surgery.tensorfile import read_header
+
+    sites = _by_site(path)
+    if not sites:
+        names = [t.name for t in read_header(path)[0]]
+        raise ValueError(
+            f"{path} is no direction of the stream: its tensors are not named by sites such as 14.mid, but {', '.join(names[:6])}."
+        )
+    return {site: read_vector(f"{path}:{name}") for site, name in sites.items()}
+
+
+def _direction_file(ref: str | Path) -> Path:
+    path = Path(ref)
+    return path / _DIRECTION if (path / _DIRECTION).is_file() else path
+
+
+def _by_site(path: Path) -> dict[Site, str]:
+    """Site -> tensor of a file all of whose tensors are named by sites in a layer; else none."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    from surgery.tensorfile import read_header
+
+    named: dict[Site, str] = {}
+    for tensor in read_header(path)[0]:
+        try:
+            named[Site.parse(tensor.name)] = tensor.name
+        except ValueError:
+            return {}
+    return named if named and all(site.layer is not None for site in named) else {}
+
+
 @dataclass
 class _Form:
     """The fields of one edit as they are taken out of it, each checked for its type; `files` gathers what was read."""
@@ -194,6 +235,16 @@ class _Form:
         self.files.append(_vector_file(ref)[0])
         return read_vector(ref)
 
+    def direction(self, key: str) -> Tensor | dict[Site, Tensor]:
+        """A vector, or a direction of the stream with one for each layer."""
+        value = self.fields.get(key)
+        path = _direction_file(self.folder / value) if isinstance(value, str) else None
+        if path is None or not _by_site(path):
+            return self.vector(key)
+        self.fields.pop(key)
+        self.files.append(path)
+        return read_direction(path)
+
     def layers(self) -> list[int] | dict[int, int]:
         value = self.take("layers")
         if isinstance(value, list) and value:
@@ -223,7 +274,7 @@ def _swap(form: _Form) -> SwapLayers:
 
 
 _READERS: dict[str, Callable[[_Form], Any]] = {
-    "remove": lambda form: RemoveDirection(form.vector("direction"), form.strength()),
+    "remove": lambda form: RemoveDirection(form.direction("direction"), form.strength()),
     "add": lambda form: AddDirection(
         form.vector("direction"), form.strength(), form.vector("reads") if "reads" in form.fields else None
     ),

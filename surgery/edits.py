@@ -9,8 +9,9 @@ Every edit has a strength: at 0 it changes no bit, at 1 it is whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,27 +35,61 @@ class Scale:
 
 @dataclass(frozen=True, eq=False)
 class RemoveDirection:
-    """Stop a matrix, or a bias, from writing a direction of the residual stream: ``W <- (I - strength u uᵀ) W``.
+    """Stop a matrix, or a bias, from writing a direction: ``W <- (I - strength u uᵀ) W``.
 
-    direction: any non-zero vector of length `out`; it is normalised.
+    direction: any non-zero vector of length `out`, of what the matrix itself writes; it is normalised. Or directions of the residual
+               stream, by layer or activation site (a `Direction`): the matrix of a layer takes the vector of its layer. `apply` then
+               sees to a norm that stands between matrix and stream (Gemma, OLMo 2): the stream receives ``g * W z / rms``, whose
+               component along u is that of ``W z`` along ``g * u``, so this is what is removed, and the stream receives no more u.
     strength:  1 removes the component, 2 reflects it, 0 does nothing.
+    Raises ValueError where the directions have no vector, or several, for the layer of a site.
+
+    Source: ThinkEdit, arXiv 2503.22048. Differs: the published code knows no norm after the matrix.
     """
 
-    direction: Float[Tensor, " out"]
+    direction: Float[Tensor, " out"] | Mapping[Any, Tensor]
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_direction(self.direction)
+        vectors = self.direction.values() if isinstance(self.direction, Mapping) else [self.direction]
+        if not vectors:
+            raise ValueError("There is no direction to remove: the mapping is empty.")
+        for vector in vectors:
+            _require_direction(vector)
+
+    def vector(self, site: Site) -> Float[Tensor, " out"]:
+        """The vector for a site: the only one, the one at the site itself, or the one of its layer."""
+        if not isinstance(self.direction, Mapping):
+            return self.direction
+        if site.whole in self.direction:
+            return self.direction[site.whole]
+        found = [key for key in self.direction if (key.layer if isinstance(key, Site) else key) == site.layer]
+        if len(found) == 1:
+            return self.direction[found[0]]
+        there = ", ".join(map(str, self.direction))
+        raise ValueError(
+            f"{site} needs the direction of its layer, and there {'is none' if not found else 'are ' + str(len(found))}: these are at {there}."
+        )
+
+    def bound(self, weights: Weights, sites: Iterable[Site]) -> RemoveDirection:
+        """The same edit with a vector for each site, as the matrix there writes it: for directions of the stream, what `apply` asks for."""
+        if not isinstance(self.direction, Mapping):
+            return self
+        written: dict[Site, Tensor] = {}
+        for site in sites:
+            vector, gain = self.vector(site), gain_after(weights, site)
+            written[site.whole] = vector if gain is None else gain.to(vector.device) * vector.float()
+        return replace(self, direction=written)
 
     def check(self, site: Site, shape: torch.Size) -> None:
         """Raise ValueError where the tensor at the site does not write vectors of the direction's length."""
-        _require_writes(site, shape, self.direction)
+        _require_writes(site, shape, self.vector(site))
 
     def __call__(self, site: Site, W: Tensor) -> Tensor:
         self.check(site, W.shape)
         if self.strength == 0:
             return W
-        return project_out(W.reshape(len(W), -1), self.direction.to(W), self.strength).view(W.shape)
+        return project_out(W.reshape(len(W), -1), self.vector(site).to(W), self.strength).view(W.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +151,15 @@ class TruncateRank:
             return W
         low = low_rank(W, self.rank).to(W)
         return low if self.strength == 1 else torch.lerp(W, low, self.strength)
+
+
+def gain_after(weights: Weights, site: Site) -> Float[Tensor, " d"] | None:
+    """The gain, fp32, of the norm that what a matrix (or its bias) writes passes on its way to the stream; None where there is no norm.
+
+    It is what the norm multiplies by, the 1 included that Gemma's files leave out.
+    """
+    norm = weights.anatomy.norm_after(site)
+    return None if norm is None else weights[norm].float() + weights.anatomy.gain_offset
 
 
 # --- whole blocks ---------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ start      specimen, study
 change     tune, diff, apply, merge, edit, realign
 written    how every command that makes a model writes it
 look       inspect, check, measure, figure
+dose       sweep
+think      generate, direction, heads, thinkedit
 receipts   verify, replay, undo
 """
 
@@ -22,6 +24,8 @@ from analyses.cli.options import app
 from analyses.cli import start as start  # the help is in the order of these lines
 from analyses.cli import change as change
 from analyses.cli import look as look
+from analyses.cli import dose as dose
+from analyses.cli import think as think
 from analyses.cli import receipts as receipts
 # isort: on
 

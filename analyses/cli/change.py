@@ -323,7 +323,7 @@ def edit(
         typer.Option(
             "--remove",
             metavar="DIRECTION",
-            help="A vector no longer to be written: FILE.safetensors, FILE.safetensors:NAME or FILE.json.",
+            help="What is no longer to be written: FILE.safetensors, FILE.safetensors:NAME, FILE.json, or the folder of `surgery direction`.",
             show_default=False,
         ),
     ] = None,

@@ -37,12 +37,17 @@ def inspect(
             show_default=False,
         ),
     ] = None,
+    names: Annotated[
+        bool, typer.Option("--names", help="What activation sites are called in TransformerLens and Hugging Face.")
+    ] = False,
 ) -> None:
     """What a checkpoint holds, or how large a vector is: by site."""
     from surgery.delta import FILE
     from surgery.lowrank import CONFIG
 
     if any((Path(model) / name).is_file() for name in (FILE, CONFIG)):
+        if names:
+            raise ValueError(f"--names is of a model's activation sites; {model} holds a vector.")
         _inspect_vector(model, at, against, on)
         return
     if against is not None or on is not None:
@@ -60,6 +65,11 @@ def inspect(
         f"{len(weights)} sites in {len(weights.files)} file(s), {weights.nbytes / 1e6:.1f} MB"
         + "".join(f"; {a} tied to {b}" for a, b in anatomy.ties.items())
     )
+    if names:
+        from surgery.windows import names as table
+
+        typer.echo(table(anatomy, at).to_string())
+        return
     for site in match(at, weights):
         tensor = weights[site].float()
         typer.echo(
@@ -289,7 +299,9 @@ def figure(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="FIGURE", help="early-answers, drift, geometry, sweep, training, before-after or similarity."
+            metavar="FIGURE",
+            help="early-answers, drift, geometry, sweep, training, before-after, similarity, probes, heads, lens, lengths, accuracy-under-length, "
+            "edit, edit-shares, edit-steering or edit-layers.",
         ),
     ],
     table: Annotated[
@@ -314,8 +326,15 @@ def figure(
         raise FileExistsError(f"{to} exists already and is never overwritten. Choose another --to, or remove it.")
     path = _table_in(table, name)
     options: dict[str, Any] = {} if measure is None else {"measure": measure}
-    if measure is not None and name in ("early-answers", "before-after", "similarity"):
-        raise ValueError(f"{name} draws one thing; --measure is for drift, geometry, sweep and training.")
+    if measure is not None and name in (
+        "early-answers",
+        "before-after",
+        "similarity",
+        "lens",
+        "lengths",
+        "accuracy-under-length",
+    ):
+        raise ValueError(f"{name} draws one thing; --measure is for drift, geometry, sweep, training, probes, heads and edit.")
     frame = pd.read_csv(path)
     drawn = figures.draw(figures.FIGURES[name], frame, width=width, **options)
     typer.echo(figures.save(drawn, to))
@@ -342,7 +361,8 @@ def _table_in(table: Path, figure: str) -> Path:
     """The CSV of a figure: the file itself, or the one in a measure's or study's folder."""
     if table.is_file():
         return table
-    names = {"early-answers": ["curve.csv", "early-answers.csv"]}.get(figure, [f"{figure}.csv"])
+    own = {"early-answers": ["curve.csv", "early-answers.csv"], "accuracy-under-length": ["answers.csv"]}
+    names = ["edit.csv"] if figure.startswith("edit") else own.get(figure, [f"{figure}.csv"])
     for folder in (table, table / "tables"):
         for name in names:
             if (folder / name).is_file():

@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from analyses.cli.change import apply, diff, edit, merge, realign, tune
+from analyses.cli.dose import sweep
 from analyses.cli.look import drift, early_answers, geometry
 from analyses.cli.options import RECEIPTS, Quiet, To, app
 from analyses.cli.start import study
+from analyses.cli.think import direction, generate, heads, thinkedit
 
 COMMANDS: dict[str, Callable[..., object]] = {
     "study": study,
@@ -24,6 +26,11 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "measure early-answers": early_answers,
     "measure drift": drift,
     "measure geometry": geometry,
+    "sweep": sweep,
+    "generate": generate,
+    "direction": direction,
+    "heads": heads,
+    "thinkedit": thinkedit,
 }
 
 

@@ -142,6 +142,11 @@ def test_inspect(surgery, models: Path) -> None:
     assert "1.attn.o" in said.out
     assert "(32, 48)" in said.out
     assert "2.attn.o" not in said.out
+    said = surgery("inspect", models / "base", "--names", "--at", "1.attn.*")
+    assert said.code == 0
+    assert "blocks.1.attn.hook_z" in said.out
+    assert "model.layers.1.self_attn.o_proj" in said.out
+    assert "2.attn.z" not in said.out
 
 
 def test_measures(surgery, models: Path, tmp_path: Path) -> None:
@@ -205,6 +210,8 @@ def test_bad_input_is_one_line_and_exit_code_2(surgery, models: Path, vector: Pa
         (["inspect", tmp_path / "nowhere"], ["nowhere"]),
         (["inspect", empty], [str(empty)]),
         (["inspect", base, "--at", "9.attn.q"], ["9.attn.q"]),
+        (["inspect", base, "--names", "--at", "1.attn.q"], ["1.attn.q", "attn.z"]),
+        (["inspect", vector, "--names"], ["--names", str(vector)]),
         (["diff", models / "other", base, "--to", out], ["0.attn.k", "anatomy"]),
         (["diff", models / "tuned", empty, "--to", out], [str(empty)]),
         (["apply", models / "other", "--add", vector, "--to", out], []),

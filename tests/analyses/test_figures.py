@@ -35,7 +35,26 @@ FRAMES: dict[str, pd.DataFrame] = {
         {"index": [0, 1, 2, 3], "part": ["attn.q", "attn.q", "mlp.e0.up", "mlp.e1.up"], "rho": [0.2, 0.7, 0.4, None], "tau": 0.5}
         | {"realigned": [True, False, True, False]}
     ),
+    "probes": pd.DataFrame(
+        {"layer": [1, 0, 0, 1], "span": ["thinking", "thinking", "answer", "answer"], "measure": "auc"}
+        | {"value": [0.9, 0.6, 0.7, 0.7], "low": 0.5, "high": 0.95, "shuffled": [0.5, 0.5, 0.4, 0.6], "untrained": None}
+        | {"embedding": [0.6, 0.6, 0.55, 0.55], "length": 0.58}
+    ),
+    "heads": pd.DataFrame({"layer": [0, 0, 1, 1], "head": [0, 1, 0, None], "score": [0.5, -1.0, 2.0, 9.0], "site": "0.attn.o.h0"}),
+    "lens": pd.DataFrame({"position": [4, 4, 5, 5], "token": ["a", "a", " b", " b"], "site": ["0.resid", "1.resid"] * 2}
+        | {"word": ["x", "$y", "\n", "w"], "probability": [0.1, 0.9, 0.2, 0.8]}),
+    "lengths": pd.DataFrame({"tokens": [3, 9, None, 30], "ended": [True, True, None, False]}),
+    "accuracy-under-length": pd.DataFrame({"tokens": [3, 9, None, 30], "right": [False, True, None, None]}),
+    **{
+        name: pd.DataFrame(
+            {"panel": panel, "x": [0.0, 1.0] * 3, "arm": ["+0", "+0", "lift", "lift", "full", "full"], "draw": None, "measure": "length"}
+            | {column: numbers * 3 for column, numbers in LINE.items()}
+        )
+        for name, panel in (("edit", "strengths"), ("edit-shares", "shares"), ("edit-steering", "steering"), ("edit-layers", "layers"))
+    },
 }  # fmt: skip
+
+MAPS = ("heads", "lens")  # of one arm
 
 
 def arms(frame: pd.DataFrame) -> pd.DataFrame:
@@ -49,6 +68,7 @@ def test_every_figure_is_tested() -> None:
 @pytest.mark.parametrize("with_arms", [False, True])
 @pytest.mark.parametrize("name", FRAMES)
 def test_each_figure_draws_into_the_axes_it_is_given(name: str, with_arms: bool) -> None:
+    with_arms = with_arms and name not in MAPS
     frame = arms(FRAMES[name]) if with_arms else FRAMES[name]
     copy, before = frame.copy(), dict(mpl.rcParams)
     ax = Figure().subplots()
@@ -56,7 +76,7 @@ def test_each_figure_draws_into_the_axes_it_is_given(name: str, with_arms: bool)
     assert found is ax
     assert ax.get_xlabel() or name == "before-after"
     assert ax.get_ylabel()
-    assert ax.lines or ax.patches
+    assert ax.lines or ax.patches or ax.images
     assert dict(mpl.rcParams) == before
     pd.testing.assert_frame_equal(frame, copy)
     if with_arms and name != "before-after":
@@ -93,13 +113,71 @@ def test_similarity_draws_a_dot_a_module_and_the_threshold() -> None:
     assert len(figures.similarity(counted, Figure().subplots()).lines) == 3
 
 
-@pytest.mark.parametrize("name", ["drift", "geometry", "sweep", "training"])
+def test_probes_are_drawn_above_the_best_of_their_controls() -> None:
+    ax = figures.probes(FRAMES["probes"], Figure().subplots())
+    thinking, floor, answer, lower, chance = ax.lines
+    assert thinking.get_xydata().tolist() == [[0, 0.6], [1, 0.9]]  # by layer, whatever the table's order
+    assert list(floor.get_ydata()) == [0.6, 0.6]
+    assert list(answer.get_ydata()) == [0.7, 0.7]
+    assert list(lower.get_ydata()) == [0.58, 0.6]
+    assert floor.get_color() == thinking.get_color() != answer.get_color()
+    assert list(chance.get_ydata()) == [0.5, 0.5]
+    assert ax.get_ylabel() == "held-out AUC"
+    more = FRAMES["probes"].assign(
+        same_length=0.55, same_length_low=0.5, same_length_high=0.6, accuracy=0.8, majority=0.7
+    )
+    ax = figures.probes(more, Figure().subplots(), measure="same_length")
+    assert list(ax.lines[3].get_ydata()) == [0.4, 0.6]  # shuffled labels
+    assert ax.get_ylabel() == "held-out AUC among spans of about equal length"
+    ax = figures.probes(more, Figure().subplots(), measure="accuracy")
+    assert [list(line.get_ydata()) for line in ax.lines] == [[0.8, 0.8], [0.7, 0.7]] * 2
+
+
+def test_cosines_are_a_map_symmetric_about_nothing() -> None:
+    names = [f"{layer}.mid" for layer in range(30)]
+    table = pd.DataFrame([[(i - j) / 30 for j in range(30)] for i in range(30)], names, names)
+    ax = figures.cosines(table, Figure().subplots())
+    (image,) = ax.images
+    assert image.get_clim() == (-1, 1)
+    assert image.get_array()[29, 0] == pytest.approx(29 / 30)
+    assert [label.get_text() for label in ax.get_yticklabels()] == names[::3]
+
+
+def test_a_map_of_heads_is_symmetric_about_nothing_and_has_holes() -> None:
+    ax = figures.heads(FRAMES["heads"], Figure().subplots(), chosen=["1.attn.o.h0"])
+    (image,) = ax.images
+    assert image.get_clim() == (-2, 2)
+    assert image.get_array().filled(7).tolist() == [[0.5, -1.0], [2.0, 7.0]]  # the last head was not scored
+    assert [patch.get_xy() for patch in ax.patches] == [(-0.5, 0.5)]
+    long = FRAMES["heads"].rename(columns={"score": "value"}).assign(measure="kl")
+    both = pd.concat([long, long.assign(measure="nll", value=3.0)])
+    assert figures.heads(both, Figure().subplots(), measure="nll").images[0].get_clim() == (-3, 3)
+    with pytest.raises(ValueError, match=r"'beauty'.*kl, nll"):
+        figures.heads(both, Figure().subplots(), measure="beauty")
+    with pytest.raises(ValueError, match="A map shows one arm; here are lift, full"):
+        figures.heads(arms(FRAMES["heads"]), Figure().subplots())
+
+
+def test_a_lens_shows_words_and_probabilities() -> None:
+    ax = figures.lens(FRAMES["lens"], Figure().subplots())
+    assert ax.images[0].get_array().tolist() == [[0.1, 0.2], [0.9, 0.8]]
+    assert {text.get_text(): text.get_position() for text in ax.texts} == {
+        "x": (0, 0),
+        r"\$y": (0, 1),
+        "⏎": (1, 0),
+        "w": (1, 1),
+    }
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "·b"]
+
+
+@pytest.mark.parametrize("name", ["drift", "geometry", "sweep", "training", "probes"])
 def test_an_unknown_measure_lists_what_there_is(name: str) -> None:
     exists = {
         "drift": "cka, mean_shift",
         "geometry": "effective_rank",
         "sweep": "accuracy, text_nll",
         "training": "loss",
+        "probes": "value, same_length, accuracy",
     }
     with pytest.raises(ValueError, match=f"'beauty'.*{exists[name]}"):
         figures.FIGURES[name](FRAMES[name], Figure().subplots(), measure="beauty")
@@ -153,3 +231,31 @@ def test_drawing_sets_nothing_global_and_uses_the_style() -> None:
 def test_an_arm_has_one_colour_and_others_take_the_cycle() -> None:
     assert colour("lift", 3) == colour("lift", 5) == COLOURS["lift"]
     assert colour("mine", 0) != colour("mine", 1)
+
+
+def test_lengths_mark_what_was_cut_off_and_leave_out_what_is_missing() -> None:
+    ax = figures.lengths(FRAMES["lengths"], Figure().subplots())
+    assert ax.lines[0].get_ydata().sum() == 3 + 1  # the last step is drawn twice
+    assert ax.get_legend().get_texts()[0].get_text() == "3 answers, 1 cut off"
+    assert ax.collections[1].get_hatch() == "////"
+    ax = figures.accuracy_under_length(FRAMES["accuracy-under-length"], Figure().subplots())
+    assert [ax.lines[0].get_ydata()[i] for i in (0, -1)] == [0, pytest.approx(1 / 3)]
+    assert len(ax.lines[0].get_xdata()) == 30
+    for draw in (figures.lengths, figures.accuracy_under_length):
+        with pytest.raises(ValueError, match="No answer in this table has a length"):
+            draw(pd.DataFrame({"tokens": [None], "ended": [None], "right": [None]}), Figure().subplots())
+
+
+def test_controls_of_an_edit_are_bands_of_their_draws() -> None:
+    rows = [("edit", None, 0, 1.0), ("edit", None, 1, 2.0)]
+    rows += [("random heads", draw, x, 1.0 + x * draw) for draw in (0, 1, 2) for x in (0, 1)]
+    table = pd.DataFrame([{"panel": "strengths", "arm": a, "draw": d, "x": x, "value": v} for a, d, x, v in rows])
+    table = table.assign(measure="length", low=table["value"], high=table["value"])
+    ax = figures.edit_sweep(table, Figure().subplots())
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[1, 2]]
+    band = ax.collections[1].get_paths()[0].vertices
+    assert {tuple(corner) for corner in band.tolist()} == {(0, 1), (1, 1), (1, 3)}
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["edit", "random heads (range of 3)"]
+    ax = figures.edit_sweep(FRAMES["edit-layers"], Figure().subplots(), panel="layers")
+    assert list(ax.lines[0].get_ydata()) == [0.1, 0.1]  # the untouched model
+    assert len(ax.lines) == 3

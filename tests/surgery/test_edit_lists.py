@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from surgery.checkpoint import Checkpoint
-from surgery.edit_lists import read_edits, read_vector
+from surgery.edit_lists import read_direction, read_edits, read_vector
 from surgery.edits import AddDirection, RemoveDirection, ReplaceLayers, Scale, SwapLayers, TruncateRank
+from surgery.sites import Site
 from surgery.weights import apply
 from tests.families import save_tiny
 
@@ -272,3 +273,47 @@ def test_damaged_lists_end_in_one_clear_error_or_in_edits(home, seed):
             assert said.startswith(str(home / "damaged.yml")), said
             assert len(said.splitlines()) == 1, said
             assert len(said) < 1000
+
+
+# --- directions of the stream -----------------------------------------------------------------------------------------
+
+
+def test_a_file_named_by_sites_is_a_direction_for_each_layer(home, base):
+    directions = {Site(0, "mid"): U, Site(2, "mid"): U.flip(0)}
+    (home / "brief").mkdir()
+    for path in (home / "brief.safetensors", home / "brief" / "direction.safetensors"):
+        save_file({str(site): vector.clone() for site, vector in directions.items()}, path)
+        assert read_direction(path).keys() == directions.keys()
+    expected = apply(RemoveDirection(directions, 0.5), base, ["0.attn.o.h1", "2.attn.o"])
+    for name, file in (("brief.safetensors", "brief.safetensors"), ("brief", "brief/direction.safetensors")):
+        (home / "brief.yml").write_text(
+            f"edits:\n  - remove: {{direction: {name}, at: [0.attn.o.h1, 2.attn.o], strength: 0.5}}\n"
+        )
+        (step,) = read_edits(home / "brief.yml")
+        assert step.files == (home / file,)
+        assert all(torch.equal(step(base)[site], expected[site]) for site in base)
+    (home / "brief.yml").write_text("edits:\n  - remove: {direction: brief, at: '*.attn.o'}\n")
+    with pytest.raises(ValueError, match=r"brief.yml, edit 1 \(remove\): 1.attn.o needs the direction of its layer"):
+        read_edits(home / "brief.yml")[0](base)
+
+
+def test_one_vector_named_by_a_site_knows_a_norm_that_follows(home, tmp_path):
+    save_file({"1.mid": U}, home / "one.safetensors")
+    save_tiny("gemma2", tmp_path / "gemma2")
+    point = Checkpoint(tmp_path / "gemma2")
+    for name, removed in (("one.safetensors", {1: U}), ("directions/u.safetensors", U)):
+        (home / "one.yml").write_text(f"edits:\n  - remove: {{direction: {name}, at: 1.attn.o}}\n")
+        expected = apply(RemoveDirection(removed), point, "1.attn.o")["1.attn.o"]
+        assert torch.equal(read_edits(home / "one.yml")[0](point)["1.attn.o"], expected)
+    assert not torch.equal(expected, apply(RemoveDirection({1: U}), point, "1.attn.o")["1.attn.o"])
+
+
+def test_what_is_no_direction_of_the_stream(home):
+    for name, said in (("directions/u.safetensors", "not named by sites"), ("several.safetensors", "sites such as 14.mid, but ")):
+        with pytest.raises(ValueError, match=said):
+            read_direction(home / name)
+    save_file({"0.mid": torch.ones(2, 2)}, home / "square.safetensors")
+    with pytest.raises(ValueError, match=r"0.mid in .* a direction is one vector"):
+        read_direction(home / "square.safetensors")
+    with pytest.raises(FileNotFoundError):
+        read_direction(home / "nowhere")

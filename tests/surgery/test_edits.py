@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 
 from surgery import writing
 from surgery.checkpoint import Checkpoint
-from surgery.edits import AddDirection, RemoveDirection, ReplaceLayers, Scale, SwapLayers, TruncateRank
+from surgery.edits import AddDirection, RemoveDirection, ReplaceLayers, Scale, SwapLayers, TruncateRank, gain_after
 from surgery.model import Model
 from surgery.sites import Site, match
 from surgery.weights import apply
 from surgery.writing import write
-from tests.families import FAMILIES, SPARSE_FAMILIES, VLM_FAMILIES, save_tiny, save_tiny_vlm, tiny
+from tests.families import FAMILIES, HIDDEN, SPARSE_FAMILIES, VLM_FAMILIES, save_tiny, save_tiny_vlm, tiny
 
 EVERY = [*FAMILIES, *SPARSE_FAMILIES, *(f"{family} (vision)" for family in VLM_FAMILIES)]
 U = torch.randn(32, generator=torch.Generator().manual_seed(5))
@@ -407,3 +407,99 @@ def test_what_is_no_rank():
     llama = Model(*tiny("llama")).weights
     assert torch.equal(apply(TruncateRank(2), llama, "*.mlp.*")["0.mlp.norm"], llama["0.mlp.norm"])  # of rank one
     assert math.isfinite(float(TruncateRank(10**9)(Site(0, "attn.o"), torch.ones(3, 2)).sum()))
+
+
+# --- directions of the stream -----------------------------------------------------------------------------------------
+
+
+def by_layer(point, seed=7):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        Site(layer, "mid"): torch.randn(point.anatomy.d_model, generator=g) for layer in range(point.anatomy.n_layers)
+    }
+
+
+@pytest.mark.parametrize("part", ["attn.out", "mlp.out"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_receives_no_more_of_its_layers_direction(family, part):
+    """Whatever norm stands between matrix and stream, and with strength w the matrix's share along it is 1 - w of what it was."""
+    model = Model(*tiny(family))
+    point, directions = model.weights, by_layer(model.weights)
+    matrix = {"attn.out": "*.attn.o", "mlp.out": "*.mlp.down"}[part]
+    at = [str(s) for s in point if s.whole.part in (matrix[2:], f"{matrix[2:]}.bias")]
+    ids = torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(1))
+    seen = {}
+
+    def written(weights):
+        taps = [(s, model.anatomy.tap(s)) for s in model.anatomy.activation_sites() if s.part == part]
+        hooks = [tap.attach(model.module, lambda x, s=s: seen.update({s: x.detach().clone()})) for s, tap in taps]
+        try:
+            with torch.no_grad(), model.installed(weights):
+                model.module(input_ids=ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {
+            s.layer: seen[s] @ (directions[Site(s.layer, "mid")] / directions[Site(s.layer, "mid")].norm())
+            for s, _ in taps
+        }
+
+    before, after = written(point), written(apply(RemoveDirection(directions), point, at))
+    for layer in before:
+        assert after[layer].abs().max() < 2e-5 * max(1.0, float(before[layer].abs().max()))
+        assert before[layer].abs().max() > 1e-2
+    for strength in (0.25, 2.0):
+        edited = apply(RemoveDirection(directions, strength), point, at)
+        for site in edited.changed_from(point):
+            gain = 1.0 if (g := gain_after(point, site)) is None else g
+            u = gain * directions[Site(site.layer, "mid")]
+            torch.testing.assert_close(u @ edited[site], (1 - strength) * (u @ point[site]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])
+def test_gains_are_those_of_the_norms(family):
+    module, tokenizer = tiny(family)
+    point = Model(module, tokenizer).weights
+    x = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(2))
+    for site, norm in (
+        (Site(1, "attn.o"), "post_attention_layernorm"),
+        (Site(1, "mlp.down"), "post_feedforward_layernorm"),
+    ):
+        gain = gain_after(point, site)
+        with torch.no_grad():
+            said = getattr(module.model.layers[1], norm)(x)
+        torch.testing.assert_close(said, gain * x / x.square().mean().sqrt(), rtol=1e-4, atol=1e-4)
+    assert gain_after(point, Site(1, "attn.q")) is None
+    assert gain_after(Model(*tiny("llama")).weights, Site(1, "attn.o")) is None
+
+
+def test_each_layer_takes_its_own_direction_and_heads_share_it(weights):
+    point, directions = weights("llama"), by_layer(weights("llama"))
+    at = ["0.attn.o.h1", "2.attn.o.h0", "2.attn.o.h3"]
+    whole = apply(RemoveDirection(directions), point, at)
+    for site in at:
+        alone = apply(RemoveDirection(directions[Site(Site.parse(site).layer, "mid")]), point, site)
+        assert torch.equal(whole[site], alone[site])
+    assert torch.equal(whole["1.attn.o"], point["1.attn.o"])
+    numbered = {site.layer: vector for site, vector in directions.items()}
+    assert same_bits(apply(RemoveDirection(numbered), point, at), whole)
+    exact = {Site(0, "resid"): U, Site(0, "attn.o"): directions[Site(0, "mid")], 2: directions[Site(2, "mid")]}
+    assert same_bits(apply(RemoveDirection(exact), point, at), whole)
+
+
+def test_a_direction_that_a_layer_lacks_or_has_twice_is_an_error(weights):
+    point, directions = weights("llama"), by_layer(weights("llama"))
+    del directions[Site(1, "mid")]
+    with pytest.raises(
+        ValueError, match=r"1.attn.o needs the direction of its layer, and there is none: these are at 0.mid, 2.mid"
+    ):
+        apply(RemoveDirection(directions), point, "*.attn.o")
+    directions[Site(2, "resid")] = U
+    with pytest.raises(ValueError, match=r"2.attn.o.h1 needs the direction of its layer, and there are 2"):
+        apply(RemoveDirection(directions), point, "2.attn.o.h1")
+    with pytest.raises(ValueError, match="the mapping is empty"):
+        RemoveDirection({})
+    with pytest.raises(ValueError, match="non-zero"):
+        RemoveDirection({0: torch.zeros(32)})
+    with pytest.raises(ValueError, match=r"0.attn.o is \(32, 48\) and cannot write a direction of length 12"):
+        apply(RemoveDirection({0: V}), point, "0.attn.o")

@@ -1,0 +1,229 @@
+"""`surgery generate`, `direction`, `heads` and `thinkedit` as a user meets them, on the planted length model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from analyses import cli
+from analyses.controls import PlantedLength, planted_length
+from analyses.thinkedit import ThinkEdit
+from surgery.checkpoint import Checkpoint
+from surgery.edits import RemoveDirection
+from surgery.runs import Runs
+from surgery.weights import apply
+from tests.families import save_tiny
+
+ROOT = Path(__file__).parent.parent.parent
+TWO = ["--share", 2 / 16]
+
+
+@pytest.fixture(scope="module")
+def planted() -> PlantedLength:
+    return planted_length(seed=0)
+
+
+@pytest.fixture(scope="module")
+def home(planted: PlantedLength, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planted model, questions for it, answers to the first of these and to others, and their direction."""
+    home = tmp_path_factory.mktemp("home")
+    planted.model.module.save_pretrained(home / "model")
+    planted.model.tokenizer.save_pretrained(home / "model")
+    for name, seed in (("first", 1), ("second", 2)):
+        lines = [json.dumps({"question": q.question, "answer": q.answer}) for q in planted.questions(20, seed=seed)]
+        (home / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        options = {"samples": 5, "max_new_tokens": 48, "seed": seed, "quiet": True}
+        cli.think.generate(str(home / "model"), home / f"{name}-runs.jsonl", str(home / f"{name}.jsonl"), **options)
+    cli.think.direction(str(home / "model"), str(home / "first-runs.jsonl"), home / "length", quiet=True)
+    save_tiny("llama", home / "tiny")
+    return home
+
+
+def verified(surgery, folder: Path, inputs: set[str]) -> dict:
+    record = json.loads((folder / "record.json").read_text())
+    assert set(record["inputs"]) == inputs
+    assert all(len(entry["hash"]) == 64 for entry in record["inputs"].values())
+    assert surgery("verify", folder).code == 0
+    said = surgery("replay", folder, "--to", folder.with_name(f"{folder.name}-again"))
+    assert said.code == 0, said
+    assert ", 0 differ" in said.out
+    return record
+
+
+def test_answers_are_kept_in_a_file_or_a_folder(surgery, home: Path, tmp_path: Path) -> None:
+    words = [
+        "generate",
+        home / "model",
+        "--data",
+        home / "second.jsonl",
+        "--count",
+        3,
+        "--samples",
+        2,
+        "--max-new-tokens",
+        9,
+    ]
+    words += ["--seed", 4, "-q"]
+    assert "3 questions" in surgery(*words, "--to", tmp_path / "t.jsonl", "--dry-run").out
+    assert not list(tmp_path.iterdir())
+    said = surgery(*words, "--to", tmp_path / "t.jsonl")
+    assert said.code == 0, said
+    assert "6 answers to 3 questions" in said.out
+    assert surgery(*words, "--to", tmp_path / "folder").code == 0
+    alone, kept = Runs.load(tmp_path / "t.jsonl"), Runs.load(tmp_path / "folder" / "runs.jsonl")
+    assert alone.transcripts == kept.transcripts
+    assert alone.about["samples"] == kept.about["samples"] == 2
+    assert {t.meta["gold"] for t in kept} == {"7"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "t.jsonl"]
+    verified(surgery, tmp_path / "folder", {"model", "data"})
+    assert surgery(*words, "--temperature", 0.2, "--to", tmp_path / "cold.jsonl").code == 0
+    assert Runs.load(tmp_path / "cold.jsonl").transcripts != alone.transcripts
+
+
+def test_a_direction_and_its_judgement(surgery, home: Path, planted: PlantedLength, tmp_path: Path) -> None:
+    said = surgery(
+        "direction", home / "model", "--runs", home / "first-runs.jsonl", "--of", "length", "--to", tmp_path / "d", "-q"
+    )
+    assert said.code == 0, said
+    record = verified(surgery, tmp_path / "d", {"model", "runs"})
+    from probes.directions import Direction
+
+    found = Direction.load(tmp_path / "d" / "direction.safetensors")
+    assert float(found["2.mid"] @ -planted.direction) > 0.95
+    assert found.about["model"] == Runs.load(home / "first-runs.jsonl").model
+    assert [row["site"] for row in record["results"]["sites"]] == [f"{layer}.mid" for layer in range(4)]
+    assert len(pd.read_csv(tmp_path / "d" / "direction.csv")) == 4
+    words = ["direction", home / "model", "--runs", home / "first-runs.jsonl", "-q"]
+    for i, more in enumerate(
+        (["--of", "right"], ["--over", "completion"], ["--at", "2.resid"], ["--like-paper", "--short", 6, "--long", 20])
+    ):
+        assert surgery(*words, *more, "--to", tmp_path / str(i)).code == 0, more
+        other = Direction.load(tmp_path / str(i) / "direction.safetensors")
+        assert other.sites != found.sites or not torch.allclose(other.raw("2.mid"), found.raw("2.mid"), atol=1e-3)
+
+
+def test_heads_and_the_edit_they_ask_for(surgery, home: Path, planted: PlantedLength, tmp_path: Path) -> None:
+    words = ["heads", home / "model", "--direction", home / "length", "-q", *TWO]
+    said = surgery(*words, "--runs", home / "second-runs.jsonl", "--strength", 1.5, "--to", tmp_path / "h")
+    assert said.code == 0, said
+    assert "note" not in said.err
+    record = verified(surgery, tmp_path / "h", {"model", "runs", "direction"})
+    assert set(record["results"]["heads"]) == {str(s) for s in planted.heads}
+    assert len(pd.read_csv(tmp_path / "h" / "heads.csv")) == 16
+    out = tmp_path / "edited"
+    edited = surgery(
+        "edit", home / "model", "--edits", tmp_path / "h" / "edits.yml", "--to", out, "--allow-loops", "-q"
+    )
+    assert edited.code == 0, edited
+    from probes.directions import Direction
+
+    base, found = Checkpoint(home / "model"), Direction.load(home / "length" / "direction.safetensors")
+    expected = apply(RemoveDirection(found, 1.5), base, planted.heads)
+    written = Checkpoint(out)
+    for site in base:
+        torch.testing.assert_close(written[site], expected[site].float(), rtol=0, atol=1e-6)
+    removed = surgery(
+        "edit",
+        home / "model",
+        "--remove",
+        home / "length",
+        "--at",
+        "1.attn.o.h2",
+        "--to",
+        tmp_path / "r",
+        "--allow-loops",
+        "-q",
+    )
+    assert removed.code == 0, removed
+    one = apply(RemoveDirection(found), base, "1.attn.o.h2")["1.attn.o"]
+    torch.testing.assert_close(Checkpoint(tmp_path / "r")["1.attn.o"], one, rtol=0, atol=1e-6)
+    again = surgery(*words, "--runs", home / "first-runs.jsonl", "--to", tmp_path / "same")
+    assert again.code == 0
+    assert "note: 20 of the 20 questions are the direction's own" in again.err
+
+
+def test_thinkedit_from_questions_to_a_judged_model(
+    surgery, home: Path, planted: PlantedLength, tmp_path: Path
+) -> None:
+    words = [
+        "thinkedit",
+        home / "model",
+        "--data",
+        home / "first.jsonl",
+        "--count",
+        20,
+        "--samples",
+        5,
+        "--max-new-tokens",
+        40,
+        *TWO,
+    ]
+    words += ["--controls", 1, "--no-sweeps", "--passages", 2, "--allow-loops", "-q"]
+    out = tmp_path / "out"
+    said = surgery(*words, "--to", out, "--dry-run")
+    assert "8 questions" in said.out
+    assert not list(tmp_path.iterdir())
+    said = surgery(*words, "--to", out)
+    assert said.code == 0, said
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    record = json.loads((out / "record.json").read_text())
+    assert set(record["results"]["heads"]) == {str(s) for s in planted.heads}
+    assert record["results"]["questions"] == {"direction": 8, "heads": 4, "judging": 8}
+    assert {row["measure"] for row in record["results"]["effects"]} == {"length", "accuracy", "text_nll", "kl"}
+    changed = {s for s in Checkpoint(out) if not torch.equal(Checkpoint(out)[s], Checkpoint(home / "model")[s])}
+    assert {str(s) for s in changed} == {"1.attn.o", "2.attn.o"}
+    again = ThinkEdit.load(out / "thinkedit")
+    pd.testing.assert_frame_equal(again.judged.frame(), pd.read_csv(out / "thinkedit" / "edit.csv"), check_dtype=False)
+    drawn = {path.stem for path in (out / "thinkedit" / "figures").glob("*.png")}
+    assert drawn == {"lengths", "accuracy-under-length", "heads", "strengths-length", "strengths-accuracy"}
+    verified(surgery, out, {"model", "data"})
+    drawn = surgery("figure", "edit", out / "thinkedit", "--measure", "accuracy", "--to", tmp_path / "edit.png")
+    assert drawn.code == 0, drawn
+    assert surgery("figure", "lengths", out / "thinkedit", "--to", tmp_path / "lengths.png").code == 0
+
+
+def test_what_is_refused_is_one_line(surgery, home: Path, tmp_path: Path, unchecked) -> None:
+    model, runs, out = home / "model", home / "first-runs.jsonl", tmp_path / "out"
+    for words, parts in (
+        (["direction", model, "--runs", runs, "--of", "speed"], ["--of speed", "length or right"]),
+        (["direction", model, "--runs", home / "first.jsonl"], ["does not begin with the line", "surgery generate"]),
+        (["direction", model, "--runs", home / "none.jsonl"], ["no such file"]),
+        (["direction", model, "--runs", runs, "--short", 5], ["--short", "--like-paper"]),
+        (["direction", model, "--runs", runs, "--like-paper"], ["over 1000 tokens"]),
+        (["direction", model, "--runs", runs, "--at", "9.mid"], ["9.mid"]),
+        (["direction", model, "--runs", runs, "--of", "right", "--like-paper"], ["--like-paper"]),
+        (["direction", home / "tiny", "--runs", runs], ["another model"]),
+        (["heads", model, "--direction", home / "none", "--runs", runs], ["none"]),
+        (["heads", home / "tiny", "--direction", home / "length", "--runs", runs], ["another model"]),
+        (["heads", model, "--direction", home / "length", "--runs", runs, "--share", 2], ["share 2"]),
+        (["thinkedit", model, "--strength", 0], ["--strength 0"]),
+        (["thinkedit", model, "--strength", "nan"], ["strength nan"]),
+        (["thinkedit", model, "--site", "head"], ["attention or mlp"]),
+        (["generate", model, "--data", home / "none.jsonl"], ["none.jsonl"]),
+    ):
+        said = surgery(*words, "--to", out)
+        assert said.code == 2, (words, said)
+        lines = [line for line in said.err.strip().splitlines() if not line.startswith("note: ")]
+        assert len(lines) == 1, said.err
+        assert all(part in lines[0] for part in parts), (words, lines)
+    assert "exists" in surgery("generate", model, "--to", home / "length").err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program(home: Path, tmp_path: Path) -> None:
+    words = ["generate", home / "model", "--data", home / "first.jsonl", "--count", 2, "--max-new-tokens", 5]
+    command = [sys.executable, "-m", "analyses", *words, "--to", tmp_path / "t.jsonl", "-q"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 answers to 2 questions" in done.stdout
+    assert len(Runs.load(tmp_path / "t.jsonl")) == 2
