@@ -334,7 +334,9 @@ def figure(
         "lengths",
         "accuracy-under-length",
     ):
-        raise ValueError(f"{name} draws one thing; --measure is for drift, geometry, sweep, training, probes, heads and edit.")
+        raise ValueError(
+            f"{name} draws one thing; --measure is for drift, geometry, sweep, training, probes, heads and edit."
+        )
     frame = pd.read_csv(path)
     drawn = figures.draw(figures.FIGURES[name], frame, width=width, **options)
     typer.echo(figures.save(drawn, to))

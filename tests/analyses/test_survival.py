@@ -83,7 +83,9 @@ def test_caps_of_their_own_bias_the_plain_mean_but_not_this_one():
     lengths, caps = np.ceil(rng.exponential(20, size=20000)), np.ceil(rng.uniform(5, 60, size=20000))
     seen, ended = np.minimum(lengths, caps), lengths <= caps
     true = np.minimum(lengths, 50).mean()
-    assert restricted_mean(seen, ended, until=50, draws=2, clusters=np.arange(20000) % 100).value == pytest.approx(true, rel=0.03)
+    assert restricted_mean(seen, ended, until=50, draws=2, clusters=np.arange(20000) % 100).value == pytest.approx(
+        true, rel=0.03
+    )
     assert np.minimum(seen, 50).mean() < 0.85 * true
 
 

@@ -309,7 +309,10 @@ def test_one_vector_named_by_a_site_knows_a_norm_that_follows(home, tmp_path):
 
 
 def test_what_is_no_direction_of_the_stream(home):
-    for name, said in (("directions/u.safetensors", "not named by sites"), ("several.safetensors", "sites such as 14.mid, but ")):
+    for name, said in (
+        ("directions/u.safetensors", "not named by sites"),
+        ("several.safetensors", "sites such as 14.mid, but "),
+    ):
         with pytest.raises(ValueError, match=said):
             read_direction(home / name)
     save_file({"0.mid": torch.ones(2, 2)}, home / "square.safetensors")
