@@ -102,7 +102,7 @@ def test_processes_each_keep_their_own(tmp_path):
     code = """
 import sys, torch
 from probes.statistics import CrossMoments, Moments
-from tests.probes.test_statistics import draw
+from tests.probes.test_moments import draw
 begin, end, to = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 x, y = draw(90, 4)[begin:end], draw(90, 3, seed=1)[begin:end]
 Moments.of(x).save(to + ".x")
