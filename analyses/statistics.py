@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 
+from probes.held_out import resamples
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -61,16 +63,6 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Estimate:
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == n else min(1.0, centre + half)
     return Estimate(p, low, high, n, None, "wilson", level)
-
-
-def resamples(units: int, draws: int, seed: int) -> Int[np.ndarray, "draws units"]:
-    """How often each of ``units`` independent units is drawn in each bootstrap sample; every row sums to ``units``.
-
-    For a statistic made of per-unit sums, ``resamples(...) @ sums`` is every bootstrap sample at once.
-    """
-    if units < 1 or draws < 1:
-        raise ValueError(f"{draws} bootstrap draws of {units} units: both must be at least 1")
-    return np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=draws)
 
 
 def percentile(value: float, drawn: Float[np.ndarray, " draws"], *, n: int, seed: int, level: float = 0.95) -> Estimate:

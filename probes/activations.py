@@ -19,7 +19,7 @@ from surgery.model import Model
 from surgery.rows import rows_are
 from surgery.sites import Site, match, nothing_matched
 from surgery.tensorfile import save_whole
-from surgery.transcript import Transcript, positions
+from surgery.transcript import Transcript, nobody_has, positions
 
 Pool = Literal["mean", "last"]
 Engine = Literal["torch", "nnsight", "transformer-lens"]
@@ -280,10 +280,7 @@ class Rows:
             )
         wanted = [_rows_of(t, over, pool) for t in transcripts]
         if not any(wanted):
-            held = sorted({name for t in transcripts for name in t.spans})
-            raise ValueError(
-                f"None of the {len(transcripts)} transcripts has a span {' or '.join(over)}; they have {', '.join(held) or 'nothing'}."
-            )
+            raise ValueError(nobody_has(transcripts, over))
         return cls(
             torch.tensor([i for i, rows in enumerate(wanted) for _ in rows]),
             torch.tensor([tokens[-1] if pool != "mean" else -1 for rows in wanted for _, tokens in rows]),

@@ -27,12 +27,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.activations import as_spans, collect
-from probes.passes import Batch, batches, require_any, run
+from probes.passes import Batch, batches, run
 from probes.results import interval, load_tensors, save_tensors
 from surgery.anatomy import Anatomy, Tap
+from surgery.edits import gain
 from surgery.model import Model
 from surgery.sites import Site, match, nothing_matched
-from surgery.transcript import Transcript, positions
+from surgery.transcript import Transcript, nobody_has, positions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -411,7 +412,7 @@ class _Norm:
     def __init__(self, model: Model, site: Site):
         self._norm = model.module.get_submodule(model.anatomy.places[site].name.removesuffix(".weight"))
         self._centres, bias = isinstance(self._norm, nn.LayerNorm), Site(site.layer, f"{site.part}.bias")
-        self.gain = model.weights[site].float() + model.anatomy.gain_offset
+        self.gain = gain(model.weights, site)
         self.shift = model.weights[bias].float() if bias in model.anatomy.places else None
 
     def back(self, vector: Float[Tensor, "*row width"]) -> Float[Tensor, "*row width"]:
@@ -514,7 +515,8 @@ def _averaged(
     from tqdm.auto import tqdm
 
     kept = tuple(i for i in range(len(transcripts)) if wanted[i])
-    require_any(wanted, transcripts, as_spans(over))
+    if not kept:
+        raise ValueError(nobody_has(transcripts, over))
     place = {i: k for k, i in enumerate(kept)}
     means = torch.zeros(len(kept), columns, dtype=torch.float64)
     with tqdm(total=len(kept), desc="attributing", disable=not progress, leave=False) as bar:

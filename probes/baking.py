@@ -12,7 +12,7 @@ Everything else is refused with the reason. What is baked is proved: the steered
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -27,7 +27,7 @@ from surgery.linalg import project_out
 from surgery.model import Model, installed
 from surgery.rows import rows_are
 from surgery.sites import Site
-from surgery.weights import Edit, Weights, apply
+from surgery.weights import Weights, apply
 
 _EXACT = 1e-5  # of the largest logit: what fp32 arithmetic in another order may differ by
 # Three questions, whose prompts a baked model is read on.
@@ -206,13 +206,13 @@ def _add_to_stream(site: Site, vector: Tensor, weights: Weights) -> Weights:
     if layer > 0:
         return _add(Site(layer - 1, "mlp.out"), vector, weights)
     if Site(None, "position") in weights:
-        return _applied(AddToRows(vector), weights, [Site(None, "position")])
+        return apply(AddToRows(vector), weights, [Site(None, "position")])
     _require_own_embedding(site, weights)
     if weights.anatomy.family.startswith("gemma"):
         raise BakingError(
             f"{site}: this family scales its embedding, so a vector added after it is not one added to its rows."
         )
-    return _applied(AddToRows(vector), weights, [Site(None, "embed")])
+    return apply(AddToRows(vector), weights, [Site(None, "embed")])
 
 
 def _require_own_embedding(site: Site, weights: Weights) -> None:
@@ -226,15 +226,15 @@ def _add(site: Site, vector: Tensor, weights: Weights) -> Weights:
     """A vector added to what a branch writes, through a bias."""
     if site.part == "attn.z":
         return _add_to_heads(site, vector, weights)
-    matrix, norm = _branch(site)
+    matrix = _matrix(site)
     bias = Site(site.layer, f"{matrix.part}.bias")
-    if norm in weights:
+    if weights.anatomy.norm_after(matrix) is not None:
         raise BakingError(f"{site}: a norm comes after {matrix}, and a norm that only scales cannot add a vector.")
     if bias not in weights:
         raise BakingError(
             f"{site}: there is no bias at {bias} in this {weights.anatomy.family}, and nothing else writes a vector whatever is read."
         )
-    return _applied(AddDirection(vector), weights, [bias])
+    return apply(AddDirection(vector), weights, [bias])
 
 
 def _add_to_heads(site: Site, vector: Tensor, weights: Weights) -> Weights:
@@ -242,13 +242,13 @@ def _add_to_heads(site: Site, vector: Tensor, weights: Weights) -> Weights:
     anatomy, matrix = weights.anatomy, Site(site.layer, "attn.o", site.head)
     bias, values = Site(site.layer, "attn.o.bias"), Site(site.layer, "attn.v.bias")
     if bias in weights:
-        return _applied(AddDirection(weights[matrix].float() @ vector.to(weights[matrix].device)), weights, [bias])
+        return apply(AddDirection(weights[matrix].float() @ vector.to(weights[matrix].device)), weights, [bias])
     if values in weights:
         whole = torch.zeros(anatomy.n_heads * anatomy.head_dim)
         whole[anatomy.tap(site).head or slice(None)] = vector.cpu()
         groups = whole.view(anatomy.n_kv_heads, -1, anatomy.head_dim)
         if torch.equal(groups, groups[:, :1].expand_as(groups)):
-            return _applied(AddDirection(groups[:, 0].reshape(-1)), weights, [values])
+            return apply(AddDirection(groups[:, 0].reshape(-1)), weights, [values])
         raise BakingError(
             f"{site}: heads that share a value share its bias, and here they are to be given different vectors."
         )
@@ -259,27 +259,20 @@ def _add_to_heads(site: Site, vector: Tensor, weights: Weights) -> Weights:
 
 def _remove(site: Site, unit: Tensor, strength: float, weights: Weights, closely: bool) -> Weights:
     if site.part == "attn.z":
-        return _applied(StopReading(unit, strength), weights, [Site(site.layer, "attn.o", site.head)])
+        return apply(StopReading(unit, strength), weights, [Site(site.layer, "attn.o", site.head)])
     return _stop_writing(site, unit, strength, weights, closely)
 
 
 def _stop_writing(branch: Site, unit: Tensor, strength: float, weights: Weights, closely: bool) -> Weights:
     """A branch that no longer writes a direction: taken out of its matrices and its bias."""
-    matrix, norm = _branch(branch)
+    matrix = _matrix(branch)
     matrices = [s for s in weights if s.layer == branch.layer and _writes(s, matrix)]
-    if norm in weights:
-        if not closely:
-            raise BakingError(
-                f"{branch}: a norm comes after {matrix} and rescales what is left once a direction is gone, so weights come close but "
-                "not all the way. Ask for closely=True to have that."
-            )
-        unit = gain(norm, weights).cpu() * unit
-    return _applied(RemoveDirection(unit, strength), weights, matrices)
-
-
-def gain(norm: Site, weights: Weights) -> Float[Tensor, " d"]:
-    """What a norm multiplies by, fp32: its weight, or one more where the family stores it so."""
-    return weights[norm].float() + weights.anatomy.gain_offset
+    if weights.anatomy.norm_after(matrix) is not None and not closely:
+        raise BakingError(
+            f"{branch}: a norm comes after {matrix} and rescales what is left once a direction is gone, so weights come close but "
+            "not all the way. Ask for closely=True to have that."
+        )
+    return apply(RemoveDirection({branch.layer: unit}, strength), weights, matrices)
 
 
 def _writes(site: Site, matrix: Site) -> bool:
@@ -308,7 +301,7 @@ def _without_stream(placed: list[Placed], weights: Weights, closely: bool) -> We
         )
     _require_own_embedding(sites[0], weights)
     entry = [s for s in (Site(None, "embed"), Site(None, "position")) if s in weights]
-    weights = _applied(StopReading(unit), weights, entry)
+    weights = apply(StopReading(unit), weights, entry)
     last = anatomy.order(sites[-1])
     for branch in [
         s for s in anatomy.activation_sites() if s.part in ("attn.out", "mlp.out") and anatomy.order(s) < last
@@ -317,18 +310,6 @@ def _without_stream(placed: list[Placed], weights: Weights, closely: bool) -> We
     return weights
 
 
-def _branch(site: Site) -> tuple[Site, Site]:
-    """The matrix that writes what a branch adds, and the norm that may come after it."""
-    if site.part == "attn.out":
-        return Site(site.layer, "attn.o"), Site(site.layer, "attn.out_norm")
-    return Site(site.layer, "mlp.down"), Site(site.layer, "mlp.out_norm")
-
-
-def _applied(edit: Edit, weights: Weights, sites: Iterable[Site]) -> Weights:
-    wanted = list(sites)
-    for site in wanted:
-        if not weights.dtype(site).is_floating_point:
-            raise BakingError(
-                f"{site} is stored as {weights.dtype(site)}: quantised weights cannot be changed by a little. Load it unquantised."
-            )
-    return apply(edit, weights, wanted)
+def _matrix(branch: Site) -> Site:
+    """The matrix that writes what a branch adds."""
+    return Site(branch.layer, "attn.o" if branch.part == "attn.out" else "mlp.down")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from surgery.anatomy import Tap
 from surgery.model import Model
 from surgery.sites import Site
 
@@ -16,7 +17,38 @@ Keep = Callable[[Float[Tensor, "batch token width"]], Tensor]
 
 
 class _EnoughError(Exception):
-    """Raised inside a forward pass once every wanted site has been seen."""
+    """Raised inside a forward pass once everything asked for was seen."""
+
+
+@torch.no_grad()
+def read(
+    model: Model,
+    ids: Int[Tensor, "batch token"],
+    mask: Int[Tensor, "batch token"],
+    watched: Sequence[tuple[Tap, Callable[[Tensor], None]]],
+) -> None:
+    """One forward pass that calls each function with its tap's live tensor, and ends when all have been called.
+
+    Raises ValueError when a tap's module does not run, as in a compiled model.
+    """
+    missing = dict(enumerate(tap for tap, _ in watched))
+
+    def counted(number: int, see: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        def then(value: Tensor) -> None:
+            see(value)
+            missing.pop(number, None)
+            if not missing:
+                raise _EnoughError
+
+        return then
+
+    backbone = model.module.base_model  # no need of the vocabulary
+    with ExitStack() as hooks, suppress(_EnoughError):
+        for number, (tap, see) in enumerate(watched):
+            hooks.callback(tap.attach(model.module, counted(number, see)).remove)
+        backbone(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+    if missing:
+        raise ValueError(_never_ran(next(iter(missing.values())).path))
 
 
 @contextmanager
@@ -39,7 +71,6 @@ def tapped(model: Model, sites: Sequence[Site], see: Callable[[Site, Tensor], No
             handle.remove()
 
 
-@torch.no_grad()
 def forward(
     model: Model, rows: Sequence[Sequence[int]], sites: Sequence[Site], keep: Keep | None = None
 ) -> dict[Site, Tensor]:
@@ -47,20 +78,14 @@ def forward(
 
     keep: what to keep of each value as it comes by, for the rest to be freed at once; all of it by default.
     Padding is on the right, where causal attention keeps it out of every real token; what is at padding means nothing. Raises
-    ValueError when a site's module does not run, as in a compiled model.
+    ValueError as `read`.
     """
     seen: dict[Site, Tensor] = {}
 
-    def see(site: Site, value: Tensor) -> None:
-        seen[site] = value if keep is None else keep(value)
-        if len(seen) == len(sites):
-            raise _EnoughError
+    def keeper(site: Site) -> Callable[[Tensor], None]:
+        return lambda value: seen.update({site: value if keep is None else keep(value)})
 
-    ids, mask = pad_right(rows, model.pad_id)
-    backbone = model.module.base_model  # no need of the vocabulary
-    with suppress(_EnoughError), tapped(model, sites, see):
-        backbone(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-    require_seen(model, sites, seen)
+    read(model, *pad_right(rows, model.pad_id), [(model.anatomy.tap(site), keeper(site)) for site in sites])
     return {site: seen[site] for site in sites}
 
 
@@ -68,10 +93,11 @@ def require_seen(model: Model, sites: Sequence[Site], seen: Container[Site]) -> 
     """Raise ValueError for a site that a forward pass did not come by."""
     missing = [site for site in sites if site not in seen]
     if missing:
-        raise ValueError(
-            f"The forward pass did not come by {missing[0]}: the hook on {model.anatomy.tap(missing[0]).path} never ran. "
-            "Compiled modules run without hooks: take the model as it was before torch.compile."
-        )
+        raise ValueError(_never_ran(model.anatomy.tap(missing[0]).path))
+
+
+def _never_ran(path: str) -> str:
+    return f"The hook on {path} never ran in the forward pass. Compiled modules run without hooks: take the model as it was before torch.compile."
 
 
 def pad_right(

@@ -29,7 +29,7 @@ from surgery.model import Model
 from surgery.runs import fingerprint
 from surgery.sites import Site, match
 from surgery.tensorfile import save_whole
-from surgery.transcript import Transcript, parse_span, positions
+from surgery.transcript import Transcript, nobody_has, parse_span, positions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -751,10 +751,7 @@ def one_early(run: Transcript, over: str) -> Transcript:
 def _require_lengths(runs: Sequence[Transcript], lengths: Sequence[Length | None], of: str) -> None:
     found = [length for length in lengths if length is not None]
     if not found:
-        held = sorted({name for run in runs for name in run.spans})
-        raise ValueError(
-            f"None of the {len(runs)} runs has a span {of!r}; they have {', '.join(held) or 'nothing'}. A model without think markers is read over 'answer'."
-        )
+        raise ValueError(f"{nobody_has(runs, of, 'runs')} A model without think markers is read over 'answer'.")
     if all(length.censored for length in found):
         raise ValueError(
             f"All {len(found)} answers were cut off before their {of} ended: none is known to be short. Generate with more max_new_tokens."

@@ -45,6 +45,16 @@ def units(names: Sequence[Any] | ArrayLike) -> Int[np.ndarray, " row"]:
     return np.array([numbers.setdefault(name, len(numbers)) for name in listed], dtype=np.int64)
 
 
+def resamples(units: int, draws: int, seed: int) -> Int[np.ndarray, "draws units"]:
+    """How often each of ``units`` independent units is drawn in each bootstrap sample; every row sums to ``units``.
+
+    For a statistic made of per-unit sums, ``resamples(...) @ sums`` is every bootstrap sample at once.
+    """
+    if units < 1 or draws < 1:
+        raise ValueError(f"{draws} bootstrap draws of {units} units: both must be at least 1")
+    return np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=draws)
+
+
 def deal(
     groups: Int[np.ndarray, " row"], labels: ArrayLike, *, folds: int = 5, seed: int = 0
 ) -> Int[np.ndarray, " row"]:
@@ -110,7 +120,7 @@ def auc_score(
     value = auc(s, y, strata) if count else math.nan
     if count < 2 or math.isnan(value):
         return Score(value, math.nan, math.nan, count, f"{what}, no interval")
-    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
+    times = resamples(count, draws, seed)
     if _nested(strata, unit):
         row, won, asked = _contests(s, y, strata, np.ones((1, len(s))))
         won, asked = (times @ np.bincount(unit[row], side[0], minlength=count) for side in (won, asked))
@@ -145,7 +155,7 @@ def mean_score(
     unit = units(groups)
     sums = np.stack([np.bincount(unit, above), np.bincount(unit, below)])
     count = sums.shape[1]
-    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
+    times = resamples(count, draws, seed)
     ratio = float(sums[0].sum() / sums[1].sum())
     low, high = _ends(ratio, times @ sums[0], times @ sums[1], folds) if count > 1 else (math.nan, math.nan)
     if flip:

@@ -17,12 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes.activations import as_spans
-from probes.passes import Batch, batches, require_any, run
+from probes.passes import Batch, batches, run
 from probes.results import interval, load_tensors, save_tensors
 from surgery.model import Model
 from surgery.rows import rows_are
 from surgery.sites import Site, match
-from surgery.transcript import Transcript, positions
+from surgery.transcript import Transcript, nobody_has, positions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -188,7 +188,8 @@ def lens(
         raise ValueError(f"top={top}: keep 1 to {anatomy.vocab} tokens.")
     wanted = [positions(t, over) for t in transcripts]
     spans = as_spans(over)
-    require_any(wanted, transcripts, spans)
+    if not any(wanted):
+        raise ValueError(nobody_has(transcripts, spans))
     final = Site(anatomy.n_layers, "resid")
     found: list[tuple[Tensor, ...]] = []
     with tqdm(total=sum(map(bool, wanted)), desc="reading", disable=not progress, leave=False) as bar:

@@ -27,7 +27,7 @@ from probes.held_out import Score, auc, auc_score, deal, mean_score, shuffled, u
 from surgery.linalg import each_matrix
 from surgery.model import Model
 from surgery.sites import Site, match
-from surgery.transcript import Transcript, positions
+from surgery.transcript import Transcript, nobody_has, positions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -178,9 +178,7 @@ def probe(
     spans = (over,) if isinstance(over, str) else tuple(over)
     for span in spans:
         if not any(positions(text, span) for text in texts):
-            raise ValueError(
-                f"None of the {len(texts)} labelled transcripts has a span {span!r}; they have {', '.join(sorted({s for t in texts for s in t.spans}))}."
-            )
+            raise ValueError(nobody_has(texts, span, "labelled transcripts"))
     sites = list(dict.fromkeys([_EMBEDDING, *match(at, model.anatomy.activation_sites())]))
     options: dict[str, Any] = {
         "at": sites,

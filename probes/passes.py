@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probes.capture import pad_right
+from probes.capture import pad_right, read
 from surgery.anatomy import Tap
 from surgery.model import Model
 from surgery.rows import rows_are
@@ -44,48 +44,10 @@ class Batch:
         return torch.where(there, self.ids[self.row, (self.at + 1).clamp_max(self.ids.shape[1] - 1)], -1)
 
 
-class _EnoughError(Exception):
-    """Raised inside a forward pass once everything asked for was seen."""
-
-
-@torch.no_grad()
 def run(model: Model, batch: Batch, watched: Sequence[tuple[Tap, Callable[[Tensor], None]]]) -> None:
-    """A forward pass of the batch that ends when every tap has been seen."""
-    left = len(watched)
-
-    def counting(see: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-        def then(activation: Tensor) -> None:
-            nonlocal left
-            see(activation)
-            left -= 1
-            if not left:
-                raise _EnoughError
-
-        return then
-
-    handles = []
-    try:
-        for tap, see in watched:
-            handles.append(tap.attach(model.module, counting(see)))
-        with suppress(_EnoughError), batch.announced():
-            model.module.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if left:
-        raise ValueError(
-            f"{left} of {len(watched)} hooks never ran in the forward pass. Compiled modules run without hooks: take the model as it was "
-            "before torch.compile."
-        )
-
-
-def require_any(wanted: Sequence[Sequence[int]], transcripts: Sequence[Transcript], over: Sequence[str]) -> None:
-    """Raise ValueError where nothing is wanted of any transcript, because none has the spans."""
-    if not any(wanted):
-        held = sorted({name for t in transcripts for name in t.spans})
-        raise ValueError(
-            f"None of the {len(transcripts)} transcripts has a span {' or '.join(over)}; they have {', '.join(held) or 'nothing'}."
-        )
+    """A forward pass of the batch that ends when every tap has been seen (`capture.read`)."""
+    with batch.announced():
+        read(model, batch.ids, batch.mask, watched)
 
 
 def batches(

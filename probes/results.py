@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.held_out import resamples
 from surgery.tensorfile import save_whole
 
 
@@ -38,7 +39,7 @@ def interval(
         return nothing, nothing, n
     sums = torch.zeros(n, values.shape[1], dtype=torch.float64)
     sums.index_add_(0, torch.from_numpy(unit), values.double())
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    counts = resamples(n, draws, seed)
     drawn = (counts @ sums.numpy()) / (counts @ np.bincount(unit))[:, None]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high, n

@@ -77,8 +77,8 @@ class RemoveDirection:
             return self
         written: dict[Site, Tensor] = {}
         for site in sites:
-            vector, gain = self.vector(site), gain_after(weights, site)
-            written[site.whole] = vector if gain is None else gain.to(vector.device) * vector.float()
+            vector, factor = self.vector(site), gain_after(weights, site)
+            written[site.whole] = vector if factor is None else factor.to(vector.device) * vector.float()
         return replace(self, direction=written)
 
     def check(self, site: Site, shape: torch.Size) -> None:
@@ -153,13 +153,15 @@ class TruncateRank:
         return low if self.strength == 1 else torch.lerp(W, low, self.strength)
 
 
-def gain_after(weights: Weights, site: Site) -> Float[Tensor, " d"] | None:
-    """The gain, fp32, of the norm that what a matrix (or its bias) writes passes on its way to the stream; None where there is no norm.
+def gain(weights: Weights, norm: Site) -> Float[Tensor, " d"]:
+    """What a norm multiplies by, fp32, the 1 included that Gemma's files leave out."""
+    return weights[norm].float() + weights.anatomy.gain_offset
 
-    It is what the norm multiplies by, the 1 included that Gemma's files leave out.
-    """
+
+def gain_after(weights: Weights, site: Site) -> Float[Tensor, " d"] | None:
+    """The gain of the norm that what a matrix (or its bias) writes passes on its way to the stream; None where there is no norm."""
     norm = weights.anatomy.norm_after(site)
-    return None if norm is None else weights[norm].float() + weights.anatomy.gain_offset
+    return None if norm is None else gain(weights, norm)
 
 
 # --- whole blocks ---------------------------------------------------------------------------------------------------------------

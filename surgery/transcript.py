@@ -212,6 +212,13 @@ def parse_span(over: str) -> tuple[str, str | None, str | None]:
     return picked["name"], picked["which"], None
 
 
+def nobody_has(transcripts: Sequence[Transcript], over: str | Sequence[str], called: str = "transcripts") -> str:
+    """What to say where none of some transcripts has a span, nor any of several."""
+    wanted = (over,) if isinstance(over, str) else over
+    held = sorted({name for t in transcripts for name in t.spans})
+    return f"None of the {len(transcripts)} {called} has a span {' or '.join(wanted)}; they have {', '.join(held) or 'nothing'}."
+
+
 def _one_span(transcript: Transcript, over: str) -> Sequence[int]:
     name, which, pattern = parse_span(over)
     if pattern is not None:

@@ -442,7 +442,7 @@ def apply(edit: Edit | Rewiring, weights: Weights, at: str | Site | Iterable[str
     edit: ``(site, W) -> W``, applied in fp32 at the sites that the patterns `at` match; `W` is ``[out, in]``, or a head's rows or columns
           of it. One with a method ``bound(weights, sites)`` is first asked for its form there (what a norm's gain has a say in), one
           with ``check(site, shape)`` whether it fits, at every site. Or ``weights -> weights`` (`SwapLayers`), which takes no patterns.
-    Raises ValueError when the patterns match nothing or the edit does not fit, TypeError for patterns that are missing or too many.
+    Raises ValueError when the patterns match nothing, the edit does not fit or the weights are quantised, TypeError for patterns that are missing or too many.
     """
     takes = sum(p.default is p.empty for p in inspect.signature(edit).parameters.values())
     if at is None:
@@ -457,6 +457,12 @@ def apply(edit: Edit | Rewiring, weights: Weights, at: str | Site | Iterable[str
     edit = bound(weights, sites) if (bound := getattr(edit, "bound", None)) else edit
     check = getattr(edit, "check", None)
     for site in sites:
+        stored = weights.dtype(site)
+        if not stored.is_floating_point or stored.itemsize == 1:
+            raise ValueError(
+                f"{site} is stored as {stored}: such numbers are codes of a quantised model, not weights, and an edit of them means nothing. "
+                "Load the model unquantised."
+            )
         if site.head is not None:
             weights.anatomy.head_slice(site)  # raises on a head that does not exist
         if check is not None:

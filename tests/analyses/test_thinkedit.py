@@ -368,7 +368,7 @@ def test_what_cannot_be_found_is_one_clear_error(planted: PlantedLength, runs: R
     with pytest.raises(ValueError, match="24 questions are used for both"):
         find(model, first, runs, TWO)
     silent = [model.transcript(q, "7") for q in "abcd"]
-    with pytest.raises(ValueError, match="'thinking'"):
+    with pytest.raises(ValueError, match="has a span thinking"):
         find(model, silent, rest, TWO)
     cut = planted.model.generate(["Fabcd", "Uabcd"], samples=3, seed=1, max_new_tokens=2)
     with pytest.raises(ValueError, match=r"cut off|ended"):

@@ -519,7 +519,7 @@ def test_a_planted_length_direction():
 def test_what_has_no_length_direction():
     model = Model(*tiny("llama"))
     plain = [model.transcript(q, "a" * n) for q in "xy" for n in (2, 5)]
-    with pytest.raises(ValueError, match=r"None of the 4 runs has a span 'thinking'; they have .*answer.*'answer'"):
+    with pytest.raises(ValueError, match=r"None of the 4 runs has a span thinking; they have .*answer.*'answer'"):
         length_direction(model, plain)
     length_direction(model, plain, over="completion")
     with pytest.raises(ValueError, match="All 2 answers were cut off before their thinking ended"):

@@ -295,7 +295,7 @@ def test_what_a_model_cannot_be_probed_for():
     model = Model(*tiny("llama"))
     runs, labels = runs_of(model)
     plain = [model.transcript(f"q{i}", "abc") for i in range(24)]
-    with pytest.raises(ValueError, match="None of the 24 labelled transcripts has a span 'thinking'"):
+    with pytest.raises(ValueError, match="None of the 24 labelled transcripts has a span thinking; they have"):
         probe(model, plain, labels, over="thinking")
     with pytest.raises(ValueError, match="24 transcripts, 3 labels"):
         probe(model, runs, [0, 1, 1])
