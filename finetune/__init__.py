@@ -1,8 +1,12 @@
 """Changing weights by gradient, inside transformers.Trainer and TRL. Read in this order:
 
-lift      principal_indices() and LIFT, a torch optimizer over the chosen entries
-monitors  every(n, fn) and the Recorder: any callable, inside the training loop
-tune      tune() puts optimizer, loss mask and monitors into SFTTrainer: ``from finetune.tune import tune``
+lift         principal_indices() and LIFT, a torch optimizer over the chosen entries
+examples     transcripts with a weight for every token, alone or in groups
+predictions  what an objective looks at: logits at the tokens that are learnt
+objectives   what a step minimises, one small function each
+hosts        Surgical: all of this inside transformers.Trainer and TRL's trainers
+monitors     every(n, fn) and the Recorder: any callable, inside the training loop
+tune         tune() puts it together: ``from finetune.tune import tune``
 """
 
 from importlib import import_module

@@ -11,7 +11,7 @@ Differs: the released code's configurations train the *smallest* entries, which 
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any, Literal, get_args
@@ -277,18 +277,22 @@ class LIFT(torch.optim.Optimizer):
 
         The same rule as torch.nn.utils.clip_grad_norm_, on the entries that are trained. infinity only measures.
         """
-        self._collect()
-        arrived = [
-            grad
-            for ledger in chain(*self._ledgers)
-            for grad, here in zip(ledger.views["grad"], ledger.gathered, strict=True)
-            if here
-        ]
+        arrived = [grad for _, grad in self.gradients()]
         total = get_total_norm(arrived)
         scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for grad in arrived:
             grad.mul_(scale.to(grad.device))
         return total
+
+    def gradients(self) -> Iterator[tuple[str, Float[Tensor, " count"]]]:
+        """The gathered gradients, by the parameter's name: float32 at its chosen entries; writing to one changes the coming step."""
+        self._collect()
+        for ledger in chain(*self._ledgers):
+            yield from (
+                (name, grad)
+                for name, grad, here in zip(ledger.names, ledger.views["grad"], ledger.gathered, strict=True)
+                if here
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a saved state at its own precision. Load the weights it belongs to as well: masters are theirs.

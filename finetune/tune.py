@@ -1,4 +1,4 @@
-"""`tune` puts an optimizer, a loss mask and monitors into TRL's SFTTrainer. No trainer of our own.
+"""`tune` puts an optimizer, an objective and monitors into TRL's SFTTrainer. No trainer of our own.
 
 What is borrowed is given back, after an error too: the module's forward and settings, its training mode, ``requires_grad``, its hooks and
 the random state are afterwards as before; only the weights have changed.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from finetune.examples import Collate, Item, Over, examples, rows_of
+from finetune.hosts import Corruption, Surgical, Term
 from finetune.lift import LIFT, Select, budget
-from surgery.model import Model, common_prefix, prefix_cache
-from surgery.transcript import Transcript
+from finetune.objectives import Objective, nll
+from surgery.model import Model
 from surgery.weights import linear_sites
 
 Method = Literal["lift", "full", "lora"]
@@ -51,7 +53,7 @@ class Tuned:
 
 def tune(
     model: Model,
-    transcripts: Sequence[Transcript],
+    data: Sequence[Item | Sequence[Item]],
     *,
     method: Method = "lift",
     steps: int = 60,
@@ -67,7 +69,11 @@ def tune(
     schedule: str = "linear",
     warmup: int = 0,
     max_grad_norm: float = 1.0,
-    over: str = "completion",
+    over: Over = "completion",
+    objective: Objective = nll,
+    corrupt: Corruption | None = None,
+    terms: Sequence[Term] = (),
+    callbacks: Sequence[Any] = (),
     autocast: bool = True,
     seed: int = 0,
     watch: Sequence[Any] = (),
@@ -86,7 +92,11 @@ def tune(
                  ``lora`` itself its rank, default 16).
     filter_rank, refresh, select: see `LIFT`. weight_decay: decoupled. schedule, warmup: of the learning rate, transformers' names.
     max_grad_norm: gradients are clipped to this joint norm; 0 does not clip.
-    over:        the span whose tokens have a loss.
+    data:        transcripts, or examples with weights of their own, or groups of them for an objective that compares (see
+                 `finetune.examples`). batch_size counts these.
+    over:        the span whose tokens have a loss, several, or {span: weight}; examples know it themselves.
+    objective:   what is minimised, a function of `Predictions` (see `finetune.objectives`). corrupt: changes inputs before the model sees
+                 them. terms: further losses, added once a step. callbacks: of the trainer, such as `DRIFT`.
     autocast:    compute in bf16 with the weights as they are.
     watch, log:  `every(n, monitor)` watches, and the file their lines go to.
     checkpoints, save_every: where to save, and how often, to be able to resume; a folder with a complete checkpoint is resumed from,
@@ -106,53 +116,19 @@ def tune(
         "method": method, "steps": steps, "lr": peak, "batch_size": batch_size, "accumulate": accumulate, "density": density,
         "lora_rank": lora_rank, "filter_rank": filter_rank, "refresh": refresh, "select": select, "weight_decay": weight_decay,
         "schedule": schedule, "warmup": warmup, "max_grad_norm": max_grad_norm, "over": over, "autocast": autocast, "seed": seed,
+        "objective": _named(objective), "corrupt": corrupt and _named(corrupt), "terms": [_named(t) for t in terms],
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
     }  # fmt: skip
-    rows = _labelled(transcripts, over)
+    rows = rows_of(examples(data, over))
+    _check_columns(objective, rows)
     settings["data"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import SFTConfig, SFTTrainer
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     sparse = {"density": 0.05 if density is None and lora_rank is None else density, "lora_rank": lora_rank}
 
-    class Trainer(SFTTrainer):
-        def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-            if self.optimizer is None and method == "lift":
-                options = {
-                    "filter_rank": filter_rank,
-                    "refresh": refresh,
-                    "select": select,
-                    "weight_decay": weight_decay,
-                    "seed": seed,
-                }
-                self.optimizer = borrowed.enter_context(LIFT(chosen, lr=peak, **sparse, **options))
-            return super().create_optimizer()
-
-        def _clip_grad_norm(self, model: nn.Module) -> Any:
-            return lift.clip_grad_norm_(max_grad_norm) if (lift := _lift(self)) else super()._clip_grad_norm(model)
-
-        def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-            if grad_norm is None and (lift := _lift(self)):
-                return lift.clip_grad_norm_(math.inf)  # measured, not clipped
-            return super()._get_grad_norm(model, grad_norm)
-
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            if return_outputs or not module.training or model_device.type != "cpu":
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            with self.accelerator.autocast():  # TRL's tiles save a GPU's memory; on a CPU they cost half the step
-                return completion_loss(module, inputs, num_items_in_batch)
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            loss = super().training_step(*args, **kwargs)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"The training loss became {float(loss)} at step {self.state.global_step + 1}. Try a smaller lr than {peak}."
-                )
-            return loss
-
+    class Trainer(Surgical, SFTTrainer):
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             if self.state.global_step >= steps:
                 return  # nothing is left to resume, and resuming there would take one step more
@@ -163,7 +139,7 @@ def tune(
             part.replace(folder / _COMPLETE)
 
     with ExitStack() as borrowed:
-        module, model_device = borrowed.enter_context(_as_before(model.module)), model.device
+        module = borrowed.enter_context(_as_before(model.module))
         chosen = _choose(model, method)
         folder = Path(checkpoints) if checkpoints else Path(borrowed.enter_context(tempfile.TemporaryDirectory()))
         resume = _last_complete(folder, settings)
@@ -177,6 +153,14 @@ def tune(
             dataloader_pin_memory=model.device.type == "cuda",
         )  # fmt: skip
         learner: Any = module
+        lift: Any = None
+        if method == "lift":
+            lift = borrowed.enter_context(
+                LIFT(
+                    chosen, lr=peak, **sparse, filter_rank=filter_rank, refresh=refresh, select=select,
+                    weight_decay=weight_decay, seed=seed,
+                )
+            )  # fmt: skip
         if method == "lora":
             torch.manual_seed(seed)  # an adapter begins at random
             learner = _with_adapter(module, model, lora_rank or 16)
@@ -185,8 +169,13 @@ def tune(
             model=learner,
             args=args,
             train_dataset=_dataset(rows),
-            data_collator=DataCollatorForLanguageModeling(pad_token_id=model.pad_id),
+            data_collator=Collate(model.pad_id),
             processing_class=model.tokenizer,
+            optimizers=(lift, None),
+            callbacks=list(callbacks),
+            objective=objective,
+            corrupt=corrupt,
+            terms=terms,
         )
         trainer.remove_callback(PrinterCallback)
         if progress:
@@ -197,7 +186,6 @@ def tune(
 
             trainer.add_callback(Recorder(model, watch, log))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        lift = _lift(trainer)
         trainable = (
             sum(len(state["indices"]) for state in lift.state.values())
             if lift
@@ -219,32 +207,6 @@ def tune(
         settings,
         list(lift.refreshes) if lift else [],
     )
-
-
-def completion_loss(
-    module: Any, inputs: Mapping[str, Tensor], tokens: Tensor | int | None = None, share: bool = True
-) -> Tensor:
-    """Mean negative log-likelihood of the labelled tokens, in nats: the sum over the batch divided by `tokens` (default: its own count).
-
-    inputs: input_ids, attention_mask and labels, each ``[batch, token]``, padded on the right; labels not shifted, -100 where there is no
-    loss. Two savings leave the value as it is: only labelled positions reach the vocabulary, and the prompt that all rows begin with is
-    computed once (`share`), its gradient being the sum of theirs.
-    """
-    ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
-    wanted = labels[:, 1:] != -100
-    start = min(common_prefix(ids.tolist()), int(wanted.any(0).nonzero()[0])) if share and len(ids) > 1 else 0
-    cache = prefix_cache(module, ids[0, :start].tolist(), len(ids)) if start else None
-    start = 0 if cache is None else start
-    hidden = module.base_model(
-        input_ids=ids[:, start:], attention_mask=mask, past_key_values=cache, use_cache=cache is not None
-    ).last_hidden_state
-    wanted = wanted[:, start:]
-    logits = module.get_output_embeddings()(hidden[:, :-1][wanted]).float()
-    cap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
-    if cap:
-        logits = torch.tanh(logits / cap) * cap
-    total = torch.nn.functional.cross_entropy(logits, labels[:, start + 1 :][wanted], reduction="sum")
-    return total / (wanted.sum() if tokens is None else tokens)
 
 
 def _check(
@@ -280,20 +242,26 @@ def _check_budget(
         raise ValueError(f"There is no select {select!r}. Choose {', '.join(get_args(Select))}.")
 
 
-def _labelled(transcripts: Sequence[Transcript], over: str) -> list[dict[str, list[int]]]:
-    rows = []
-    for index, transcript in enumerate(transcripts):
-        if over not in transcript.spans:
-            raise ValueError(f"Transcript {index} has no span {over!r} to learn; it has {', '.join(transcript.spans)}.")
-        begin, end = transcript.spans[over]
-        ids = list(transcript.ids)
-        rows.append({"input_ids": ids, "labels": [-100] * begin + ids[begin:end] + [-100] * (len(ids) - end)})
-    if not rows:
-        raise ValueError("There are no transcripts to tune on.")
-    return rows
+def _check_columns(objective: Objective, rows: list[dict[str, Any]]) -> None:
+    here = rows[0]["columns"]
+    missing = [name for name in getattr(objective, "columns", ()) if name not in here]
+    if missing:
+        raise ValueError(
+            f"{_named(objective)} needs the column {missing[0]!r} of every example; these have {', '.join(here) or 'none'}."
+        )
+    alone = sum(len(row["input_ids"]) < 2 for row in rows)
+    if getattr(objective, "grouped", False) and alone:
+        raise ValueError(
+            f"{_named(objective)} compares the members of a group, but {alone} of the {len(rows)} items are alone. Give groups: "
+            "[[better, worse], ...]."
+        )
 
 
-def _dataset(rows: list[dict[str, list[int]]]) -> Any:
+def _named(function: Any) -> str:
+    return getattr(function, "__name__", None) or repr(function)
+
+
+def _dataset(rows: list[dict[str, Any]]) -> Any:
     from datasets import Dataset
 
     return Dataset.from_list(rows)
@@ -317,11 +285,6 @@ def _with_adapter(module: nn.Module, model: Model, rank: int) -> Any:
     names = sorted({model.anatomy.places[s].name.removesuffix(".weight") for s in linear_sites(model.weights)})
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
     return get_peft_model(module, config)  # type: ignore[arg-type]
-
-
-def _lift(trainer: Any) -> LIFT | None:
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    return optimizer if isinstance(optimizer, LIFT) else None
 
 
 @contextmanager

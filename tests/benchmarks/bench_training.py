@@ -13,7 +13,8 @@ from torch import Tensor
 
 from analyses.tasks import chained_sums
 from finetune.lift import LIFT
-from finetune.tune import completion_loss
+from finetune.objectives import nll
+from finetune.predictions import predict
 from surgery.model import Model
 from surgery.weights import linear_sites
 
@@ -55,7 +56,7 @@ def training_rows(folder: str | Path, rounds: int) -> list[dict[str, Any]]:
         model.module.train()
         began = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = completion_loss(model.module, inputs)
+            loss = nll(predict(model.module, inputs))
         loss.backward()
         clip()
         optimizer.step()

@@ -14,7 +14,9 @@ import torch
 from analyses.tasks import chained_sums
 from finetune.lift import LIFT, principal_indices
 from finetune.monitors import every
-from finetune.tune import Tuned, completion_loss, tune
+from finetune.objectives import nll
+from finetune.predictions import Totals, predict
+from finetune.tune import Tuned, tune
 from surgery.model import Model
 from surgery.transcript import Transcript
 from surgery.weights import linear_sites
@@ -79,7 +81,7 @@ def test_loss_and_gradients_are_the_modules_own(family: str, share: bool) -> Non
     own.backward()
     expected = {name: p.grad.clone() for name, p in m.module.named_parameters() if p.grad is not None}
     m.module.zero_grad()
-    found = completion_loss(m.module, inputs, share=share)
+    found = nll(predict(m.module, inputs, share=share))
     found.backward()
     torch.testing.assert_close(found, own, rtol=1e-5, atol=0)
     for name, p in m.module.named_parameters():
@@ -91,10 +93,10 @@ def test_loss_and_gradients_are_the_modules_own(family: str, share: bool) -> Non
 def test_loss_of_one_row_and_of_a_given_count() -> None:
     m = model()
     one = {k: v[:1] for k, v in batch(m).items()}
-    torch.testing.assert_close(completion_loss(m.module, one), m.module(**one).loss)
+    torch.testing.assert_close(nll(predict(m.module, one)), m.module(**one).loss)
     inputs = batch(m)
     n = int((inputs["labels"][:, 1:] != -100).sum())
-    torch.testing.assert_close(completion_loss(m.module, inputs, 2 * n), m.module(**inputs).loss / 2)
+    torch.testing.assert_close(nll(predict(m.module, inputs, totals=Totals(2 * n, 4, 4))), m.module(**inputs).loss / 2)
 
 
 def test_training_is_trls_own() -> None:
@@ -446,7 +448,7 @@ def test_a_loss_that_is_not_finite_names_the_step() -> None:
         ({"batch_size": 0}, "batch_size=0"),
         ({"accumulate": 3}, "divisible"),
         ({"accumulate": 0}, "accumulate=0"),
-        ({"over": "thoughts"}, "no span 'thoughts'.*completion"),
+        ({"over": "thoughts"}, "'thoughts' is not a span.*completion"),
         ({"save_every": 2}, "checkpoints"),
         ({"save_every": 0, "checkpoints": "x"}, "save_every=0"),
         ({"watch": [every(1, lambda model, step: {})]}, "watch and log"),

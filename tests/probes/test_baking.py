@@ -228,5 +228,7 @@ def test_a_scaled_embedding_and_quantised_weights():
     parameter = model.module.transformer.h[1].attn.c_proj.weight
     parameter.requires_grad_(False)
     parameter.data = parameter.data.to(torch.int8)
-    with pytest.raises(ValueError, match=r"1\.attn\.o is stored as torch\.int8: such numbers are codes of a quantised model"):
+    with pytest.raises(
+        ValueError, match=r"1\.attn\.o is stored as torch\.int8: such numbers are codes of a quantised model"
+    ):
         bake(everywhere(vector(), at="1.attn.out", how="ablate"), model.weights)

@@ -1,0 +1,200 @@
+"""`Surgical`: what the toolkit adds to transformers.Trainer and to the trainers of TRL.
+
+    class Trainer(Surgical, SFTTrainer): ...
+
+Data of `rows_of` and the collator `Collate` go in as for any trainer, with ``remove_unused_columns=False``; `tune` puts it all together.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from finetune.lift import LIFT
+from finetune.objectives import Objective
+from finetune.predictions import Predictions, Totals, logits_at, predict
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Host
+else:
+    _Host = object
+
+_STATE = "objective.pt"
+
+
+@runtime_checkable
+class Term(Protocol):
+    """A loss of its own, beside the objective: ``(module, step) -> scalar``, added once an optimizer step."""
+
+    def __call__(self, module: nn.Module, step: int, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Corruption(Protocol):
+    """What is done to the inputs of a micro-batch before the model sees them; `step` of `steps` optimizer steps are done."""
+
+    def __call__(self, batch: dict[str, Tensor], step: int, steps: int, /) -> dict[str, Tensor]: ...
+
+
+class Surgical(_Host):
+    """A mixin for transformers.Trainer and TRL's trainers; write it before the trainer among the bases.
+
+    objective: what is minimised, by totals of the whole optimizer step; None leaves the trainer its own loss (as GRPO's must).
+    corrupt:   changes the inputs of a micro-batch. terms: losses added once an optimizer step.
+    reference: the frozen starting model, for an objective that asks for it; by default the adapter switched off where there is one, else
+               a copy made now. Nothing is copied for an objective that does not ask.
+
+    With `LIFT` as the optimizer (``optimizers=(lift, None)``) gradients are clipped and measured through it. A loss or a gradient that is
+    not finite raises FloatingPointError with the step and the parameter; checkpoints written before stay.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective | None = None,
+        corrupt: Corruption | None = None,
+        terms: Sequence[Term] = (),
+        reference: nn.Module | None = None,
+        **kwargs: Any,
+    ):
+        if objective is None and (corrupt or reference):
+            raise ValueError("corrupt and reference need an objective: the trainer's own loss knows neither.")
+        super().__init__(*args, **kwargs)
+        self._objective, self._corrupt, self._terms = objective, corrupt, tuple(terms)
+        self._totals: Totals | None = None
+        self._begun = -1  # the optimizer step whose terms were added
+        self._reference = reference
+        if objective is not None:
+            self.loss_is_scaled_for_ga = True  # it was divided by the totals of the whole step
+            if getattr(objective, "reference", False) and reference is None and not _adapted(self._bare()):
+                self._reference = copy.deepcopy(self._bare()).requires_grad_(False).eval()
+
+    def _bare(self) -> Any:
+        """The transformers module inside whatever wraps it."""
+        module = self.accelerator.unwrap_model(self.model)
+        return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        if self._objective is not None and batch_samples:
+            sums = functools.reduce(lambda a, b: a + b, map(Totals.of, batch_samples))
+            if self.args.world_size > 1:
+                mine = torch.tensor([sums.tokens, sums.sequences, sums.groups], dtype=torch.float64, device=device)
+                sums = Totals(*self.accelerator.gather(mine[None]).sum(0).tolist())
+            self._totals = sums
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        step = self.state.global_step
+        if self._objective is None or return_outputs:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            loss = self._objective(self._predictions(model, inputs, step))
+            if model.training and self._objective_is_shared():
+                loss = loss * self.args.world_size  # the processes' gradients are averaged
+        if self._terms and model.training and not return_outputs and self._begun != step:
+            self._begun = step
+            module = self._bare()
+            loss = loss + sum(term(module, step) for term in self._terms)
+        return loss
+
+    def _objective_is_shared(self) -> bool:
+        return self.args.world_size > 1 and self._totals is not None
+
+    def _predictions(self, model: nn.Module, inputs: Mapping[str, Tensor], step: int) -> Predictions:
+        batch, module = dict(inputs), self._bare()
+        original = batch
+        if self._corrupt and model.training:
+            batch = self._corrupt(batch, step, self.state.max_steps)
+        totals = self._totals if model.training else None
+        through = module if self.args.world_size == 1 or self._lift() else model  # DDP reduces what went through it
+        reference = None
+        if getattr(self._objective, "reference", False):
+            reference = functools.cache(lambda: self._reference_logits(original))
+        with self.accelerator.autocast():
+            return predict(through, batch, totals=totals, reference=reference)
+
+    @torch.no_grad()
+    def _reference_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        row, column = (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
+        module = self._bare()
+        off = (
+            nullcontext()
+            if self._reference is not None
+            else self.accelerator.unwrap_model(self.model).disable_adapter()
+        )
+        training = module.training
+        with off, self.accelerator.autocast():
+            module.eval()
+            try:
+                return logits_at(self._reference if self._reference is not None else module, batch, row, column)
+            finally:
+                module.train(training)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The training loss became {float(loss)} at step {self.state.global_step + 1}. Try a smaller lr than {self.args.learning_rate:g}."
+                + self._kept()
+            )
+        return loss
+
+    def _lift(self) -> LIFT | None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer if isinstance(optimizer, LIFT) else None
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return (
+            lift.clip_grad_norm_(self.args.max_grad_norm) if (lift := self._lift()) else super()._clip_grad_norm(model)
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and (lift := self._lift()):
+            grad_norm = lift.clip_grad_norm_(math.inf)  # measured, not clipped
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient of {self._culprit(model)} is not finite at step {self.state.global_step + 1}, though the loss was. "
+                f"Try a smaller lr than {self.args.learning_rate:g}, or fp32 without autocast." + self._kept()
+            )
+        return norm
+
+    def _culprit(self, model: nn.Module) -> str:
+        lift = self._lift()
+        named = (
+            lift.gradients() if lift else ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+        )
+        return next((name for name, grad in named if not torch.isfinite(grad).all()), "some parameter")
+
+    def _kept(self) -> str:
+        found = sorted(
+            Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1])
+        )
+        return f" The last good checkpoint is {found[-1]}." if found and self.args.save_strategy != "no" else ""
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if save := getattr(self._objective, "state_dict", None):
+            torch.save(save(), Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / _STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        load: Callable[[Any], None] | None = getattr(self._objective, "load_state_dict", None)
+        if checkpoint and load:
+            load(torch.load(Path(checkpoint) / _STATE, weights_only=True))
+
+
+def _adapted(module: nn.Module) -> bool:
+    return bool(getattr(module, "_hf_peft_config_loaded", False)) or any(
+        "lora_" in name for name, _ in module.named_parameters()
+    )

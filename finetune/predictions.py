@@ -1,0 +1,130 @@
+"""What an objective looks at: the model's logits at the tokens that have a loss, and which sequence each belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from finetune.examples import IGNORED
+from surgery.model import common_prefix, prefix_cache
+
+_OWN = {"input_ids", "attention_mask", "labels", "token_weights", "sample", "group"}
+INPUTS = ("input_ids", "attention_mask", "pixel_values")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a loss is divided by: sums over the whole optimizer step, all its micro-batches and all processes.
+
+    tokens: the weights of the learnt tokens. sequences, groups: their number. All at least 0, as floats.
+    """
+
+    tokens: float
+    sequences: float
+    groups: float
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> Totals:
+        """Those of one batch as `Collate` makes it (labels alone are enough: each has weight 1, each row is a group)."""
+        wanted = batch["labels"][:, 1:] != IGNORED
+        weights = batch.get("token_weights")
+        rows = len(wanted)
+        return cls(
+            float(wanted.sum() if weights is None else weights[:, 1:][wanted].double().sum()),
+            float(rows),
+            float(len(batch["group"].unique()) if "group" in batch else rows),
+        )
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(self.tokens + other.tokens, self.sequences + other.sequences, self.groups + other.groups)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The labelled tokens of a batch, row by row, and what the model says of them.
+
+    logits:    before the softmax, float32, where each token is predicted.
+    targets:   the tokens. weights: of their losses. row: the sequence of the batch that each is in.
+    rows:      how many sequences. sample, group: of each. columns: the other numbers that the data has, by name.
+    totals:    of the whole optimizer step.
+    reference: gives the logits of the frozen starting model at the same places, without gradient; None where nobody asked for it.
+    """
+
+    logits: Float[Tensor, "token vocab"]
+    targets: Int[Tensor, " token"]
+    weights: Float[Tensor, " token"]
+    row: Int[Tensor, " token"]
+    rows: int
+    sample: Int[Tensor, " rows"]
+    group: Int[Tensor, " rows"]
+    totals: Totals
+    columns: Mapping[str, Float[Tensor, " rows"]] = field(default_factory=dict)
+    reference: Callable[[], Float[Tensor, "token vocab"]] | None = None
+
+    @cached_property
+    def nll(self) -> Float[Tensor, " token"]:
+        """Negative log-likelihood of each token, in nats."""
+        return torch.nn.functional.cross_entropy(self.logits, self.targets, reduction="none")
+
+    def per_row(self, values: Float[Tensor, " token"]) -> Float[Tensor, " rows"]:
+        """Sums over the tokens of each sequence."""
+        return values.new_zeros(self.rows).index_add(0, self.row, values)
+
+
+def predict(
+    module: Any, batch: Mapping[str, Tensor], share: bool = True, totals: Totals | None = None,
+    reference: Callable[[], Tensor] | None = None,
+) -> Predictions:  # fmt: skip
+    """The module's predictions at the labelled tokens of a batch padded on the right.
+
+    totals: of the optimizer step; by default of this batch alone. Two savings leave the values as they are: only labelled positions
+    reach the vocabulary, and the prompt that all rows begin with is computed once (`share`), its gradient being the sum of theirs.
+    """
+    labels = batch["labels"]
+    wanted = labels[:, 1:] != IGNORED
+    row, column = wanted.nonzero(as_tuple=True)
+    rows = len(labels)
+    weights = (
+        batch["token_weights"][:, 1:][wanted] if "token_weights" in batch else torch.ones(len(row), device=row.device)
+    )
+    return Predictions(
+        logits_at(module, batch, row, column, share),
+        labels[row, column + 1],
+        weights,
+        row,
+        rows,
+        batch.get("sample", torch.arange(rows, device=row.device)),
+        batch.get("group", torch.arange(rows, device=row.device)),
+        totals or Totals.of(batch),
+        {name: value for name, value in batch.items() if name not in _OWN and value.shape == (rows,)},
+        reference,
+    )
+
+
+def logits_at(
+    module: Any,
+    batch: Mapping[str, Tensor],
+    row: Int[Tensor, " token"],
+    column: Int[Tensor, " token"],
+    share: bool = True,
+) -> Float[Tensor, "token vocab"]:
+    """Logits in float32 of the positions (row, column) of a batch."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    start, cache = 0, None
+    if share and len(ids) > 1 and "pixel_values" not in batch:
+        start = min(common_prefix(ids.tolist()), int(column.min()))
+        cache = prefix_cache(module, ids[0, :start].tolist(), len(ids)) if start else None
+        start = 0 if cache is None else start
+    rest = {name: batch[name] for name in INPUTS[2:] if name in batch}
+    hidden = module.base_model(
+        input_ids=ids[:, start:], attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **rest
+    ).last_hidden_state
+    logits = module.get_output_embeddings()(hidden[row, column - start]).float()
+    cap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
