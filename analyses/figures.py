@@ -203,6 +203,32 @@ def before_after(frame: DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def trade_off(frame: Any, ax: Axes | None = None, *, x: str = "answer_nll", y: str = "text_nll") -> Axes:
+    """One measure of tuned arms against another: a dot an arm with both intervals, a small ring a seed; the cross is the untuned model.
+
+    frame: columns arm, measure, value, low, high and perhaps by_seed, a sequence of the seeds' means.
+    """
+    ax = _axes(ax)
+    table = frame.set_index(["arm", "measure"])
+    for i, arm in enumerate(name for name in dict.fromkeys(frame["arm"]) if name != "untuned"):
+        shade, (across, up) = colour(arm, i), (table.loc[(arm, measure)] for measure in (x, y))
+        reach = [[[row["value"] - row["low"]], [row["high"] - row["value"]]] for row in (across, up)]
+        look = {"fmt": "o", "color": shade, "capsize": 2, "markersize": 5, "linewidth": 1}
+        ax.errorbar(across["value"], up["value"], xerr=reach[0], yerr=reach[1], label=arm, **look)
+        if "by_seed" in table:
+            ax.plot(across["by_seed"], up["by_seed"], "o", markerfacecolor="none", color=shade, markersize=3, alpha=0.7)
+    ax.plot(
+        *([table.loc[("untuned", measure)]["value"]] for measure in (x, y)),
+        "+",
+        color="black",
+        markersize=9,
+        label="untuned",
+    )
+    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
 def similarity(frame: Any, ax: Axes | None = None) -> Axes:
     """How like alignment's a change is, module by module: a dot each, coloured by part (or arm), experts together; open dots were left.
 
@@ -489,6 +515,7 @@ FIGURES: dict[str, Callable[..., Axes]] = {
     "training": training,
     "before-after": before_after,
     "similarity": similarity,
+    "trade-off": trade_off,
     "probes": probes,
     "lengths": lengths,
     "accuracy-under-length": accuracy_under_length,

@@ -106,7 +106,7 @@ class _Study:
         _write(path, json.dumps(rows, indent=1, allow_nan=True) + "\n")
         clock = self.clock()
         clock[name] = round(time.monotonic() - began, 1)
-        _give_back_memory()
+        give_back_memory()
         _write(self.folder / "clock.json", json.dumps(clock, indent=1) + "\n")
 
     def clock(self) -> dict[str, float]:
@@ -338,7 +338,7 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """To the system, what a finished stage held: a trainer is full of cycles, and glibc keeps freed blocks (3 GB after two arms)."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to ask

@@ -12,6 +12,7 @@ COLOURS = {
     "lora": "#009E73",
     "smallest": "#CC79A7",
     "random": "#E69F00",
+    "magnitude": "#56B4E9",
 }
 CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666"]
 

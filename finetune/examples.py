@@ -68,7 +68,7 @@ def examples(data: Sequence[Item | Sequence[Item]], over: Over = "completion") -
     return groups
 
 
-def _example(index: int, item: Item, spans: Mapping[str, float]) -> Example:
+def _example(index: int, item: object, spans: Mapping[str, float]) -> Example:
     if isinstance(item, Example):
         example = item
     elif isinstance(item, Transcript):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from finetune.lift import LIFT
 from finetune.objectives import Objective
@@ -87,7 +88,8 @@ class Surgical(_Host):
             sums = functools.reduce(lambda a, b: a + b, map(Totals.of, batch_samples))
             if self.args.world_size > 1:
                 mine = torch.tensor([sums.tokens, sums.sequences, sums.groups], dtype=torch.float64, device=device)
-                sums = Totals(*self.accelerator.gather(mine[None]).sum(0).tolist())
+                gathered: Any = self.accelerator.gather(mine[None])
+                sums = Totals(*gathered.sum(0).tolist())
             self._totals = sums
         return super()._get_num_items_in_batch(batch_samples, device)
 
@@ -95,6 +97,7 @@ class Surgical(_Host):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         step = self.state.global_step
+        loss: Any
         if self._objective is None or return_outputs:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
@@ -154,27 +157,26 @@ class Surgical(_Host):
         return optimizer if isinstance(optimizer, LIFT) else None
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return (
-            lift.clip_grad_norm_(self.args.max_grad_norm) if (lift := self._lift()) else super()._clip_grad_norm(model)
-        )
+        self._require_finite(model)  # clipping spreads one NaN over all
+        return lift.clip_grad_norm_(self.args.max_grad_norm) if (lift := self._lift()) else super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None and (lift := self._lift()):
-            grad_norm = lift.clip_grad_norm_(math.inf)  # measured, not clipped
-        norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and not math.isfinite(norm):
-            raise FloatingPointError(
-                f"The gradient of {self._culprit(model)} is not finite at step {self.state.global_step + 1}, though the loss was. "
-                f"Try a smaller lr than {self.args.learning_rate:g}, or fp32 without autocast." + self._kept()
-            )
-        return norm
+        if grad_norm is None:
+            self._require_finite(model)
+            if lift := self._lift():
+                grad_norm = lift.clip_grad_norm_(math.inf)  # measured, not clipped
+        return super()._get_grad_norm(model, grad_norm)
 
-    def _culprit(self, model: nn.Module) -> str:
+    def _require_finite(self, model: nn.Module) -> None:
         lift = self._lift()
-        named = (
-            lift.gradients() if lift else ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+        named = list(lift.gradients()) if lift else [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+        if torch.isfinite(get_total_norm([grad for _, grad in named])):
+            return
+        place = next((name for name, grad in named if not torch.isfinite(grad).all()), "some parameter")
+        raise FloatingPointError(
+            f"The gradient of {place} is not finite at step {self.state.global_step + 1}, though the loss was. "
+            f"Try a smaller lr than {self.args.learning_rate:g}, or fp32 without autocast." + self._kept()
         )
-        return next((name for name, grad in named if not torch.isfinite(grad).all()), "some parameter")
 
     def _kept(self) -> str:
         found = sorted(

@@ -117,7 +117,9 @@ def logits_at(
     """Logits in float32 of the positions (row, column) of a batch."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     start, cache = 0, None
-    if share and len(ids) > 1 and "pixel_values" not in batch:
+    # layers that are recomputed in the backward pass would drop the cache of the prompt
+    recomputed = module.training and getattr(module, "is_activation_checkpointing", False)
+    if share and len(ids) > 1 and not recomputed and "pixel_values" not in batch:
         start = min(common_prefix(ids.tolist()), int(column.min()))
         cache = prefix_cache(module, ids[0, :start].tolist(), len(ids)) if start else None
         start = 0 if cache is None else start

@@ -1,0 +1,80 @@
+"""The command that tunes in several ways with several seeds, and compares them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from analyses.cli.options import CHANGE, Device, DryRun, ModelRef, Questions, Quiet, To, app, begin_record
+
+WAYS: dict[str, dict[str, Any]] = {
+    "lift": {"method": "lift"},
+    "smallest": {"method": "lift", "select": "smallest"},
+    "random": {"method": "lift", "select": "random"},
+    "magnitude": {"method": "lift", "select": "magnitude"},
+    "lora": {"method": "lora"},
+    "full": {"method": "full"},
+}
+
+
+@app.command(rich_help_panel=CHANGE)
+def arms(
+    model: ModelRef,
+    to: To,
+    ways: Annotated[str, typer.Option("--arms", help=f"With commas, of {', '.join(WAYS)}; the first is what others are compared with.")] = ",".join(WAYS),
+    data: Questions = "sums",
+    seeds: Annotated[int, typer.Option(help="Runs of each arm.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of a run.", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Transcripts a step.", min=1)] = 16,
+    target: Annotated[str | None, typer.Option(help="Held-out questions; by default the test side of --data.", show_default=False)] = None,
+    items: Annotated[int, typer.Option(help="Held-out questions, and of each --keep.", min=2)] = 100,
+    answered: Annotated[int, typer.Option(help="Of those, how many are also answered and graded.", min=0)] = 0,
+    keep: Annotated[
+        list[Path] | None,
+        typer.Option("--keep", help="JSONL of questions with options, for what should not be forgotten; may be repeated.", show_default=False),
+    ] = None,
+    passages: Annotated[int, typer.Option(help="Passages of general text.", min=0, max=40)] = 16,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Tune in several ways with several seeds; say what each learnt and what it kept, with paired intervals."""
+    record = begin_record("arms", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
+    from analyses import tasks
+    from analyses.arms import arms as compare
+    from analyses.figures import draw, save, trade_off
+    from analyses.general_text import GENERAL_TEXT
+    from surgery.record import RECORD
+
+    if (to / RECORD).exists():
+        raise FileExistsError(
+            f"{to} holds a finished comparison; nothing is overwritten. Choose another --to, or remove it."
+        )
+    chosen = ways.split(",")
+    if unknown := [way for way in chosen if way not in WAYS]:
+        raise ValueError(f"There is no arm {unknown[0]!r}. Choose from {', '.join(WAYS)}.")
+    generated = not data.endswith((".jsonl", ".json"))
+    train = tasks.load(data, steps * batch_size if generated else None, seed=0, side="train")
+    held = tasks.load(target or data, items, seed=1, side="all" if target else "test")
+    kept = {path.stem: tasks.jsonl(path, items, seed=1) for path in keep or ()}
+    if dry_run:
+        typer.echo(
+            f"{len(chosen)} arms x {seeds} seeds of {steps} steps; {len(train)} questions to learn, {len(held)} held out, kept: {', '.join(kept) or 'text only'}"
+        )
+        return
+    found = compare(
+        model, {way: WAYS[way] for way in chosen}, train, target=held, to=to, choices=kept, texts=GENERAL_TEXT[:passages],
+        generate=min(answered, len(held)), seeds=seeds, device=device, progress=not quiet, steps=steps, batch_size=batch_size,
+    )  # fmt: skip
+    found.save(to / "arms.json")
+    found.frame().to_csv(to / "arms.csv", index=False)
+    if len(chosen) > 1:
+        found.differences().to_csv(to / "differences.csv", index=False)
+    other = next((m for m in found.measures if m not in ("answer_nll", "completion_nll", "accuracy")), None)
+    if other:
+        save(draw(trade_off, found.frame(), x="answer_nll", y=other), to / "trade_off.png")
+    record.results = {"rows": found.frame().to_dict("records")}
+    record.save(to, reproducible=["arms.csv", "differences.csv"])
+    typer.echo(found.frame().drop(columns=["by_seed"]).round(4).to_string(index=False))

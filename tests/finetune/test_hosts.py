@@ -1,0 +1,348 @@
+"""Examples, predictions and the mixin: what a batch is, what a step's loss is, and that any trainer can host it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from analyses.tasks import chained_sums
+from finetune.examples import Collate, Example, examples, rows_of
+from finetune.hosts import Surgical
+from finetune.lift import LIFT
+from finetune.objectives import nll
+from finetune.predictions import Predictions, Totals, predict
+from finetune.tune import tune
+from surgery.model import Model
+from surgery.transcript import Transcript
+from tests.families import tiny
+
+QUESTIONS = chained_sums(12, seed=5, terms=(2, 3))
+
+
+def model(family: str = "llama") -> Model:
+    return Model(*tiny(family))
+
+
+def taught(m: Model, count: int = 12) -> list[Transcript]:
+    return [m.transcript(q.question, q.completion(m.markers)) for q in QUESTIONS[:count]]
+
+
+def batch(m: Model, data: Any, over: Any = "completion") -> dict[str, Tensor]:
+    return Collate(m.pad_id)(rows_of(examples(data, over)))
+
+
+def log_probabilities(m: Model, t: Transcript) -> Tensor:
+    with torch.no_grad():
+        return m.module(input_ids=torch.tensor([t.ids])).logits[0].float().log_softmax(-1)
+
+
+# --- examples and batches -----------------------------------------------------------------------------------------------
+
+
+def test_spans_weigh_tokens_and_the_last_that_names_one_decides() -> None:
+    (t,) = taught(model(), 1)
+    ((found,),) = examples([t], {"completion": 0.5, "answer": 2.0})
+    begin, end = t.spans["answer"]
+    for token, weight in enumerate(found.weights):
+        inside = t.spans["completion"][0] <= token < t.spans["completion"][1]
+        assert weight == (2.0 if begin <= token < end else 0.5 if inside else 0.0)
+    ((first,),) = examples([t], "thinking[:2]")
+    start = t.spans["thinking"][0]
+    assert [i for i, w in enumerate(first.weights) if w] == [start, start + 1]
+
+
+def test_a_batch_is_padded_numbered_and_grouped() -> None:
+    m = model()
+    a, b, c = taught(m, 3)
+    lone = Example(c, (0.0, *(1.5,) * (len(c.ids) - 1)), {"positive": 0.0})
+    pair = [Example(t, (1.0,) * len(t.ids), {"positive": p}) for t, p in ((a, 1.0), (b, 0.0))]
+    found = batch(m, [pair, lone])
+    assert found["sample"].tolist() == [0, 1, 2]
+    assert found["group"].tolist() == [0, 0, 1]
+    assert found["positive"].tolist() == [1.0, 0.0, 0.0]
+    assert found["attention_mask"].sum(1).tolist() == [len(t.ids) for t in (a, b, c)]
+    assert (found["labels"][:, 0] == -100).all()  # nothing comes before the first token
+    assert torch.equal(found["labels"] != -100, found["token_weights"] != 0)
+    assert Totals.of(found) == Totals(len(a.ids) + len(b.ids) - 2 + 1.5 * (len(c.ids) - 1), 3.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("data", "over", "message"),
+    [
+        (lambda t: [], "completion", "no transcripts"),
+        (lambda t: [t], (), "over names no span"),
+        (lambda t: [[t], []], "completion", "Group 1 of the data is empty"),
+        (lambda t: [t], "/not in it/", "Transcript 0: None of the 1 transcripts"),
+        (lambda t: [t], {"answer": 0.0}, "Item 0 of the data leaves no token with a loss"),
+        (lambda t: [Example(t, (1.0,) * len(t.ids), {"x": 1.0}), t], "completion", "Item 1 of the data lacks the column 'x'"),
+    ],
+)  # fmt: skip
+def test_what_leaves_nothing_to_learn(data: Any, over: Any, message: str) -> None:
+    (t,) = taught(model(), 1)
+    with pytest.raises((ValueError, TypeError), match=message):
+        rows_of(examples(data(t), over))
+
+
+def test_weights_must_fit() -> None:
+    (t,) = taught(model(), 1)
+    with pytest.raises(ValueError, match=r"1 weights for the \d+ tokens"):
+        Example(t, (1.0,))
+    with pytest.raises(ValueError, match="0 or more, got -1"):
+        Example(t, (-1.0,) * len(t.ids))
+
+
+# --- predictions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_predictions_are_the_models_own_row_by_row(family: str) -> None:
+    m = model(family)
+    told = taught(m, 3)
+    with torch.no_grad():
+        found = predict(m.module, batch(m, told, {"thinking": 1.0, "answer": 3.0}))
+    at = 0
+    for row, t in enumerate(told):
+        own = log_probabilities(m, t)
+        for token in range(1, len(t.ids)):
+            weight = next(
+                (w for s, w in (("answer", 3.0), ("thinking", 1.0)) if t.spans[s][0] <= token < t.spans[s][1]), 0
+            )
+            if weight:
+                assert (int(found.targets[at]), int(found.row[at]), float(found.weights[at])) == (
+                    t.ids[token],
+                    row,
+                    weight,
+                )
+                torch.testing.assert_close(found.logits[at].log_softmax(-1), own[token - 1], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(-found.nll[at], own[token - 1, t.ids[token]], rtol=1e-4, atol=1e-4)
+                at += 1
+    assert at == len(found.targets)
+    assert torch.equal(found.per_row(torch.ones(at)), torch.bincount(found.row).float())
+
+
+def test_a_weighted_loss_by_hand() -> None:
+    m = model()
+    told = taught(m, 4)
+    nats = total = 0.0
+    for t in told:
+        own = log_probabilities(m, t)
+        for span, weight in (("thinking", 0.25), ("answer", 2.0)):
+            for token in range(*t.spans[span]):
+                nats -= weight * float(own[token - 1, t.ids[token]])
+                total += weight
+    done = tune(m, told, over={"thinking": 0.25, "answer": 2.0}, steps=1, batch_size=4, autocast=False)
+    assert done.losses == [pytest.approx(nats / total, rel=1e-5)]
+
+
+# --- the mixin ------------------------------------------------------------------------------------------------------------
+
+
+def arguments(folder: str, **options: Any) -> dict[str, Any]:
+    return {
+        "output_dir": folder, "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3,
+        "weight_decay": 0.0, "seed": 0, "data_seed": 0, "use_cpu": True, "logging_steps": 1, "save_strategy": "no", "report_to": [],
+        "disable_tqdm": True, "remove_unused_columns": False, "dataloader_pin_memory": False, "logging_nan_inf_filter": False,
+    } | options  # fmt: skip
+
+
+def hosted(
+    m: Model, data: Any, *, lift: bool = False, trl: bool = False, folder: str | None = None, **options: Any
+) -> list[float]:
+    """Losses of a short run in a plain Trainer, or in TRL's."""
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+    from trl import SFTConfig, SFTTrainer
+
+    Host, Arguments = (SFTTrainer, SFTConfig) if trl else (Trainer, TrainingArguments)
+    more = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "bf16": False} if trl else {}
+
+    class Hosted(Surgical, Host):  # type: ignore[misc, valid-type]
+        pass
+
+    matrices = [(n, p) for n, p in m.module.named_parameters() if p.ndim == 2 and "proj" in n]
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Hosted(
+            model=m.module,
+            args=Arguments(**arguments(folder or scratch, **more)),
+            train_dataset=Dataset.from_list(rows_of(examples(data))),
+            data_collator=Collate(m.pad_id),
+            processing_class=m.tokenizer,
+            optimizers=(LIFT(matrices, lr=1e-3, density=0.1), None) if lift else (None, None),
+            **{"objective": nll, **options},
+        )
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("trl", [False, True])
+def test_a_plain_trainer_and_trls_give_what_tune_gives(trl: bool) -> None:
+    ours, theirs = model(), model()
+    done = tune(ours, taught(ours), method="full", lr=1e-3, steps=3, batch_size=4, accumulate=2, autocast=False)
+    assert hosted(theirs, taught(theirs), trl=trl) == pytest.approx(done.losses, rel=1e-5)
+    for (name, a), b in zip(ours.module.named_parameters(), theirs.module.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_lift_works_in_a_plain_trainer() -> None:
+    m = model()
+    start = {name: p.detach().clone() for name, p in m.module.named_parameters()}
+    losses = hosted(m, taught(m), lift=True)
+    assert len(losses) == 3
+    for name, p in m.module.named_parameters():
+        share = float((p != start[name]).float().mean())
+        assert share <= 0.1 + 1e-6
+        assert (share > 0) == (p.ndim == 2 and "proj" in name), name
+
+
+def test_a_term_is_added_once_a_step_whatever_the_accumulation() -> None:
+    seen: list[int] = []
+
+    def term(module: torch.nn.Module, step: int) -> Tensor:
+        seen.append(step)
+        return 0.5 * sum(((p - 0.1) ** 2).sum() for p in module.parameters())
+
+    found = {}
+    for accumulate in (1, 2):
+        m = model()
+        tune(
+            m,
+            taught(m),
+            method="full",
+            steps=3,
+            batch_size=4,
+            accumulate=accumulate,
+            terms=[term],
+            lr=1e-3,
+            autocast=False,
+        )
+        found[accumulate] = {name: p.detach() for name, p in m.module.named_parameters()}
+    assert seen == [0, 1, 2] * 2
+    for name, p in found[1].items():
+        torch.testing.assert_close(p, found[2][name], rtol=1e-3, atol=1e-4)
+    without = model()
+    tune(without, taught(without), method="full", steps=3, batch_size=4, lr=1e-3, autocast=False)
+    assert any(not torch.allclose(p, found[1][name], atol=1e-4) for name, p in without.module.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["lift", "full", "lora"])
+def test_the_reference_is_the_starting_model_at_every_step(method: Any) -> None:
+    m = model()
+    told = taught(m, 4)
+    with torch.no_grad():
+        start = predict(m.module, batch(m, told)).nll
+    means: list[float] = []
+
+    def watched(p: Predictions) -> Tensor:
+        assert p.reference is not None
+        assert not p.reference().requires_grad
+        means.append(float(torch.nn.functional.cross_entropy(p.reference(), p.targets)))
+        return nll(p)
+
+    watched.reference = True  # type: ignore[attr-defined]
+    done = tune(m, told, method=method, objective=watched, steps=3, batch_size=4, lr=1e-2, autocast=False)
+    assert means == [pytest.approx(float(start.mean()), rel=1e-4)] * 3
+    assert done.losses[-1] < done.losses[0]
+
+
+def test_inputs_may_be_corrupted_and_labels_stay() -> None:
+    m = model()
+    calls: list[tuple[int, int]] = []
+
+    def swap(found: dict[str, Tensor], step: int, steps: int) -> dict[str, Tensor]:
+        calls.append((step, steps))
+        return found | {"input_ids": torch.where(found["labels"] != -100, m.pad_id, found["input_ids"])}
+
+    losses = tune(m, taught(m), corrupt=swap, steps=2, batch_size=4, lr=0.0, autocast=False).losses
+    assert calls == [(0, 2), (1, 2)]
+    plain = model()
+    assert losses != tune(plain, taught(plain), steps=2, batch_size=4, lr=0.0, autocast=False).losses
+
+
+def test_an_objective_says_what_the_data_must_have() -> None:
+    m = model()
+
+    def compares(p: Predictions) -> Tensor:
+        return nll(p)
+
+    compares.grouped = True  # type: ignore[attr-defined]
+    compares.columns = ("positive",)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="compares needs the column 'positive'"):
+        tune(m, taught(m), objective=compares)
+    lone = [Example(t, (1.0,) * len(t.ids), {"positive": 1.0}) for t in taught(m)]
+    with pytest.raises(ValueError, match="compares the members of a group, but 12 of the 12 items are alone"):
+        tune(m, lone, objective=compares)
+    with pytest.raises(ValueError, match="need an objective"):
+        hosted(m, taught(m), objective=None, corrupt=lambda b, s, n: b)
+
+
+class Counting:
+    """An objective with a memory: how many micro-batches it has seen."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, p: Predictions) -> Tensor:
+        self.seen += 1
+        return nll(p) * self.seen
+
+    def __repr__(self) -> str:
+        return "Counting()"
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+def test_what_an_objective_remembers_survives_a_resume(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 4, "batch_size": 4, "autocast": False}
+    whole = tune(m := model(), taught(m), objective=Counting(), **options)
+
+    def stop(module: torch.nn.Module, step: int) -> Tensor:
+        if step == 3:
+            raise KeyboardInterrupt
+        return torch.zeros(())
+
+    stop.__name__ = "nothing"
+    saved: dict[str, Any] = {"checkpoints": tmp_path, "save_every": 2, **options}
+    with pytest.raises(KeyboardInterrupt):
+        tune(m := model(), taught(m), objective=Counting(), terms=[stop], **saved)
+
+    def nothing(module: torch.nn.Module, step: int) -> Tensor:
+        return torch.zeros(())
+
+    again = tune(m := model(), taught(m), objective=Counting(), terms=[nothing], **saved)
+    assert again.losses == pytest.approx(whole.losses, rel=1e-6)
+    with pytest.raises(ValueError, match=r"another run \(objective was 'Counting\(\)', now 'nll'"):
+        tune(m := model(), taught(m), terms=[nothing], **saved)
+
+
+@pytest.mark.parametrize("method", ["lift", "full"])
+def test_a_gradient_that_is_not_finite_names_step_and_parameter(method: Any, tmp_path: Path) -> None:
+    m = model()
+
+    def term(module: torch.nn.Module, step: int) -> Tensor:
+        weight = m.weights.parameter("1.mlp.down")
+        return (weight * 0).sqrt().sum() if step == 2 else torch.zeros(())  # finite, with a gradient of 0 * inf
+
+    place = "1.mlp.down" if method == "lift" else "model.layers.1.mlp.down_proj.weight"
+    with pytest.raises(
+        FloatingPointError, match=rf"gradient of {place} is not finite at step 3.*good checkpoint is .*checkpoint-2"
+    ):
+        tune(
+            m,
+            taught(m),
+            method=method,
+            terms=[term],
+            steps=4,
+            batch_size=4,
+            checkpoints=tmp_path,
+            save_every=2,
+            autocast=False,
+        )
