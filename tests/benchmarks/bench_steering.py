@@ -103,8 +103,11 @@ def peer_rows(model: Model, rounds: int) -> list[dict[str, Any]]:
     took = medians(arms, rounds)
     rows = []
     for name in ("nnsight", "TransformerLens"):
-        same = sum(a == b for a, b in zip(said["ours"], said[name], strict=False))
-        note = f"1 question, {LENGTH} tokens, {same} of {len(said['ours'])} tokens the same; median of {rounds}"
+        # TransformerLens goes on after an end of sequence, ours and nnsight are told to write something else there
+        ended = [i for i, token in enumerate(said[name]) if token == model.tokenizer.eos_token_id]
+        until = ended[0] if ended else len(said[name])
+        same = sum(a == b for a, b in zip(said["ours"][:until], said[name][:until], strict=True))
+        note = f"1 question, {LENGTH} tokens, {same} of {until} up to an end of sequence the same; median of {rounds}"
         rows.append(row(f"decoding steered at {layer}.resid against {name} (s)", took["ours"], took[name], None, note))
     rows.append(
         row(f"decoding steered at {layer}.resid against plain, one question (s)", took["ours"], took["plain"], None, "")
