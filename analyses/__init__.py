@@ -9,8 +9,11 @@ representation  drift of activations and outputs between two models
 geometry        which weights moved, and how
 changes, dose   what a steering, an edit or a task vector does at each strength, beside random ones
 thinkedit       length direction, the heads that write it, the edit, and what it does beside its controls
+donors          what reinforcement changed in a model, and what that does in a sibling
 controls        planted models whose true score is known
+seeing          a vision-language model that learns sums: training, DRIFT and merges, side by side
 watch           these measures as monitors for the training loop
+flight          flight_recorder(): all of them within a share of the training time, and the page of the run
 style, figures  one function a figure
 plan, study     the main job
 report          its page
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from analyses.changes import Editing as Editing
     from analyses.dose import sweep as sweep
     from analyses.faithfulness import early_answers as early_answers
+    from analyses.flight import Flight as Flight
+    from analyses.flight import flight_recorder as flight_recorder
     from analyses.plan import Plan as Plan
     from analyses.representation import drift as drift
     from analyses.statistics import Estimate as Estimate
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Editing": "changes",
     "Estimate": "statistics",
+    "Flight": "flight",
     "Plan": "plan",
     "Question": "tasks",
     "Recipe": "thinkedit",
@@ -44,6 +50,7 @@ _HOMES = {
     "chained_sums": "tasks",
     "drift": "representation",
     "early_answers": "faithfulness",
+    "flight_recorder": "flight",
     "sweep": "dose",
 }
 __all__ = list(_HOMES)

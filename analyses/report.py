@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +88,7 @@ def _page(
     example = results["example"]
 
     def image(name: str, caption: str) -> str:
-        data = base64.b64encode(images[name]).decode()
-        return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-
-    def pair(*items: str) -> str:
-        return f'<div class="pair">{"".join(items)}</div>'
+        return picture(images[name], caption)
 
     boxes = "".join(
         f"<div>{r['arm']}<b>{r['value']:.0%}</b><span class=soft>{r['low']:.0%} to {r['high']:.0%}, n={r['n']}</span></div>"
@@ -163,9 +159,29 @@ def _page(
         ),
         f"<details><summary>Settings and environment</summary><pre>{html.escape(_plain({'settings': plan, 'environment': record.environment}))}</pre></details>",
     ]
-    title = f"model surgery: {html.escape(plan['model'])}"
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style>'
+    return document(f"model surgery: {plan['model']}", sections)
+
+
+def document(title: str, sections: Sequence[str]) -> str:
+    """A self-contained page of HTML sections in the house style."""
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     return head + "\n".join(sections) + "</html>\n"
+
+
+def picture(png: bytes, caption: str) -> str:
+    """A figure with its caption, the image inside the page."""
+    data = base64.b64encode(png).decode()
+    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+def pair(*items: str) -> str:
+    """Figures side by side where there is room."""
+    return f'<div class="pair">{"".join(items)}</div>'
+
+
+def html_table(table: DataFrame) -> str:
+    """A table in the house style: four digits, nothing where there is no value."""
+    return table.to_html(index=False, border=0, na_rep="", float_format=lambda v: f"{v:.4g}")
 
 
 def _arm_row(arm: str, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,8 +228,7 @@ def _headline_geometry(table: Any) -> DataFrame:
 
 
 def _table(table: Any, columns: list[str] | None) -> str:
-    shown = table if columns is None else table[columns]
-    return shown.to_html(index=False, border=0, na_rep="", float_format=lambda v: f"{v:.4g}")
+    return html_table(table if columns is None else table[columns])
 
 
 def _records(rows: list[dict[str, Any]]) -> str:

@@ -1,9 +1,9 @@
-"""How likely a model finds given tokens: teacher-forced negative log-likelihood over spans, and of plain text."""
+"""How likely a model finds given tokens, and how sure it is: teacher-forced negative log-likelihood and entropy over spans; plain text."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,16 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from analyses.statistics import Estimate, percentile, resamples
 from surgery.model import Model
 from surgery.rows import rows_are
 from surgery.transcript import Transcript
 
+# log-probabilities at some places, and the tokens that stand there -> nats a token
+Reading = Callable[[Float[Tensor, "token vocab"], Int[Tensor, " token"]], Float[Tensor, " token"]]
+
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Negative log-likelihood of some tokens under a model, item by item.
+    """Nats of some tokens under a model, item by item: their negative log-likelihood, or the entropy of what they were drawn from.
 
     ``nats[i]``: summed over item *i*, in nats; ``tokens[i]``: over how many tokens. ``missing``: items without the span.
     """
@@ -37,7 +42,7 @@ class Likelihood:
 
     @cached_property
     def mean(self) -> Estimate:
-        """Nats per token over all tokens (at least 0; lower is likelier), bootstrapped over items."""
+        """Nats per token over all tokens (at least 0; lower is likelier, or surer), bootstrapped over items."""
         nats, tokens = np.array(self.nats), np.array(self.tokens)
         counts = resamples(len(nats), 2000, self.seed)
         drawn = (counts @ nats) / (counts @ tokens)
@@ -55,14 +60,17 @@ def nll(
     ``over``: a span name ("answer", "thinking", "completion", ...). Transcripts without it are counted as missing;
     none with it is a ValueError. No padding enters: a batch of 8 is eight batches of 1.
     """
-    spans = [transcript.spans.get(over) for transcript in transcripts]
-    kept = [(t, span) for t, span in zip(transcripts, spans, strict=True) if span and span[1] > max(span[0], 1)]
-    rows = [(t.ids, *span) for t, span in kept]
-    if not rows:
-        there = sorted({name for transcript in transcripts for name in transcript.spans})
-        raise ValueError(f"none of {len(transcripts)} transcripts has a span {over!r}; there are {there}")
-    prompts = [t.spans.get("prompt", (0, 0))[1] for t, _ in kept]
-    return _likelihood(model, rows, prompts, batch_size, seed, len(transcripts) - len(rows))
+    return _over(model, transcripts, over, batch_size, seed, _surprise)
+
+
+def entropy(
+    model: Model, transcripts: Sequence[Transcript], over: str = "thinking", *, batch_size: int = 16, seed: int = 0
+) -> Likelihood:
+    """Entropy of the distribution that each token of a span is drawn from, given everything before it: 0 to log(vocabulary) nats a token.
+
+    Arguments and errors as `nll`.
+    """
+    return _over(model, transcripts, over, batch_size, seed, _uncertainty)
 
 
 def text_nll(model: Model, texts: Sequence[str], *, batch_size: int = 16, seed: int = 0) -> Likelihood:
@@ -71,7 +79,20 @@ def text_nll(model: Model, texts: Sequence[str], *, batch_size: int = 16, seed: 
     rows = [(ids, 1, len(ids)) for ids in model.tokenizer(list(texts))["input_ids"] if len(ids) > 1]
     if not rows:
         raise ValueError(f"none of {len(texts)} texts is longer than one token")
-    return _likelihood(model, rows, [0] * len(rows), batch_size, seed, len(texts) - len(rows))
+    return _likelihood(model, rows, [0] * len(rows), batch_size, seed, len(texts) - len(rows), _surprise)
+
+
+def _over(
+    model: Model, transcripts: Sequence[Transcript], over: str, batch_size: int, seed: int, read: Reading
+) -> Likelihood:
+    spans = [transcript.spans.get(over) for transcript in transcripts]
+    kept = [(t, span) for t, span in zip(transcripts, spans, strict=True) if span and span[1] > max(span[0], 1)]
+    rows = [(t.ids, *span) for t, span in kept]
+    if not rows:
+        there = sorted({name for transcript in transcripts for name in transcript.spans})
+        raise ValueError(f"none of {len(transcripts)} transcripts has a span {over!r}; there are {there}")
+    prompts = [t.spans.get("prompt", (0, 0))[1] for t, _ in kept]
+    return _likelihood(model, rows, prompts, batch_size, seed, len(transcripts) - len(rows), read)
 
 
 @contextmanager
@@ -103,6 +124,7 @@ def _likelihood(
     batch_size: int,
     seed: int,
     missing: int,
+    read: Reading,
 ) -> Likelihood:
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: must be at least 1")
@@ -131,6 +153,14 @@ def _likelihood(
                 start, end = max(rows[row][1], 1), rows[row][2]
                 chosen = logits[line, [where[p - 1] for p in range(start, end)]].float().log_softmax(-1)
                 target = ids[line, start:end].to(device)
-                nats[row] = -chosen.gather(-1, target[:, None]).sum().item()
+                nats[row] = read(chosen, target).sum().item()
     tokens = [end - max(start, 1) for _, start, end in rows]
     return Likelihood(tuple(nats), tuple(tokens), missing, seed)
+
+
+def _surprise(log_p: Float[Tensor, "token vocab"], target: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
+    return -log_p.gather(-1, target[:, None])[:, 0]
+
+
+def _uncertainty(log_p: Float[Tensor, "token vocab"], target: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
+    return torch.special.entr(log_p.exp()).sum(-1)

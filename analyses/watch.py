@@ -1,23 +1,38 @@
-"""Monitors for the training loop, made of the toolkit's own measures: pass them to ``every(n, ...)``."""
+"""Monitors for the training loop, made of the toolkit's own measures: pass them to ``every(n, ...)``, or alone to a `Recorder`."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
-from analyses.representation import mean_shift
-from analyses.scoring import nll
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analyses.dose import lengths
+from analyses.representation import linear_cka, mean_shift, subspace_angles
+from analyses.scoring import entropy, nll
 from analyses.tasks import Question, accuracy
-from finetune.monitors import ChangeNorm, Monitor, Watch, every
+from finetune.monitors import Watch, every, sometimes
+from finetune.movement import ChangeNorm, GradientCourse, Start, UpdateShape, spread_layers
 from probes.activations import Activations, collect
 from surgery.model import Model
 from surgery.sites import Site
-from surgery.transcript import Transcript, read_transcript
+from surgery.transcript import Transcript, nobody_has, read_transcript
 
-WATCHES = ("accuracy", "nll", "drift", "drift-general", "change")
+# from cheap to dear: the order in which a budget of time is first spent
+WATCHES = ("nll", "entropy", "gradient", "change", "drift", "drift-general", "representation", "geometry", "accuracy")
+
+
+_READ = 8  # transcripts whose tokens are compared: more tokens than `Representation` takes of them cost time alone
 
 
 class Answers:
-    """Held-out accuracy: generates greedily and grades. Gives accuracy (missing counted as not right), its interval, and missing."""
+    """Held-out answers, generated greedily: graded, and their thinking counted.
+
+    Gives accuracy (missing counted as not right), its interval, missing and n; ``thinking_tokens``, the mean length of the thinking of those
+    that have any, with what was cut off at `max_new_tokens` counted as far as it was seen; and ``thinking_cut``, the share that was cut off.
+    """
 
     __name__ = "accuracy"
 
@@ -36,7 +51,19 @@ class Answers:
             "high": overall.high,
             "missing": found.missing,
             "n": found.n,
+            **_thinking(given),
         }
+
+
+def _thinking(given: Sequence[Transcript]) -> dict[str, float]:
+    counts, ended = lengths(given)
+    seen = [(count, over) for count, over in zip(counts, ended, strict=True) if count is not None]
+    if not seen:
+        return {"thinking_tokens": float("nan"), "thinking_cut": float("nan")}
+    return {
+        "thinking_tokens": sum(count for count, _ in seen) / len(seen),
+        "thinking_cut": sum(not over for _, over in seen) / len(seen),
+    }
 
 
 class AnswerLikelihood:
@@ -52,11 +79,26 @@ class AnswerLikelihood:
         return {"answer_nll": found.value, "low": found.low, "high": found.high, "n": found.n}
 
 
+class TokenEntropy:
+    """How unsure the model is at each token of fixed transcripts: the mean entropy of its prediction, in nats, for each span.
+
+    A pass over the transcripts for each span.
+    """
+
+    __name__ = "entropy"
+
+    def __init__(self, transcripts: Sequence[Transcript], over: Sequence[str] = ("completion",)):
+        self._transcripts, self._over = list(transcripts), tuple(over)
+
+    def __call__(self, model: Model, step: int) -> dict[str, float]:
+        return {span: entropy(model, self._transcripts, over=span).mean.value for span in self._over}
+
+
 class DriftFromStart:
     """How far the residual stream has moved since this was made, on fixed transcripts: the normalised mean shift at some layers.
 
     Gives one number a layer (``L15``) and their mean (``all``), in units of the spread at the start. Make it before training: a
-    resumed run then measures from the same start.
+    resumed run then measures from the same start. prepared: the seconds that reading the start took.
     """
 
     __name__ = "drift"
@@ -68,10 +110,12 @@ class DriftFromStart:
         layers: Sequence[int] | None = None,
         over: str = "completion",
     ):
+        began = time.monotonic()
         depth = model.anatomy.n_layers
         self._transcripts, self._over = list(transcripts), over
         self._layers = sorted({depth // 4, depth // 2, 3 * depth // 4, depth}) if layers is None else list(layers)
         self._start = self._collect(model)
+        self.prepared = time.monotonic() - began
 
     def __call__(self, model: Model, step: int) -> dict[str, float]:
         now = self._collect(model)
@@ -80,6 +124,75 @@ class DriftFromStart:
 
     def _collect(self, model: Model) -> Activations:
         return collect(model, self._transcripts, at=[Site(n, "resid") for n in self._layers], over=self._over)
+
+
+class Representation:
+    """How the residual stream has changed since this was made, for each span and layer: CKA, subspace angle and mean shift.
+
+    Gives ``thinking.L15.cka``, ``thinking.L15.angle`` (mean principal angle of the top k components, degrees) and ``thinking.L15.shift``
+    (`analyses.representation` says what they are), and the mean over layers for each span, ``thinking.cka`` and so on. At the start CKA is 1,
+    the others 0. Make it before training.
+
+    layers: residual streams, 0 to n_layers; five spread over the depth by default, the embedding left out.
+    rows:   tokens of each span that are compared, drawn once by `seed` where there are more: the cost grows with their square.
+    Raises ValueError for a span that no transcript has, and for one with too few tokens for k.
+    """
+
+    __name__ = "representation"
+
+    def __init__(
+        self,
+        model: Model,
+        transcripts: Sequence[Transcript],
+        layers: Sequence[int] | None = None,
+        over: Sequence[str] = ("thinking", "answer"),
+        *,
+        k: int = 8,
+        rows: int = 256,
+        seed: int = 0,
+    ):
+        began = time.monotonic()
+        spread = [n + 1 for n in spread_layers(model.anatomy.n_layers, 5)]
+        self._sites = [Site(n, "resid") for n in (spread if layers is None else layers)]
+        self._transcripts, self._over, self._k = list(transcripts), tuple(over), k
+        found = self._collect(model)
+        self._rows = {span: _drawn(found, i, rows, seed) for i, span in enumerate(self._over)}
+        for span, chosen in self._rows.items():
+            if not len(chosen):
+                raise ValueError(nobody_has(self._transcripts, span))
+            if len(chosen) <= max(k, 3):
+                raise ValueError(
+                    f"The span {span!r} has {len(chosen)} tokens in all: {k} principal components need more than {max(k, 3)}. "
+                    "Give more transcripts, or a smaller k."
+                )
+        self._start = {(span, s): found[s][chosen] for span, chosen in self._rows.items() for s in self._sites}
+        self.prepared = time.monotonic() - began
+
+    def __call__(self, model: Model, step: int) -> dict[str, float]:
+        now = self._collect(model)
+        means: dict[str, float] = {}
+        each: dict[str, float] = {}
+        for span, chosen in self._rows.items():
+            found = [self._compare(self._start[span, s], now[s][chosen]) for s in self._sites]
+            for measure in found[0]:
+                means[f"{span}.{measure}"] = sum(one[measure] for one in found) / len(found)
+            for site, one in zip(self._sites, found, strict=True):
+                each |= {f"{span}.L{site.layer}.{measure}": value for measure, value in one.items()}
+        return means | each
+
+    def _compare(self, X: Float[Tensor, "row d"], Y: Float[Tensor, "row d"]) -> dict[str, float]:
+        angle, _ = subspace_angles(X, Y, min(self._k, X.shape[1]))
+        return {"cka": linear_cka(X, Y), "angle": angle, "shift": mean_shift(X, Y)}
+
+    def _collect(self, model: Model) -> Activations:
+        return collect(model, self._transcripts, at=self._sites, over=self._over)
+
+
+def _drawn(found: Activations, span: int, count: int, seed: int) -> Tensor:
+    """At most `count` of the rows of a span, in order."""
+    rows = (found.span == span).nonzero()[:, 0]
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
+    return rows[chosen.sort().values]
 
 
 def as_transcripts(model: Model, texts: Sequence[str]) -> list[Transcript]:
@@ -93,20 +206,30 @@ def watches(
     model: Model,
     questions: Sequence[Question],
     texts: Sequence[str],
-    steps: int,
+    steps: int | None = None,
     *,
     max_new_tokens: int = 64,
 ) -> list[Watch]:
-    """The monitors of these names, each every `steps` optimizer steps. Raises ValueError for a name that is none of `WATCHES`."""
+    """The monitors of these names, each every `steps` optimizer steps; None: as often as the recorder's budget allows.
+
+    Make them before training: some read the model as it is. The questions need worked solutions for what is read over the thinking.
+    Raises ValueError for a name that is none of `WATCHES`.
+    """
     unknown = [name for name in names if name not in WATCHES]
     if unknown:
         raise ValueError(f"There is no monitor {unknown[0]!r}. Choose from {', '.join(WATCHES)}.")
     teacher = [model.transcript(q.question, q.completion(model.markers)) for q in questions]
-    makers: Mapping[str, Callable[[], Monitor]] = {
+    start = Start(model) if {"change", "geometry", "gradient"} & set(names) else None
+    makers: Mapping[str, Callable[[], Callable[..., Mapping[str, float]]]] = {
         "accuracy": lambda: Answers(questions, max_new_tokens),
         "nll": lambda: AnswerLikelihood(teacher),
+        "entropy": lambda: TokenEntropy(teacher),
         "drift": lambda: DriftFromStart(model, teacher),
         "drift-general": lambda: DriftFromStart(model, as_transcripts(model, texts), over="all"),
-        "change": lambda: ChangeNorm(model),
+        "representation": lambda: Representation(model, teacher[:_READ]),
+        "change": lambda: ChangeNorm(model, start=start),
+        "geometry": lambda: UpdateShape(model, start=start),
+        "gradient": lambda: GradientCourse(model, start=start),
     }
-    return [every(steps, makers[name](), name) for name in names]
+    made = [(makers[name](), name) for name in names]
+    return [every(steps, monitor, name) if steps else sometimes(monitor, name) for monitor, name in made]

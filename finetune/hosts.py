@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from finetune.checkpoints import checkpoints, mark_complete
+from finetune.distributed import exempt_from_ddp
 from finetune.lift import LIFT
 from finetune.objectives import Objective
 from finetune.predictions import Predictions, Totals, logits_at, predict
@@ -52,6 +54,8 @@ class Surgical(_Host):
     corrupt:   changes the inputs of a micro-batch. terms: losses added once an optimizer step.
     reference: the frozen starting model, for an objective that asks for it; by default the adapter switched off where there is one, else
                a copy made now. Nothing is copied for an objective that does not ask.
+    settings:  of the run, written into each checkpoint when it is whole, for `finetune.checkpoints.last_complete`; none is then written at
+               the last step, where nothing is left to resume.
 
     With `LIFT` as the optimizer (``optimizers=(lift, None)``) gradients are clipped and measured through it. A loss or a gradient that is
     not finite raises FloatingPointError with the step and the parameter; checkpoints written before stay.
@@ -64,6 +68,7 @@ class Surgical(_Host):
         corrupt: Corruption | None = None,
         terms: Sequence[Term] = (),
         reference: nn.Module | None = None,
+        settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         if objective is None and (corrupt or reference):
@@ -72,7 +77,7 @@ class Surgical(_Host):
         self._objective, self._corrupt, self._terms = objective, corrupt, tuple(terms)
         self._totals: Totals | None = None
         self._begun = -1  # the optimizer step whose terms were added
-        self._reference = reference
+        self._reference, self._settings = reference, settings
         if objective is not None:
             self.loss_is_scaled_for_ga = True  # it was divided by the totals of the whole step
             if getattr(objective, "reference", False) and reference is None and not _adapted(self._bare()):
@@ -156,9 +161,17 @@ class Surgical(_Host):
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, LIFT) else None
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.world_size > 1 and self.model is not None and (lift := self._lift()):
+            exempt_from_ddp(self.model, lift)  # before it is wrapped
+        return optimizer
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self._require_finite(model)  # clipping spreads one NaN over all
-        return lift.clip_grad_norm_(self.args.max_grad_norm) if (lift := self._lift()) else super()._clip_grad_norm(model)
+        return (
+            lift.clip_grad_norm_(self.args.max_grad_norm) if (lift := self._lift()) else super()._clip_grad_norm(model)
+        )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None:
@@ -169,7 +182,9 @@ class Surgical(_Host):
 
     def _require_finite(self, model: nn.Module) -> None:
         lift = self._lift()
-        named = list(lift.gradients()) if lift else [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+        named = (
+            list(lift.gradients()) if lift else [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+        )
         if torch.isfinite(get_total_norm([grad for _, grad in named])):
             return
         place = next((name for name, grad in named if not torch.isfinite(grad).all()), "some parameter")
@@ -179,15 +194,18 @@ class Surgical(_Host):
         )
 
     def _kept(self) -> str:
-        found = sorted(
-            Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1])
-        )
+        found = checkpoints(Path(str(self.args.output_dir)))
         return f" The last good checkpoint is {found[-1]}." if found and self.args.save_strategy != "no" else ""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._settings is not None and self.state.global_step >= self.state.max_steps:
+            return
         super()._save_checkpoint(*args, **kwargs)
+        checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if save := getattr(self._objective, "state_dict", None):
-            torch.save(save(), Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / _STATE)
+            torch.save(save(), checkpoint / _STATE)
+        if self._settings is not None:
+            mark_complete(checkpoint, self._settings)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

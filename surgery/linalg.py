@@ -54,7 +54,7 @@ def low_rank(W: Float[Tensor, "out in"], rank: int) -> Float[Tensor, "out in"]:
     if W.ndim == 2 and rank >= min(W.shape) > 0:
         if not torch.isfinite(W).all():
             raise ValueError(_NOT_FINITE)
-        return W.detach().to(_precision(W), copy=True)
+        return W.detach().to(work_precision(W), copy=True)
     left, right = low_rank_factors(W, rank)
     return left @ right.T
 
@@ -76,7 +76,7 @@ def singular_values(W: Float[Tensor, "out in"]) -> Float[Tensor, " short"]:
     Accuracy: the Gram matrix squares the spectrum, so a value s is good to about `1e-16 * s_1**2 / s`: twelve digits
     at s_1/100, and below `1e-8 * s_1` only "zero" is known. Raises ValueError where W is not a finite matrix.
     """
-    gram = _gram(_tall(W), torch.float64)
+    gram = gram_matrix(_tall(W), torch.float64)
     return torch.linalg.eigvalsh(gram, UPLO="L").flip(0).clamp_min(0).sqrt()
 
 
@@ -156,7 +156,7 @@ def _short_subspace(W: Tensor, rank: int) -> Tensor:
     X = _tall(W)
     if not 1 <= rank <= X.shape[1]:
         raise ValueError(f"rank {rank} asked of a {_shape(W)} matrix: it has ranks 1 to {X.shape[1]}")
-    return _top_eigenvectors(_gram(X, _precision(W)), rank)
+    return leading_eigenvectors(gram_matrix(X, work_precision(W)), rank)
 
 
 def _tall(W: Tensor) -> Tensor:
@@ -166,19 +166,20 @@ def _tall(W: Tensor) -> Tensor:
     return W.detach() if W.shape[1] <= W.shape[0] else W.detach().T
 
 
-def _precision(W: Tensor) -> torch.dtype:
+def work_precision(W: Float[Tensor, "out in"]) -> torch.dtype:
+    """float64 up to a short side of 1024, else float32."""
     return torch.float64 if min(W.shape) <= FLOAT64_UP_TO and W.device.type != "mps" else torch.float32
 
 
-def _strips(X: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+def _strips(X: Tensor, dtype: torch.dtype, entries: int = STRIP) -> Iterator[Tensor]:
     """X in the precision of the work, some rows at a time; at once where it is not on the CPU."""
-    rows = max(1, STRIP // X.shape[1]) if X.device.type == "cpu" else len(X)
+    rows = max(1, entries // X.shape[1]) if X.device.type == "cpu" else len(X)
     for start in range(0, len(X), rows):
         yield X[start : start + rows].to(dtype, copy=True)  # a copy lies dense, in the order of its strides
 
 
-def _gram(X: Tensor, dtype: torch.dtype) -> Tensor:
-    """`X^T X`; on the CPU only its lower triangle is filled."""
+def gram_matrix(X: Float[Tensor, "row n"], dtype: torch.dtype) -> Float[Tensor, "n n"]:
+    """`X^T X` in that dtype; on the CPU only its lower triangle is filled. Raises ValueError where it is not finite."""
     if X.device.type != "cpu":
         (whole,) = _strips(X, dtype)
         gram = whole.T @ whole
@@ -186,7 +187,7 @@ def _gram(X: Tensor, dtype: torch.dtype) -> Tensor:
         from surgery._blas import add_gram
 
         sums = np.zeros((X.shape[1], X.shape[1]), torch.empty(0, dtype=dtype).numpy().dtype, order="F")
-        for strip in _strips(X, dtype):
+        for strip in _strips(X, dtype, 8 * STRIP):  # few, as every strip goes through all the sums
             add_gram(strip.numpy(), sums)
         gram = torch.from_numpy(sums)
     if not torch.isfinite(gram.diagonal()).all():
@@ -194,8 +195,8 @@ def _gram(X: Tensor, dtype: torch.dtype) -> Tensor:
     return gram
 
 
-def _top_eigenvectors(gram: Tensor, rank: int) -> Tensor:
-    """Largest first; uses the matrix up."""
+def leading_eigenvectors(gram: Float[Tensor, "n n"], rank: int) -> Float[Tensor, "n rank"]:
+    """Those of a `gram_matrix`, largest eigenvalue first; uses the matrix up."""
     if gram.device.type != "cpu":
         return torch.linalg.eigh(gram).eigenvectors[:, len(gram) - rank :].flip(1)
     from surgery._blas import top_eigenvectors  # torch's forms all of them

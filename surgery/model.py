@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,57 +131,86 @@ class Model:
         temperature: 0 is greedy, the default for one sample; 1 is the default for several. Sample j of question i depends on
         ``(seed, i, j)`` alone, whatever the batch: the noise of a row is its own (Gumbel-max sampling).
         """
+        asked = [questions] if isinstance(questions, str) else list(questions)
+        heat = _heat(samples, temperature)
+        prompts = [self.prompt_ids(q) for q in asked]
+        written = self._write_on(
+            prompts, [len(p) for p in prompts], samples, heat, seed, max_new_tokens, batch_size, progress
+        )
+        return [
+            read_transcript(self.tokenizer, asked[i], prompts[i], row, self.markers, sample=j)
+            for i, rows in enumerate(written)
+            for j, row in enumerate(rows)
+        ]
+
+    @torch.no_grad()
+    def continued(
+        self,
+        transcripts: Sequence[Transcript],
+        *,
+        samples: int = 1,
+        temperature: float | None = None,
+        seed: int = 0,
+        max_new_tokens: int = 64,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> list[Transcript]:
+        """Write on from where unfinished transcripts stop, `samples` times each; settings as in `generate`.
+
+        Their completions begin with what was given, the span ``given`` (absent where only a prompt was), and go on with the span
+        ``continuation``; ``meta`` is kept, with the number of the ``sample``. Raises ValueError for a transcript that has ended already.
+        """
+        heat = _heat(samples, temperature)
+        for index, transcript in enumerate(transcripts):
+            if transcript.finished:
+                raise ValueError(
+                    f"Transcript {index} has ended, so nothing can be written on: {transcript!r}. Cut it first."
+                )
+        prompts = [t.require("prompt")[1] for t in transcripts]
+        starts = [list(t.ids) for t in transcripts]
+        written = self._write_on(starts, prompts, samples, heat, seed, max_new_tokens, batch_size, progress)
+        told = []
+        for transcript, prompt, rows in zip(transcripts, prompts, written, strict=True):
+            given = transcript.ids[prompt:]
+            for j, row in enumerate(rows):
+                whole = read_transcript(
+                    self.tokenizer, transcript.question, transcript.ids[:prompt], [*given, *row], self.markers
+                )
+                spans = dict(whole.spans) | {"continuation": (prompt + len(given), len(whole.ids))}
+                if given:
+                    spans["given"] = (prompt, prompt + len(given))
+                told.append(replace(whole, spans=spans, meta={**transcript.meta, "sample": j}))
+        return told
+
+    def _write_on(
+        self, starts: list[list[int]], prompts: list[int], samples: int, heat: float, seed: int, length: int, batch_size: int,
+        progress: bool,
+    ) -> list[list[list[int]]]:  # fmt: skip
+        """What is written after each start, sample by sample. prompts: how many tokens of each start are its prompt."""
         from tqdm.auto import tqdm
 
-        asked = [questions] if isinstance(questions, str) else list(questions)
-        heat = (0.0 if samples == 1 else 1.0) if temperature is None else temperature
-        if samples < 1 or heat < 0 or (samples > 1 and heat == 0):
-            raise ValueError(
-                f"samples={samples} at temperature={heat}: ask for at least one sample, and for a temperature above 0 when they are to differ."
-            )
-        prompts = [self.prompt_ids(q) for q in asked]
-        jobs = [(i, j) for i in range(len(asked)) for j in range(samples)]
-        order = sorted(jobs, key=lambda job: len(prompts[job[0]]))  # little padding
-        done: dict[tuple[int, int], Transcript] = {}
+        jobs = [(i, j) for i in range(len(starts)) for j in range(samples)]
+        order = sorted(jobs, key=lambda job: len(starts[job[0]]))  # little padding
+        done: dict[tuple[int, int], list[int]] = {}
         with tqdm(total=len(jobs), desc="generating", disable=not progress, leave=False) as bar:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                asking = [prompts[i] for i, _ in batch]
-                with rows_are([len(ids) for ids in asking], [i for i, _ in batch]):
-                    rows = self._generate_batch(asking, [(seed, i, j) for i, j in batch], heat, max_new_tokens)
-                for (i, j), row in zip(batch, rows, strict=True):
-                    done[i, j] = read_transcript(self.tokenizer, asked[i], prompts[i], row, self.markers, sample=j)
+            for first in range(0, len(order), batch_size):
+                batch = order[first : first + batch_size]
+                with rows_are([prompts[i] for i, _ in batch], [i for i, _ in batch]):
+                    rows = self._generate_batch(
+                        [starts[i] for i, _ in batch], [(seed, i, j) for i, j in batch], heat, length
+                    )
+                done.update(zip(batch, rows, strict=True))
                 bar.update(len(batch))
-        return [done[job] for job in jobs]
+        return [[done[i, j] for j in range(samples)] for i in range(len(starts))]
 
     def _generate_batch(
         self, prompts: list[list[int]], seeds: list[tuple[int, int, int]], heat: float, length: int
     ) -> list[list[int]]:
-        from transformers import GenerationConfig
-
         ids, mask, start = pad_after_prefix(prompts, self.pad_id)
-        options: dict[str, Any] = (
-            {"past_key_values": cache}
-            if start and (cache := prefix_cache(self.module, prompts[0][:start], len(prompts)))
-            else {}
-        )
-        if not options:
+        cache = prefix_cache(self.module, prompts[0][:start], len(prompts)) if start else None
+        if cache is None:
             ids, mask, _ = pad_after_prefix(prompts, self.pad_id, share=False)
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=length,
-            eos_token_id=sorted(end_tokens(self.tokenizer)) or None,
-            pad_token_id=self.pad_id,
-            use_cache=True,
-        )
-        out: Any = self.module.generate(  # type: ignore[operator]
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            generation_config=config,
-            logits_processor=[_GumbelNoise(seeds, heat)] if heat else [],
-            **options,
-        )
-        return [row[ids.shape[1] :].tolist() for row in out]
+        return decode(self, ids, mask, length, cache, [_GumbelNoise(seeds, heat)] if heat else [])
 
     @property
     def pad_id(self) -> int:
@@ -209,6 +239,42 @@ class Model:
     def __repr__(self) -> str:
         a = self.anatomy
         return f"<Model {a.family}: {a.n_layers} layers, d {a.d_model}, {a.n_heads} heads ({a.n_kv_heads} kv) of {a.head_dim}, on {self.device}>"
+
+
+def _heat(samples: int, temperature: float | None) -> float:
+    heat = (0.0 if samples == 1 else 1.0) if temperature is None else temperature
+    if samples < 1 or heat < 0 or (samples > 1 and heat == 0):
+        raise ValueError(
+            f"samples={samples} at temperature={heat}: ask for at least one sample, and for a temperature above 0 when they are to differ."
+        )
+    return heat
+
+
+def decode(
+    model: Model, ids: Tensor, mask: Tensor, length: int, past: Any = None, processors: Sequence[Any] = ()
+) -> list[list[int]]:
+    """What a model writes after each row of a batch, at most `length` tokens: the likeliest token each time.
+
+    ids, mask: ``[batch, token]``; padding anywhere, as long as every row ends in the last column. past: a cache of all columns but the
+    last ones, at least one of which it leaves. processors: change the logits first, as in transformers. Rows that end early are padded.
+    """
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=length,
+        eos_token_id=sorted(end_tokens(model.tokenizer)) or None,
+        pad_token_id=model.pad_id,
+        use_cache=True,
+    )
+    out: Any = model.module.generate(  # type: ignore[operator]
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+        logits_processor=list(processors),
+        **({} if past is None else {"past_key_values": past}),
+    )
+    return [row[ids.shape[1] :].tolist() for row in out]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ Span = tuple[int, int]
 _ROLES = ("prompt", "completion", "thinking", "answer", "all", "sentence")
 _PICKED = re.compile(r"(?P<name>[\w-]+)(?:\[(?P<which>-?\d+|-?\d*:-?\d*)\])?")
 _WRITTEN = re.compile(r"(?:(?P<name>[\w-]+)~)?/(?P<pattern>.+)/", re.DOTALL)
-_SENTENCE = re.compile(r"[^\n]*?(?:[.!?](?=\s)|\n|\Z)", re.DOTALL)
+SENTENCE = re.compile(r"[^\n]*?(?:[.!?](?=\s)|\n|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Transcript:
         start = self.offsets[begin][0]
         text = self.text[start : self.offsets[end - 1][1]]
         bounds, cut = [begin], begin
-        for piece in _SENTENCE.finditer(text):
+        for piece in SENTENCE.finditer(text):
             if not piece.group().strip():
                 continue
             while cut < end and self.offsets[cut][0] < start + piece.end():

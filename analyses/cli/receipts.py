@@ -12,6 +12,7 @@ from analyses.cli.change import apply, diff, edit, merge, realign, tune
 from analyses.cli.dose import sweep
 from analyses.cli.look import drift, early_answers, geometry
 from analyses.cli.options import RECEIPTS, Quiet, To, app
+from analyses.cli.seeing import seeing
 from analyses.cli.start import study
 from analyses.cli.think import direction, generate, heads, thinkedit
 
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "direction": direction,
     "heads": heads,
     "thinkedit": thinkedit,
+    "seeing": seeing,
 }
 
 

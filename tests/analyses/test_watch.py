@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,19 @@ import pytest
 import torch
 
 from analyses.general_text import GENERAL_TEXT
-from analyses.representation import mean_shift
+from analyses.representation import linear_cka, mean_shift, subspace_angles
 from analyses.scoring import nll
 from analyses.tasks import chained_sums
-from analyses.watch import WATCHES, AnswerLikelihood, Answers, DriftFromStart, as_transcripts, watches
+from analyses.watch import (
+    WATCHES,
+    AnswerLikelihood,
+    Answers,
+    DriftFromStart,
+    Representation,
+    TokenEntropy,
+    as_transcripts,
+    watches,
+)
 from finetune.monitors import read_log
 from finetune.tune import tune
 from probes.activations import collect
@@ -48,6 +58,19 @@ def test_answers_are_graded(model: Model, monkeypatch: pytest.MonkeyPatch) -> No
     found = Answers(QUESTIONS)(model, 0)
     assert (found["accuracy"], found["missing"], found["n"]) == (0.5, 1, 4)
     assert found["low"] < 0.5 < found["high"]
+    # the thinking of all four, of which one was cut off, counted as far as it was seen
+    tokens = [t.spans["thinking"][1] - t.spans["thinking"][0] for t in given]
+    assert found["thinking_tokens"] == sum(tokens) / 4
+    assert found["thinking_cut"] == (0 if unfinished.finished else 0.25)
+
+
+def test_answers_that_do_not_think_have_no_length_of_thinking(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [model.transcript(q.question, q.answer) for q in QUESTIONS]
+    monkeypatch.setattr(model, "generate", lambda asked, **options: given)
+    found = Answers(QUESTIONS)(model, 0)
+    assert found["accuracy"] == 1
+    assert math.isnan(found["thinking_tokens"])
+    assert math.isnan(found["thinking_cut"])
 
 
 def test_answers_are_generated_to_the_length_asked(model: Model) -> None:
@@ -62,6 +85,67 @@ def test_likelihood_is_that_of_the_gold_answers(model: Model) -> None:
     before = watch(model, 0)["answer_nll"]
     shake(model)
     assert watch(model, 1)["answer_nll"] != before
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_entropy_is_that_of_each_tokens_distribution(family: str) -> None:
+    model = Model(*tiny(family))
+    told = taught(model)
+    found = TokenEntropy(told, over=("thinking", "answer"))(model, 0)
+    for span in ("thinking", "answer"):
+        nats, tokens = 0.0, 0
+        for t in told:
+            with torch.no_grad():
+                p = model.module(input_ids=torch.tensor([t.ids])).logits[0].double().softmax(-1)
+            for i in range(*t.spans[span]):
+                nats -= sum(float(x) * math.log(float(x)) for x in p[i - 1] if x > 0)
+                tokens += 1
+        assert found[span] == pytest.approx(nats / tokens, rel=1e-4)
+        assert 0 < found[span] < math.log(100)
+
+
+def test_representation_is_the_measures_own_numbers(model: Model) -> None:
+    told = taught(model)
+    start = collect(model, told, at="*.resid", over=("thinking", "answer"))
+    watch = Representation(model, told, layers=[1, 3], k=2)
+    assert watch.prepared > 0
+    still = watch(model, 0)
+    assert [still[f"thinking.{m}"] for m in ("cka", "shift")] == pytest.approx([1, 0])
+    assert still["thinking.angle"] == pytest.approx(0, abs=1e-5)
+    shake(model)
+    found = watch(model, 1)
+    now = collect(model, told, at="*.resid", over=("thinking", "answer"))
+    for i, span in enumerate(("thinking", "answer")):
+        each = []
+        for layer in (1, 3):
+            X, Y = (a[f"{layer}.resid"][a.span == i] for a in (start, now))
+            expected = {"cka": linear_cka(X, Y), "angle": subspace_angles(X, Y, 2)[0], "shift": mean_shift(X, Y)}
+            for measure, value in expected.items():
+                assert found[f"{span}.L{layer}.{measure}"] == pytest.approx(value, abs=1e-6)
+            each.append(expected)
+        for measure in ("cka", "angle", "shift"):
+            assert found[f"{span}.{measure}"] == pytest.approx(sum(e[measure] for e in each) / 2, abs=1e-6)
+    assert found["thinking.cka"] < 0.9999
+    assert found["thinking.angle"] > 0.1
+
+
+def test_representation_of_many_tokens_is_of_a_fixed_draw(model: Model) -> None:
+    told = taught(model)
+    few = Representation(model, told, layers=[2], over=["thinking"], k=2, rows=12)
+    again = Representation(model, told, layers=[2], over=["thinking"], k=2, rows=12)
+    other = Representation(model, told, layers=[2], over=["thinking"], k=2, rows=12, seed=1)
+    shake(model)
+    found = few(model, 1)
+    assert found == again(model, 1) != other(model, 1)
+    assert found == few(model, 1)
+
+
+def test_representation_says_what_it_lacks(model: Model) -> None:
+    bare = [model.transcript(q.question, q.answer) for q in QUESTIONS]
+    with pytest.raises(ValueError, match="None of the 4 transcripts has a span thinking; they have"):
+        Representation(model, bare)
+    with pytest.raises(ValueError, match=r"'answer' has \d+ tokens in all: 40 principal components need more than 40"):
+        Representation(model, taught(model), over=["answer"], k=40)
 
 
 @pytest.mark.parametrize("over", ["completion", "all"])
@@ -97,7 +181,8 @@ def test_names(model: Model) -> None:
     made = watches(WATCHES, model, QUESTIONS, GENERAL_TEXT[:2], 7)
     assert [(w.name, w.steps) for w in made] == [(name, 7) for name in WATCHES]
     assert watches([], model, QUESTIONS, [], 1) == []
-    with pytest.raises(ValueError, match=r"'beauty'.*accuracy, nll, drift"):
+    assert {w.steps for w in watches(["nll", "change"], model, QUESTIONS, [])} == {None}
+    with pytest.raises(ValueError, match=r"'beauty'.*nll, entropy, .*accuracy"):
         watches(["nll", "beauty"], model, QUESTIONS, [], 1)
 
 
@@ -127,9 +212,9 @@ def test_a_resumed_run_measures_drift_from_the_same_start(tmp_path: Any) -> None
         lines = [line for line in read_log(where / "log") if line["monitor"] in names]
         return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
-    names = ("nll", "drift", "drift-general", "change")
+    names = ("nll", "drift", "drift-general", "change", "representation", "geometry", "entropy")
     unbroken = go(tmp_path / "a", names)
     go(tmp_path / "b", names, stop=True)
     assert go(tmp_path / "b", names) == unbroken
-    assert len(unbroken) == 12
-    assert unbroken[-3]["all"] > 0
+    assert len(unbroken) == 21
+    assert next(line["all"] for line in reversed(unbroken) if line["monitor"] == "drift") > 0

@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks [SECTION ...] [STUDY]
 
-SECTION: write, merge, merge-large, memory, realign, check, lift, training, capture, steering, probes, faithfulness, thinkedit; by default all. The other sections stay as they were.
+SECTION: write, merge, merge-large, memory, realign, check, lift, training, drift, recorder, capture, steering, probes, faithfulness, thinkedit; by default all. The other sections stay as they were.
 STUDY:   folder of a finished study whose time is to be stated.
 """
 
@@ -21,12 +21,14 @@ from surgery.specimen import specimen
 from tests.benchmarks import (
     bench_capture,
     bench_check,
+    bench_drift,
     bench_faithfulness,
     bench_lift,
     bench_memory,
     bench_merge,
     bench_probes,
     bench_realign,
+    bench_recorder,
     bench_steering,
     bench_thinkedit,
     bench_training,
@@ -44,6 +46,8 @@ SECTIONS: dict[str, Callable[[str, Path], list[measure.Row]]] = {
     "check": lambda folder, base: bench_check.run(folder),
     "lift": lambda folder, base: bench_lift.run(str(base), rounds=1),
     "training": lambda folder, base: bench_training.run(base),
+    "drift": lambda folder, base: bench_drift.run(base),
+    "recorder": lambda folder, base: bench_recorder.run(base),
     "capture": lambda folder, base: bench_capture.run(base),
     "steering": lambda folder, base: bench_steering.run(base),
     "probes": lambda folder, base: bench_probes.run(),

@@ -1,4 +1,8 @@
-"""Whole training steps: LIFT beside full fine-tuning with AdamW."""
+"""Whole training steps and their memory: LIFT beside full fine-tuning with AdamW, and beside PEFT's LoRA and SHiRA with as many numbers to train.
+
+All arms see the same batch, compute in bfloat16 with float32 weights, and clip; they take turns in one process. Memory is that of a
+process of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,17 @@ from analyses.tasks import chained_sums
 from finetune.lift import LIFT
 from finetune.objectives import nll
 from finetune.predictions import predict
-from surgery.model import Model
+from surgery.model import LiveWeights, Model
 from surgery.weights import linear_sites
+from tests.benchmarks import measure
+
+RANK = 16  # of the LoRA: every other arm but the full one trains as many numbers, matrix by matrix
+Step = Callable[[], object]
 
 
 def run(folder: str | Path, rounds: int = 5) -> list[dict[str, Any]]:
     """Rows for the model in `folder`, in fp32 weights with bf16 autocast, on the CPU."""
-    return training_rows(folder, rounds)
+    return training_rows(folder, rounds) + memory_rows(folder)
 
 
 def batch(model: Model, size: int = 16) -> dict[str, Tensor]:
@@ -40,48 +48,121 @@ def batch(model: Model, size: int = 16) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def training_rows(folder: str | Path, rounds: int) -> list[dict[str, Any]]:
-    lift_model, full_model = (Model.load(folder, device="cpu", dtype="float32") for _ in range(2))
-    inputs = batch(lift_model)
-    weights = lift_model.weights
+def lift_steps(folder: str | Path, steps: int = 1, **options: Any) -> Step:
+    """The job: steps of LIFT on every attention and MLP matrix, by default with as many entries as the LoRA has numbers."""
+    model = Model.load(folder, device="cpu", dtype="float32")
+    weights = model.weights
+    assert isinstance(weights, LiveWeights)
     chosen = [(str(site), weights.parameter(site)) for site in linear_sites(weights)]
-    for parameter in lift_model.module.parameters():
-        parameter.requires_grad_(False)
+    model.module.requires_grad_(False)
     for _, parameter in chosen:
         parameter.requires_grad_(True)
-    lift = LIFT(chosen, lr=1e-4, density=0.05)
-    adamw = torch.optim.AdamW(full_model.module.parameters(), lr=1e-5, foreach=True)
+    lift = LIFT(chosen, lr=1e-4, **(options or {"lora_rank": RANK}))
+    return stepping(model, lift, lambda: lift.clip_grad_norm_(1.0), steps)
 
-    def step(model: Model, optimizer: Any, clip: Callable[[], object]) -> float:
-        model.module.train()
-        began = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = nll(predict(model.module, inputs))
-        loss.backward()
-        clip()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - began
 
-    def ours() -> float:
-        return step(lift_model, lift, lambda: lift.clip_grad_norm_(1.0))
+def full_steps(folder: str | Path, steps: int = 1) -> Step:
+    """The job: steps of AdamW on all parameters."""
+    model = Model.load(folder, device="cpu", dtype="float32")
+    return dense_steps(model, model.module, steps)
 
-    def peer() -> float:
-        return step(full_model, adamw, lambda: torch.nn.utils.clip_grad_norm_(full_model.module.parameters(), 1.0))
 
-    ours(), peer()
-    pairs = [(ours(), peer()) for _ in range(rounds)]
-    a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
-    tokens = int(inputs["attention_mask"].sum())
+def lora_steps(folder: str | Path, steps: int = 1) -> Step:
+    """The job: steps of AdamW on PEFT's LoRA at the same matrices."""
+    from peft import LoraConfig, get_peft_model
+
+    model = Model.load(folder, device="cpu", dtype="float32")
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=modules(model), lora_dropout=0.0)
+    return dense_steps(model, get_peft_model(model.module, config), steps)
+
+
+def shira_steps(folder: str | Path, steps: int = 1) -> Step:
+    """The job: steps of AdamW on PEFT's SHiRA, which trains entries of the same matrices, drawn at random."""
+    from peft import ShiraConfig, get_peft_model
+
+    model = Model.load(folder, device="cpu", dtype="float32")
+    config = ShiraConfig(r=RANK, target_modules=modules(model), mask_type="random", random_seed=0)
+    return dense_steps(model, get_peft_model(model.module, config), steps)
+
+
+def modules(model: Model) -> list[str]:
+    return sorted({model.anatomy.places[s].name.removesuffix(".weight") for s in linear_sites(model.weights)})
+
+
+def dense_steps(model: Model, learner: Any, steps: int) -> Step:
+    trained = [p for p in learner.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trained, lr=1e-5, foreach=True)
+    return stepping(model, adamw, lambda: torch.nn.utils.clip_grad_norm_(trained, 1.0), steps)
+
+
+def stepping(model: Model, optimizer: torch.optim.Optimizer, clip: Step, steps: int) -> Step:
+    inputs = batch(model)
+    model.module.train()
+
+    def step() -> None:
+        for _ in range(steps):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = nll(predict(model.module, inputs))
+            loss.backward()
+            clip()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def training_rows(folder: str | Path, rounds: int) -> list[dict[str, Any]]:
+    arms = {
+        "LIFT": lift_steps(folder),
+        "full AdamW": full_steps(folder),
+        "LoRA": lora_steps(folder),
+        "SHiRA": shira_steps(folder),
+    }
+    arms["LIFT, density 0.05"] = lift_steps(folder, density=0.05)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(rounds + 1):
+        for name, step in arms.items():
+            began = time.perf_counter()
+            step()
+            if turn:  # the first is not counted
+                times[name].append(time.perf_counter() - began)
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    note = f"16 transcripts, bf16 autocast, clipping; {RANK} numbers a row and column, but for full AdamW; median of {rounds}"
+    limits = {"full AdamW": 0.75, "LoRA": 1.3, "SHiRA": 1 / 1.5}
     return [
+        row(f"whole training step, LIFT against {peer} (s)", middle["LIFT"], middle[peer], limit, note)
+        for peer, limit in limits.items()
+    ] + [
         row(
-            "whole training step, LIFT against full AdamW (s)",
-            a,
-            b,
-            1.0,
-            f"16 transcripts, {tokens} tokens, bf16 autocast, clipping; median of {rounds}",
+            "whole training step, LIFT at density 0.05 against full AdamW (s)",
+            middle["LIFT, density 0.05"],
+            middle["full AdamW"],
+            0.75,
+            note,
         )
     ]
+
+
+def memory_rows(folder: str | Path, repeats: int = 2) -> list[measure.Row]:
+    """Peak private memory of a process that takes steps, its model and imports included."""
+    jobs = {
+        peer: f"tests.benchmarks.bench_training:{name}"
+        for peer, name in (("LoRA", "lora_steps"), ("full AdamW", "full_steps"))
+    }
+    found: list[measure.Row] = []
+    for peer, job in jobs.items():
+        runs = measure.beside(
+            "tests.benchmarks.bench_training:lift_steps", job, {"folder": str(folder), "steps": 2}, repeats
+        )
+        limit = 1.05 if peer == "LoRA" else 1.0
+        found += measure.rows(
+            f"training against {peer}",
+            *runs,
+            seconds=None,
+            peak=limit,
+            note="two steps, as above; the model and the imports included",
+        )
+    return found
 
 
 def row(name: str, ours: float, peer: float, limit: float, note: str) -> dict[str, Any]:

@@ -323,10 +323,10 @@ def test_what_is_borrowed_is_given_back(method: Any, failing: bool, tmp_path: Pa
 
         def fails(model: Model, step: int) -> dict[str, float]:
             if step == 2:
-                raise RuntimeError("a monitor's own error")
+                raise KeyboardInterrupt  # a monitor's own errors do not end the training
             return {}
 
-        with pytest.raises(RuntimeError, match="a monitor's own error"):
+        with pytest.raises(KeyboardInterrupt):
             tune(m, told, method=method, watch=[every(1, fails)], log=tmp_path / "log", **SMALL)
     else:
         tune(m, told, method=method, **SMALL)
@@ -385,7 +385,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(whole: tuple[str, Model, Tuned],
     assert again.losses == done.losses
     assert again.gradient_norms == done.gradient_norms
     assert again.trainable == done.trainable
-    assert again.refreshes == [r for r in done.refreshes if r.step > 3]
+    assert again.refreshes == done.refreshes
     assert not half.exists()
 
 
@@ -415,6 +415,15 @@ def test_a_run_that_had_finished_ends_the_same_again(steps: int, tmp_path: Path)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_library_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    own = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.9.1" if name == "trl" else own(name))
+    with pytest.raises(ImportError, match=r"trl<2,>=1.14 is needed; here is trl 0.9.1. pip install 'trl"):
+        run()
 
 
 def test_a_loss_that_is_not_finite_names_the_step() -> None:

@@ -35,6 +35,16 @@ def _as_mask(positions: Tensor, W: Tensor) -> Tensor:
     return M.view(W.shape)
 
 
+def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest number of the dtype; of two equally near bfloat16 ones, the one that is farther from zero."""
+    if dtype != torch.bfloat16:
+        return values.to(dtype)
+    inner = (values.view(torch.int32) & ~0xFFFF).view(torch.float32)  # the next one toward zero
+    outer = (inner.view(torch.int32) + 0x10000).view(torch.float32)
+    nearer = (values.double() - inner.double()).abs() < (outer.double() - values.double()).abs()
+    return torch.where(nearer, inner, outer).to(dtype)
+
+
 class DenseLIFT:
     """Adam on M with refreshes: dense moments, dense ages, a dense float32 master.
 
@@ -66,9 +76,38 @@ class DenseLIFT:
             denominator = self.nu.sqrt() / (1 - b2**t) ** 0.5 + self.eps
             moved = decayed.addcdiv(self.mu, denominator, value=-(self.lr / (1 - b1**t)))
             self.master = torch.where(here, moved, self.master)
-        self.W = torch.where(M, self.master.to(self.W.dtype), self.W)
+        self.W = torch.where(M, nearest(self.master, self.W.dtype), self.W)
         if self.refresh and self.t % self.refresh == 0:
             new = mask(self.W, self.rank, self.count)
             self.mu, self.nu, self.age = (torch.where(M & new, x, 0) for x in (self.mu, self.nu, self.age))
             self.master = torch.where(M & new, self.master, self.W.float())
             self.M = new
+
+
+def from_triplets(W: Tensor, kept: list[int]) -> Tensor:
+    """sum over the kept i of sigma_i u_i v_i^T (section 6: the strategies of rank reduction)."""
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    return sum((S[i] * torch.outer(U[:, i], Vh[i]) for i in kept), torch.zeros_like(W.double()))
+
+
+def top(scores: list[Tensor], count: int) -> list[Tensor]:
+    """Masks of the `count` largest of all scores together, ties to the first matrix and the lowest positions."""
+    joint = torch.cat([score.flatten() for score in scores])
+    chosen = torch.zeros(len(joint), dtype=torch.bool)
+    chosen[joint.argsort(descending=True, stable=True)[:count]] = True
+    parts = chosen.split([score.numel() for score in scores])
+    return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
+
+
+def pooled(entries: Tensor, side: int) -> Tensor:
+    """The sum over every side x side square."""
+    sums = torch.zeros(entries.shape[0] // side, entries.shape[1] // side, dtype=entries.dtype)
+    for i in range(entries.shape[0]):
+        for j in range(entries.shape[1]):
+            sums[i // side, j // side] += entries[i, j]
+    return sums
+
+
+def in_blocks(blocks: Tensor, side: int) -> Tensor:
+    """A mask of blocks as a mask of entries."""
+    return blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)

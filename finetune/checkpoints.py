@@ -1,0 +1,43 @@
+"""Checkpoints that are whole and of this very run, whatever killed the last attempt."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_COMPLETE = "complete.json"
+
+
+def mark_complete(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Say that everything of a checkpoint is written, and of which run it is."""
+    part = checkpoint / f".{_COMPLETE}.partial"
+    part.write_text(json.dumps(settings), encoding="utf-8")
+    part.replace(checkpoint / _COMPLETE)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a trainer's folder, the oldest first, whole or not."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1]))
+
+
+def last_complete(folder: Path, settings: Mapping[str, Any]) -> Path | None:
+    """The latest whole checkpoint of the run with these settings; None without one. Halves left by a kill are removed.
+
+    Raises ValueError, naming what differs, where it is another run's.
+    """
+    found = checkpoints(folder)
+    whole = [p for p in found if (p / _COMPLETE).is_file()]
+    for half in set(found) - set(whole):
+        shutil.rmtree(half)
+    if not whole:
+        return None
+    saved = json.loads((whole[-1] / _COMPLETE).read_text(encoding="utf-8"))
+    differing = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in settings.items() if saved.get(k) != v]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a checkpoint of another run ({'; '.join(differing[:3])}). Choose another folder, or remove it."
+        )
+    return whole[-1]

@@ -1,0 +1,540 @@
+"""`grpo` teaches a model by rewards: several completions of each question, each judged against the mean of its group.
+
+The trainer is TRL's GRPOTrainer; what is ours is the sampling (sample j of a question depends on the seed, the step and the question's
+place in it alone), rewards over transcripts, LIFT, and a stop where rewards never differ. As `tune` it changes the weights and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, is_dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from finetune.checkpoints import last_complete
+from finetune.hosts import Surgical
+from finetune.learner import Trains, bar, check_budget, learner, require_versions
+from finetune.predictions import logits_at
+from finetune.rewards import Reward, Weighted, described
+from finetune.tune import Tuned, course
+from surgery.model import Model
+from surgery.transcript import Transcript, read_transcript
+from surgery.weights import pieces
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Loss = Literal["dapo", "grpo", "dr_grpo", "bnpo"]
+Scale = Literal["group", "batch", "none"]
+LEARNING_RATES: dict[Trains, float] = {"lift": 2e-4, "full": 1e-5, "lora": 2e-4}
+_DEFAULTS = {"filter_rank": 16, "refresh": None}
+_PART = "rewards/"
+
+
+@dataclass(frozen=True)
+class Round:
+    """The completions of one optimizer step.
+
+    reward:   mean over the completions that were scored. parts: the same for each part of a `Weighted` reward, without its weight.
+    flat:     share in [0, 1] of the groups all of whose rewards are equal: they give no gradient.
+    unscored: completions for which the reward abstained.
+    length:   mean tokens of a completion. cut: share in [0, 1] that the cap cut off.
+    entropy:  of the next token, in nats, mean over the completions' tokens.
+    kl:       from the starting model, in nats a token (its k3 estimate); NaN where beta is 0.
+    """
+
+    step: int
+    reward: float
+    parts: Mapping[str, float]
+    flat: float
+    unscored: int
+    length: float
+    cut: float
+    entropy: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Reinforced(Tuned):
+    """What a run of `grpo` did: a `Tuned` (method: what was trained; losses: the surrogate, near 0 by construction) and its rounds.
+
+    settings["start"] is a hash of the weights that the run began from.
+    """
+
+    rounds: tuple[Round, ...] = ()
+
+    def frame(self) -> DataFrame:
+        """A row a step: step, reward, a column ``reward of NAME`` a part, flat, unscored, length, cut, entropy, kl, loss, gradient_norm."""
+        import pandas as pd
+
+        rows = []
+        for found, loss, norm in zip(self.rounds, self.losses, self.gradient_norms, strict=True):
+            plain = {name: value for name, value in vars(found).items() if name != "parts"}
+            parts = {f"reward of {name}": value for name, value in found.parts.items()}
+            rows.append(plain | parts | {"loss": loss, "gradient_norm": norm})
+        return pd.DataFrame(rows)
+
+
+def grpo(
+    model: Model,
+    questions: Sequence[Any],
+    reward: Reward,
+    *,
+    trains: Trains = "lift",
+    steps: int = 60,
+    groups: int = 8,
+    samples: int = 8,
+    accumulate: int = 1,
+    lr: float | None = None,
+    beta: float = 0.0,
+    loss: Loss = "dapo",
+    scale_rewards: Scale = "group",
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    density: float | None = None,
+    lora_rank: int | None = None,
+    filter_rank: int = 16,
+    refresh: int | None = None,
+    weight_decay: float = 0.0,
+    schedule: str = "constant_with_warmup",
+    warmup: int = 0,
+    max_grad_norm: float = 1.0,
+    autocast: bool = True,
+    patience: int = 10,
+    vllm: bool | None = None,
+    callbacks: Sequence[Any] = (),
+    seed: int = 0,
+    log: str | Path | None = None,
+    checkpoints: str | Path | None = None,
+    save_every: int | None = None,
+    progress: bool = False,
+) -> Reinforced:
+    """Reinforce what is rewarded, in place.
+
+    questions:  texts, or objects that have the text as ``question``; each step asks `groups` of them.
+    reward:     ``(question, transcript) -> number``, or None to abstain (see `finetune.rewards`).
+    trains:     what is trained, as the method of `tune`: "lift", "full" or "lora"; density, lora_rank, filter_rank and refresh likewise.
+    groups, samples: questions a step, and completions of each, 2 or more; `accumulate` micro-batches share their ``groups * samples``.
+    lr:         by default 2e-4 for lift and lora, 1e-5 for full. schedule, warmup, weight_decay, max_grad_norm: as in `tune`.
+    beta:       weight of the KL from the starting model, 0 or more.
+    loss:       over what the surrogate is averaged: "dapo" all tokens of the step, "grpo" tokens of each completion and then completions,
+                "bnpo" tokens of the micro-batch, "dr_grpo" all places up to max_new_tokens.
+    scale_rewards: advantages are divided by the standard deviation of the "group", of the "batch", or by nothing ("none").
+    temperature: of sampling, above 0, and of the probabilities in the loss.
+    patience:   after so many steps without one group whose rewards differ, the run stops with an error; at the end of a shorter run too.
+    vllm:       whether vLLM samples; by default where it is installed, on a GPU, for a model that was loaded from a folder. Its samples
+                depend on the batch.
+    log:        a file for every completion, a JSON line each: step, question, sample, text, completion, tokens, finished, reward, parts.
+    callbacks, seed, autocast, checkpoints, save_every, progress: as in `tune`; a resumed run goes on bit for bit.
+
+    Each step is on-policy: its completions are drawn from the weights it changes, without dropout in either, so probability ratios are 1
+    and clipping has no say.
+
+    Raises ValueError for settings out of range, fewer questions than groups, a reward that is not finite, and rewards that never differ
+    within a group; ImportError for vLLM where it is not installed, and a TRL without rollout functions; RuntimeError under more than one
+    process; FloatingPointError as `tune`.
+    Source: Shao et al., "DeepSeekMath", arXiv 2402.03300, section 4.1, equations 3 and 4.
+    Differs: the KL is multiplied by the probability ratio, which corrects its gradient (DeepSeek-V3.2, arXiv 2512.02556), as TRL does;
+        samples are the same in any batch.
+    """
+    require_versions("trl", "peft")
+    _check(trains, steps, groups, samples, accumulate, beta, loss, scale_rewards, temperature, max_new_tokens, patience)
+    more = {
+        name: value
+        for name, value in {"filter_rank": filter_rank, "refresh": refresh}.items()
+        if value != _DEFAULTS[name]
+    }
+    check_budget(model, trains, density, lora_rank, more)
+    _check_data(questions, groups, save_every, checkpoints)
+    peak = LEARNING_RATES[trains] if lr is None else lr
+    served = _served(vllm, model)
+    settings = {
+        "method": "grpo", "trains": trains, "steps": steps, "groups": groups, "samples": samples, "accumulate": accumulate, "lr": peak,
+        "beta": beta, "loss": loss, "scale_rewards": scale_rewards, "temperature": temperature, "max_new_tokens": max_new_tokens,
+        "density": density, "lora_rank": lora_rank, "filter_rank": filter_rank, "refresh": refresh, "weight_decay": weight_decay,
+        "schedule": schedule, "warmup": warmup, "max_grad_norm": max_grad_norm, "autocast": autocast, "patience": patience,
+        "vllm": served, "seed": seed, "reward": described(reward), "data": _hash(questions), "start": fingerprint(model),
+    }  # fmt: skip
+
+    from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from trl import GRPOConfig
+
+    with ExitStack() as borrowed:
+        borrowed.enter_context(_speech_as_before(model))
+        folder = Path(checkpoints) if checkpoints else Path(borrowed.enter_context(tempfile.TemporaryDirectory()))
+        resume = last_complete(folder, settings)
+        starting = copy.deepcopy(model.module).requires_grad_(False).eval() if beta and trains != "lora" else None
+        student = borrowed.enter_context(
+            learner(
+                model, trains, lr=peak, seed=seed, density=density, lora_rank=lora_rank, weight_decay=weight_decay, options=more
+            )
+        )  # fmt: skip
+        table = _Table(model, list(questions), reward, samples, temperature, max_new_tokens, seed, patience, log)
+        args = GRPOConfig(
+            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=groups * samples // accumulate,
+            gradient_accumulation_steps=accumulate, num_generations=samples, max_completion_length=max_new_tokens,
+            learning_rate=peak, lr_scheduler_type=schedule, warmup_steps=warmup, weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm, seed=seed, data_seed=seed, bf16=autocast, use_cpu=model.device.type == "cpu",
+            beta=0.0, use_bias_correction_kl=True, loss_type=loss, scale_rewards=scale_rewards, temperature=temperature,
+            activation_checkpointing=False, logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps" if save_every else "no",
+            save_steps=save_every or steps, save_total_limit=2, report_to=[], disable_tqdm=not progress,
+            dataloader_pin_memory=model.device.type == "cuda", use_vllm=served, vllm_mode="colocate",
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*rollout_func.*")  # TRL calls them experimental
+            trainer = _trainer_class()(
+                model=student.module,
+                args=args,
+                train_dataset=Dataset.from_list(table.rows(served)),
+                reward_funcs=table.judged,
+                rollout_func=None if served else table.answered,
+                processing_class=model.tokenizer,
+                optimizers=(student.lift, None),
+                callbacks=list(callbacks),
+                settings=settings,
+            )
+        # TRL would load the reference by the model's name: these weights need not be those of any name
+        trainer.beta, trainer.ref_model = beta, starting
+        trainer.remove_callback(PrinterCallback)
+        if progress:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(bar())
+        table.begin(json.loads((resume / "trainer_state.json").read_text())["global_step"] if resume else 0)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        table.require_difference(history, last=True)
+        student.merge()
+        refreshes = list(student.lift.refreshes) if student.lift else []
+    return Reinforced(
+        "grpo", trainer.state.global_step, trainable=student.trainable, settings=settings, refreshes=refreshes,
+        rounds=tuple(_round(entry) for entry in history), **course(trainer.state.log_history),
+    )  # fmt: skip
+
+
+def fingerprint(model: Model) -> str:
+    """A hash of a model's weights as they are: 16 hexadecimal digits."""
+    total, weights = hashlib.sha256(), model.weights
+    for site, shape in weights.shapes().items():
+        total.update(f"{site} {weights.dtype(site)} {tuple(shape)}".encode())
+        for strip in weights.strips(site, pieces(shape)):
+            total.update(strip.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def completion_logprobs(
+    module: Any, ids: Int[Tensor, "row token"], mask: Int[Tensor, "row token"], keep: int, temperature: float
+) -> tuple[Float[Tensor, "row keep"], Float[Tensor, "row keep"]]:
+    """Log-probability of each of the last `keep` tokens, and the entropy where it is predicted (no gradient), in nats; 0 under padding.
+
+    ids, mask: prompts padded on the left, completions on the right. Padding is taken out before the model sees it, so that positions are
+    those of sampling for every kind of position embedding; the beginning that all rows share is computed once.
+    """
+    seen, said = mask.bool(), mask[:, -keep:].bool()
+    rows = [row[own] for row, own in zip(ids, seen, strict=True)]
+    pad = torch.nn.utils.rnn.pad_sequence
+    batch = {"input_ids": pad(rows, True), "attention_mask": pad([torch.ones_like(row) for row in rows], True)}
+    lengths, ends = said.sum(1), seen.sum(1)
+    row = torch.arange(len(rows), device=ids.device).repeat_interleave(lengths)
+    column = torch.cat([torch.arange(int(e - n), int(e)) for n, e in zip(lengths, ends, strict=True)]).to(ids.device)
+    logs = (logits_at(module, batch, row, column - 1) / temperature).log_softmax(-1)
+    chosen = logs.gather(-1, batch["input_ids"][row, column][:, None])[:, 0]
+    entropy = -(logs.detach().exp() * logs.detach()).sum(-1)
+    nothing = logs.new_zeros(said.shape)
+    return nothing.masked_scatter(said, chosen), nothing.masked_scatter(said, entropy)
+
+
+def _trainer_class() -> Any:
+    """TRL's trainer with the toolkit's clipping and checks, our log-probabilities, and checkpoints that say what run they are of."""
+    import inspect
+
+    import trl
+
+    if "rollout_func" not in inspect.signature(trl.GRPOTrainer.__init__).parameters:
+        raise ImportError(
+            f"grpo needs a TRL whose GRPOTrainer takes a rollout_func, such as 1.16; installed is {trl.__version__}. Upgrade: pip install -U trl."
+        )
+
+    class Trainer(Surgical, trl.GRPOTrainer):
+        def _get_per_token_logps_and_entropies(
+            self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None = None,
+            compute_entropy: bool = False, compute_aux_loss: bool = False, **rest: Any,
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+            if compute_aux_loss or any(value is not None for value in rest.values()):
+                given = {
+                    "batch_size": batch_size,
+                    "compute_entropy": compute_entropy,
+                    "compute_aux_loss": compute_aux_loss,
+                }
+                return super()._get_per_token_logps_and_entropies(
+                    model, input_ids, attention_mask, logits_to_keep, **given, **rest
+                )
+            module: Any = self.ref_model if model is self.ref_model else self._bare()
+            size = batch_size or len(input_ids)
+            with _evaluating(module), self.accelerator.autocast():  # samples were drawn without dropout too
+                found = [
+                    completion_logprobs(module, ids, mask, logits_to_keep, self.temperature)
+                    for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
+                ]
+            logps, entropies = (torch.cat(part) for part in zip(*found, strict=True))
+            return logps, entropies if compute_entropy else None, None
+
+    return Trainer
+
+
+@dataclass
+class _Table:
+    """Where questions are asked and completions judged: the two functions that TRL calls, and the log of what they saw."""
+
+    model: Model
+    questions: list[Any]
+    reward: Reward
+    samples: int
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    patience: int
+    log: str | Path | None
+
+    def rows(self, served: bool) -> list[dict[str, Any]]:
+        """The data set: what is asked, and which question it is. vLLM applies the chat template itself."""
+        chat = served and self.model.tokenizer.chat_template
+        texts = [_text(q) for q in self.questions]
+        return [{"prompt": [{"role": "user", "content": t}] if chat else t, "index": i} for i, t in enumerate(texts)]
+
+    def begin(self, done: int) -> None:
+        """Start the log, or go on with that of the first `done` steps."""
+        if self.log is None:
+            return
+        path = Path(self.log)
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= done] if done and path.is_file() else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def answered(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
+        """Complete the prompts, `samples` neighbours of each: token ids, and the transcripts for `judged`."""
+        asked = prompts[:: self.samples]
+        with _evaluating(self.model.module), trainer.accelerator.autocast():
+            given = self.model.generate(
+                asked,
+                samples=self.samples,
+                temperature=self.temperature,
+                seed=_seed(self.seed, trainer.state.global_step),
+                max_new_tokens=self.max_new_tokens,
+                batch_size=len(prompts),
+            )
+        starts = [t.spans["completion"][0] for t in given]
+        return {
+            "prompt_ids": [list(t.ids[:start]) for t, start in zip(given, starts, strict=True)],
+            "completion_ids": [list(t.ids[start:]) for t, start in zip(given, starts, strict=True)],
+            "logprobs": None,
+            "transcript": given,
+        }
+
+    def judged(
+        self, completion_ids: list[list[int]], index: list[int], trainer_state: Any, log_metric: Any,
+        transcript: Sequence[Transcript] | None = None, **_: Any,
+    ) -> list[float | None]:  # fmt: skip
+        """The reward of every completion of a step, groups of neighbours together."""
+        history = [entry for entry in trainer_state.log_history if "loss" in entry]
+        self.require_difference(history)
+        given = transcript or [self._read(i, ids) for i, ids in zip(index, completion_ids, strict=True)]
+        each = [self._each(self.questions[i], t) for i, t in zip(index, given, strict=True)]
+        totals = [self._total(i, values) for i, values in zip(index, each, strict=True)]
+        for name in each[0] if isinstance(self.reward, Weighted) else ():
+            log_metric(_PART + name, _mean([values[name] for values in each]))
+        starts = range(0, len(totals), self.samples)
+        log_metric("groups/flat", _mean([float(_flat(totals[s : s + self.samples])) for s in starts]))
+        log_metric("completions/unscored", float(totals.count(None)))
+        self._write(trainer_state.global_step + 1, index, given, totals, each)
+        return totals
+
+    def require_difference(self, history: Sequence[Mapping[str, Any]], last: bool = False) -> None:
+        """Raise ValueError where no group's rewards have differed in `patience` steps, or in all of a run."""
+        if not history or any(entry["groups/flat"] < 1 for entry in history):
+            return
+        if last or len(history) >= self.patience:
+            got = _mean([entry["reward"] for entry in history])
+            parts = {k.removeprefix(_PART): v for k, v in history[-1].items() if k in _parts_of(self.reward)}
+            told = f" ({', '.join(f'{name} {value:.3g}' for name, value in parts.items())})" if parts else ""
+            raise ValueError(
+                f"In {len(history)} steps every completion of a question had the same reward as its {self.samples - 1} siblings (mean "
+                f"{got:.3g}{told}), so there was no gradient and nothing was learnt. Ask easier or harder questions, begin from a model "
+                "that answers some of them, draw more samples, raise the temperature, or add a reward that grades what there is."
+            )
+
+    def _each(self, question: Any, transcript: Transcript) -> dict[str, float | None]:
+        if isinstance(self.reward, Weighted):
+            return self.reward.each(question, transcript)
+        return {"reward": self.reward(question, transcript)}
+
+    def _total(self, index: int, values: Mapping[str, float | None]) -> float | None:
+        for name, value in values.items():
+            if value is not None and not math.isfinite(value):
+                raise ValueError(
+                    f"The reward {name!r} of an answer to {_text(self.questions[index])[:60]!r} is {value}; give a finite number, or None to abstain."
+                )
+        return self.reward.total(values) if isinstance(self.reward, Weighted) else values["reward"]
+
+    def _read(self, index: int, completion: Sequence[int]) -> Transcript:
+        question, m = _text(self.questions[index]), self.model
+        return read_transcript(m.tokenizer, question, m.prompt_ids(question), completion, m.markers)
+
+    def _write(
+        self, step: int, index: Sequence[int], given: Sequence[Transcript], totals: Sequence[float | None],
+        each: Sequence[Mapping[str, float | None]],
+    ) -> None:  # fmt: skip
+        if self.log is None:
+            return
+        with Path(self.log).open("a", encoding="utf-8") as log:
+            for row, (i, t, total, values) in enumerate(zip(index, given, totals, each, strict=True)):
+                begin, end = t.spans["completion"]
+                line = {
+                    "step": step, "question": i, "sample": row % self.samples, "text": t.question, "completion": t.completion,
+                    "tokens": end - begin, "finished": t.finished, "reward": total, "parts": values,
+                }  # fmt: skip
+                log.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout; the mode is given back."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+@contextmanager
+def _speech_as_before(model: Model) -> Iterator[None]:
+    """Give back the settings of generation and of the tokenizer that a trainer aligns with each other."""
+    config, tokenizer = model.module.generation_config, model.tokenizer
+    own = dict(vars(config)) if config is not None else {}
+    sides, pad = (tokenizer.padding_side, tokenizer.truncation_side), tokenizer.pad_token
+    try:
+        yield
+    finally:
+        if config is not None:
+            vars(config).clear()
+            vars(config).update(own)
+            model.module.generation_config = config
+        tokenizer.padding_side, tokenizer.truncation_side = sides
+        tokenizer.pad_token = pad
+
+
+def _check(
+    trains: str, steps: int, groups: int, samples: int, accumulate: int, beta: float, loss: str, scale: str, temperature: float,
+    max_new_tokens: int, patience: int,
+) -> None:  # fmt: skip
+    for called, word, words in (("trains", trains, Trains), ("loss", loss, Loss), ("scale_rewards", scale, Scale)):
+        if word not in get_args(words):
+            raise ValueError(f"There is no {called}={word!r}. Choose {', '.join(get_args(words))}.")
+    whole = {
+        "steps": steps,
+        "groups": groups,
+        "accumulate": accumulate,
+        "max_new_tokens": max_new_tokens,
+        "patience": patience,
+    }
+    if small := [f"{name}={value}" for name, value in whole.items() if value < 1]:
+        raise ValueError(f"{', '.join(small)}: must be at least 1.")
+    if samples < 2:
+        raise ValueError(f"samples={samples}: a completion is judged against its group, so that 2 are needed at least.")
+    if (groups * samples) % accumulate:
+        raise ValueError(f"The {groups * samples} completions of a step are not divisible by accumulate={accumulate}.")
+    if not (temperature > 0 and beta >= 0):
+        raise ValueError(f"temperature={temperature}, beta={beta}: a temperature above 0, and a beta of 0 or more.")
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise RuntimeError(
+            f"grpo works in one process; here are {processes}. Start it with python, not with a launcher."
+        )
+
+
+def _check_data(questions: Sequence[Any], groups: int, save_every: int | None, checkpoints: object) -> None:
+    if len(questions) < groups:
+        raise ValueError(f"{len(questions)} questions, and groups={groups} of them a step: give more, or ask fewer.")
+    if bad := next((q for q in questions if not isinstance(getattr(q, "question", q), str)), None):
+        raise ValueError(f"{bad!r} is no question: give texts, or objects that have the text as .question.")
+    if save_every is not None and save_every < 1:
+        raise ValueError(f"save_every={save_every}: a checkpoint every 1 or more steps, or None for none.")
+    if save_every and not checkpoints:
+        raise ValueError("save_every needs checkpoints, the folder to save to.")
+
+
+def _served(vllm: bool | None, model: Model) -> bool:
+    """Whether vLLM is to sample."""
+    installed = find_spec("vllm") is not None
+    if vllm and not installed:
+        raise ImportError("vllm=True, but vLLM is not installed: pip install vllm, or leave vllm out.")
+    able = installed and model.device.type == "cuda" and model.checkpoint is not None
+    return able if vllm is None else vllm
+
+
+def _round(entry: Mapping[str, Any]) -> Round:
+    def number(name: str) -> float:
+        return math.nan if entry.get(name) is None else float(entry[name])
+
+    parts = {
+        name.removeprefix(_PART): number(name) for name in entry if name.startswith(_PART) and name.count("/") == 1
+    }
+    return Round(
+        step=int(entry["step"]),
+        reward=number("reward"),
+        parts=parts,
+        flat=number("groups/flat"),
+        unscored=int(number("completions/unscored")),
+        length=number("completions/mean_length"),
+        cut=number("completions/clipped_ratio"),
+        entropy=number("entropy"),
+        kl=number("kl"),
+    )
+
+
+def _parts_of(reward: Reward) -> set[str]:
+    return {_PART + name for name in reward.parts} if isinstance(reward, Weighted) else set()
+
+
+def _flat(rewards: Sequence[float | None]) -> bool:
+    """Whether a group gives no gradient: fewer than two different rewards."""
+    given = [r for r in rewards if r is not None]
+    return not given or max(given) - min(given) <= 1e-8
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    given = [v for v in values if v is not None]
+    return sum(given) / len(given) if given else math.nan
+
+
+def _text(question: Any) -> str:
+    return getattr(question, "question", question)
+
+
+def _hash(questions: Sequence[Any]) -> str:
+    told = [repr(q) if is_dataclass(q) else _text(q) for q in questions]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def _seed(*parts: int) -> int:
+    from numpy.random import SeedSequence
+
+    return int(SeedSequence(parts).generate_state(1)[0])
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file; a last one cut short by a kill is left out."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]

@@ -1,0 +1,179 @@
+"""What a trainer is given to train, and what is given back: matrices through LIFT, everything, or an adapter.
+
+What is borrowed is given back, after an error too: the module's forward and settings, its training mode, ``requires_grad``, its hooks and
+the random state are afterwards as before; only the weights have changed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from finetune.lift import LIFT, Select, budget
+from surgery.model import Model
+from surgery.weights import linear_sites
+
+Trains = Literal["lift", "full", "lora"]
+DENSITY = 0.05  # of LIFT, where no budget is given
+
+
+@dataclass(frozen=True)
+class Learner:
+    """module: what the trainer gets, with the adapter where there is one. lift: the optimizer, where it is LIFT. trainable: how many
+    numbers are free to move."""
+
+    module: Any
+    lift: LIFT | None
+    trainable: int
+
+    def merge(self) -> None:
+        """Put what an adapter learnt into the weights."""
+        if hasattr(self.module, "merge_and_unload"):
+            self.module.merge_and_unload()
+
+
+@contextmanager
+def learner(
+    model: Model, trains: Trains, *, lr: float, seed: int, density: float | None = None, lora_rank: int | None = None, weight_decay: float = 0.0,
+    options: Mapping[str, Any] | None = None,
+) -> Iterator[Learner]:  # fmt: skip
+    """A model made ready for training, for the length of a ``with`` block. options: further ones of `LIFT`."""
+    with ExitStack() as borrowed:
+        module: Any = borrowed.enter_context(as_before(model.module))
+        chosen = _choose(model, trains)
+        if trains == "lift":
+            given = DENSITY if density is None and lora_rank is None else density
+            lift = borrowed.enter_context(
+                LIFT(
+                    chosen,
+                    lr=lr,
+                    density=given,
+                    lora_rank=lora_rank,
+                    weight_decay=weight_decay,
+                    seed=seed,
+                    **options or {},
+                )
+            )
+            for _, parameter in chosen:  # what an override leaves out of the budget stays as it is
+                parameter.requires_grad_(parameter in lift.state)
+            yield Learner(module, lift, sum(len(state["indices"]) for state in lift.state.values()))
+            return
+        if trains == "lora":
+            torch.manual_seed(seed)  # an adapter begins at random
+            module = _with_adapter(module, model, lora_rank or 16)
+            borrowed.callback(module.unload)  # after a merge there is nothing left to unload
+        yield Learner(module, None, sum(p.numel() for p in module.parameters() if p.requires_grad))
+
+
+def check_budget(
+    model: Model, trains: str, density: float | None, lora_rank: int | None, options: Mapping[str, Any]
+) -> None:
+    """Raises ValueError where what is trained, its budget and LIFT's options do not go together, or the weights are too coarse for it."""
+    if trains not in get_args(Trains):
+        raise ValueError(f"There is nothing called {trains!r} to train. Choose {', '.join(get_args(Trains))}.")
+    if trains != "lift" and (density is not None or options):
+        named = ", ".join(["density"] * (density is not None) + list(options))
+        raise ValueError(
+            f"density, filter_rank, refresh, select and the like are LIFT's; {trains} does not have them: leave out {named}."
+        )
+    if trains == "full" and lora_rank is not None:
+        raise ValueError("lora_rank is a budget of lift and lora; full trains everything.")
+    if density is not None or lora_rank is not None:
+        budget((1, 1), density, lora_rank)
+    refresh, select = options.get("refresh"), options.get("select", "largest")
+    if refresh is not None and refresh < 1:
+        raise ValueError(f"refresh={refresh}: choose anew every 1 or more steps, or None to keep the first choice.")
+    if select not in get_args(Select):
+        raise ValueError(f"There is no select {select!r}. Choose {', '.join(get_args(Select))}.")
+    if trains != "lift" and any(p.dtype != torch.float32 for p in model.module.parameters()):
+        raise ValueError(
+            f"{trains} tuning needs fp32 weights, or its steps vanish in rounding. Load the model with dtype='float32'."
+        )
+
+
+def require_versions(*names: str) -> None:
+    """Raises ImportError where a library is not of the versions that this distribution asks for, and says how to get one that is."""
+    from packaging.requirements import Requirement
+
+    asked = {r.name: r for r in map(Requirement, metadata.requires("model-surgery") or ())}
+    for name in names:
+        here = metadata.version(name)
+        if name in asked and not asked[name].specifier.contains(here, prereleases=True):
+            raise ImportError(
+                f"{name}{asked[name].specifier} is needed; here is {name} {here}. pip install '{asked[name]}'"
+            )
+
+
+def _choose(model: Model, trains: Trains) -> list[tuple[str, nn.Parameter]]:
+    """Freeze what is left alone; the named parameters of the matrices LIFT tunes."""
+    weights = model.weights
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for site in linear_sites(weights):
+        parameter = weights.parameter(site)
+        found.setdefault(id(parameter), (str(site), parameter))
+    for parameter in model.module.parameters():
+        parameter.requires_grad_(trains == "full" or id(parameter) in found)
+    return list(found.values())
+
+
+def _with_adapter(module: nn.Module, model: Model, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    names = sorted({model.anatomy.places[s].name.removesuffix(".weight") for s in linear_sites(model.weights)})
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
+    return get_peft_model(module, config)  # type: ignore[arg-type]
+
+
+@contextmanager
+def as_before(module: nn.Module) -> Iterator[nn.Module]:
+    """Give back what a trainer puts on a module (its forward, its marks, settings of its config), the mode, what had a gradient, and
+    the random state."""
+    training, free = module.training, [(p, p.requires_grad) for p in module.parameters()]
+    own, config = dict(module.__dict__), dict(vars(module.config))
+    draws = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield module
+    finally:
+        random.setstate(draws[0])
+        np.random.set_state(draws[1])
+        for name in module.__dict__.keys() - own.keys():
+            del module.__dict__[name]
+        if "forward" in own:
+            module.forward = own["forward"]
+        vars(module.config).clear()
+        vars(module.config).update(config)
+        module.train(training)
+        for parameter, needed in free:
+            parameter.requires_grad_(needed)
+            parameter.grad = None
+
+
+def bar() -> Any:
+    """A progress bar of optimizer steps with the loss beside it."""
+    from tqdm.auto import tqdm
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="tuning", leave=False)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar.update(state.global_step - self.bar.n)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar.close()
+
+    return Bar()

@@ -1,0 +1,248 @@
+"""Monitors of what training does to the weights: how far they moved, in what shape, what of it bf16 would keep, and which way gradients point.
+
+All of them compare with a `Start`: matrices as they were before training. Weights are read as the forward pass uses them, with a LoRA
+adapter's product where one is being trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from finetune.lift import LIFT, budget, principal_indices
+from surgery.model import Model
+from surgery.sites import Site
+from surgery.weights import linear_sites
+
+STORED = torch.bfloat16
+_SKETCH, _ROUNDS = 4, 4  # columns and rounds of the search for the largest singular value
+
+
+class Start:
+    """Matrices as they were when this was made: what monitors compare with.
+
+    Make it before training begins; a resumed run then compares with the same. It holds a copy of each matrix.
+
+    sites: by default every attention and MLP matrix.
+    """
+
+    def __init__(self, model: Model, sites: Sequence[Site] | None = None):
+        weights = model.weights
+        self._held = {s: weights[s].clone() for s in (linear_sites(weights) if sites is None else sites)}
+        self._norms: dict[Site, float] = {}
+        self._principal: dict[tuple[Site, float, int], Tensor] = {}
+
+    @property
+    def sites(self) -> list[Site]:
+        return list(self._held)
+
+    def __getitem__(self, site: Site) -> Float[Tensor, "out in"]:
+        """The matrix at the start, fp32."""
+        return self._held[site].float()
+
+    def norm(self, site: Site) -> float:
+        if site not in self._norms:
+            self._norms[site] = _norm(self[site])
+        return self._norms[site]
+
+    def principal(self, site: Site, density: float, filter_rank: int) -> Int[Tensor, " count"]:
+        """Flat positions of the matrix's principal entries (`finetune.lift.principal_indices`), found when first asked for."""
+        key = site, density, filter_rank
+        if key not in self._principal:
+            W = self._held[site]
+            self._principal[key] = principal_indices(W, filter_rank, budget(W.shape, density)).long()
+        return self._principal[key]
+
+
+def as_trained(model: Model, site: Site) -> Float[Tensor, "out in"]:
+    """The matrix that the forward pass uses now, fp32: the module's own, and the product of an unmerged adapter on it."""
+    place, W = model.anatomy.places[site], model.weights[site].float()
+    layer: Any = model.module.get_submodule(place.name.rpartition(".")[0])
+    if hasattr(layer, "get_delta_weight") and not layer.merged and not layer.disable_adapters:
+        for adapter in layer.active_adapters:
+            W = W + place.take(layer.get_delta_weight(adapter).detach()).float()
+    return W
+
+
+def spread_layers(depth: int, count: int) -> list[int]:
+    """`count` layers, evenly over the depth, the first and the last among them: all where there are no more."""
+    count = min(count, depth)
+    return [round(i * (depth - 1) / max(1, count - 1)) for i in range(count)]
+
+
+class ChangeNorm:
+    """A monitor: how far each matrix has moved since training began.
+
+    Gives ``‖W - W_0‖_F / ‖W_0‖_F`` at each site and over all of them (``all``).
+    """
+
+    __name__ = "change"
+
+    def __init__(self, model: Model, sites: Sequence[Site] | None = None, start: Start | None = None):
+        self._start = start or Start(model, sites)
+        self._sites = self._start.sites if sites is None else list(sites)
+
+    def __call__(self, model: Model, step: int) -> dict[str, float]:
+        moved = {s: _norm(as_trained(model, s) - self._start[s]) for s in self._sites}
+        norms = {s: self._start.norm(s) for s in self._sites}
+        total = math.hypot(*moved.values()) / math.hypot(*norms.values())
+        return {"all": total, **{str(s): moved[s] / norms[s] for s in moved}}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of one matrix's change. NaN where nothing moved.
+
+    relative:    ``‖dW‖_F / ‖W_0‖_F``.
+    stable_rank: ``‖dW‖_F² / ‖dW‖_2²``: 1 to the short side.
+    principal:   share of ``‖dW‖_F²`` on the principal entries of W_0, in [0, 1]; chance is their share of all entries.
+    absorbed:    of the entries that moved in fp32, the share that are the same numbers once both points are stored in bf16.
+    lost:        ``‖dW - stored dW‖_F / ‖dW‖_F``: 0 where bf16 keeps the change as it is. It may exceed 1.
+    """
+
+    relative: float
+    stable_rank: float
+    principal: float
+    absorbed: float
+    lost: float
+
+
+class UpdateShape:
+    """A monitor: the shape of the change at some matrices, see `Shape`.
+
+    Gives the mean over matrices of each number, ``chance`` for ``principal``, and each matrix's own as ``12.mlp.up.stable_rank``; of a
+    matrix that has not moved only that ``relative`` is 0.
+
+    layers:      whose matrices; by default four, spread over the depth: the cost is proportional to their number.
+    density:     fraction of the entries that count as principal, in (0, 1]. filter_rank: see `finetune.lift.principal_indices`.
+    Source: what of an update is left in bf16: Liu et al. (2025), arXiv 2511.08567; principal entries: arXiv 2506.00772.
+    Differs: the largest singular value is found by four rounds of a block power iteration from a fixed start, below the truth by less than
+        1 % in practice; `analyses.geometry` has it exactly.
+    """
+
+    __name__ = "geometry"
+
+    def __init__(
+        self,
+        model: Model,
+        layers: Iterable[int] | None = None,
+        *,
+        density: float = 0.05,
+        filter_rank: int = 16,
+        start: Start | None = None,
+    ):
+        wanted = set(spread_layers(model.anatomy.n_layers, 4) if layers is None else layers)
+        self._sites = [s for s in linear_sites(model.weights) if s.layer in wanted]
+        if not self._sites:
+            raise ValueError(f"There is no matrix in layers {sorted(wanted)}: the model has {model.anatomy.n_layers}.")
+        self._start = start or Start(model, self._sites)
+        self._density, self._rank = density, filter_rank
+
+    def __call__(self, model: Model, step: int) -> dict[str, float]:
+        found = {site: self._shape(model, site) for site in self._sites}
+        means: dict[str, list[float]] = {}
+        each: dict[str, float] = {}
+        for site, shape in found.items():
+            for name, value in asdict(shape).items():
+                if not math.isnan(value):  # a matrix that has not moved has a size alone
+                    each[f"{site}.{name}"] = value
+                    means.setdefault(name, []).append(value)
+        sizes = [self._start[site].shape for site in self._sites]
+        chance = sum(budget(size, self._density) for size in sizes) / sum(size.numel() for size in sizes)
+        return {**{name: sum(some) / len(some) for name, some in means.items()}, "chance": chance, **each}
+
+    def _shape(self, model: Model, site: Site) -> Shape:
+        before, after = self._start[site], as_trained(model, site)
+        principal = self._start.principal(site, self._density, self._rank)
+        return shape_of(before, after, principal)
+
+
+def shape_of(
+    before: Float[Tensor, "out in"], after: Float[Tensor, "out in"], principal: Int[Tensor, " count"]
+) -> Shape:
+    """The shape of the change from one matrix to another, `principal` being the flat positions that count as such."""
+    change = after.float() - before.float()
+    size = _norm(change)
+    if not size:
+        return Shape(0.0, *[math.nan] * 4)
+    stored = after.to(STORED).float() - before.to(STORED).float()
+    moved = int((change != 0).sum())
+    return Shape(
+        relative=size / _norm(before) if before.any() else math.nan,
+        stable_rank=(size / _largest_singular_value(change)) ** 2,
+        principal=(_norm(change.reshape(-1)[principal]) / size) ** 2,
+        absorbed=int(((change != 0) & (stored == 0)).sum()) / moved,
+        lost=_norm(stored - change) / size,
+    )
+
+
+class GradientCourse:
+    """A monitor: which way the gradient points that the optimizer is about to use; after accumulation, reduction and clipping.
+
+    Gives over all matrices that have one its ``norm``, and ``onward``, the cosine of minus the gradient with what the weights have moved
+    so far: near 1 training goes straight on, below 0 it turns back; and both for each layer, as ``L12.norm``. With `LIFT` the gradient is zero
+    but at the entries it trains. It sees the gradient as it is when the recorder has its turn: with `DRIFT` before it among the callbacks, bent.
+
+    Matrices whose weights are frozen (an adapter's base) have none. Raises ValueError where nothing has a gradient.
+    """
+
+    __name__ = "gradient"
+    before_step = True
+
+    def __init__(self, model: Model, start: Start | None = None):
+        self._start = start or Start(model)
+
+    def __call__(self, model: Model, step: int, optimizer: Any) -> dict[str, float]:
+        entries = _gathered(optimizer)
+        sums: dict[str, list[float]] = {}
+        for site in self._start.sites:
+            g = self._gradient(model, site, entries)
+            if g is None:
+                continue
+            d = model.weights[site].float() - self._start[site]
+            found = [float((a * b).sum(dtype=torch.float64)) for a, b in ((g, g), (d, d), (g, d))]
+            for name in ("", f"L{site.layer}."):
+                sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * 3), found, strict=True)]
+        if not sums:
+            raise ValueError("No matrix has a gradient of its own: its weights are frozen, as under a LoRA adapter.")
+        return {key: value for name, three in sums.items() for key, value in _course(name, *three).items()}
+
+    def _gradient(
+        self, model: Model, site: Site, entries: Mapping[Tensor, tuple[Tensor, Tensor]]
+    ) -> Float[Tensor, "out in"] | None:
+        parameter, grad = model.weights.parameter(site), model.weights.parameter(site).grad
+        if parameter in entries:
+            indices, values = entries[parameter]
+            grad = values.new_zeros(parameter.numel()).index_copy_(0, indices.long(), values).view(parameter.shape)
+        return None if grad is None else model.anatomy.places[site].take(grad).float()
+
+
+def _course(name: str, gg: float, dd: float, gd: float) -> dict[str, float]:
+    norms = math.sqrt(gg * dd)
+    return {f"{name}norm": math.sqrt(gg), f"{name}onward": -gd / norms if norms else math.nan}
+
+
+def _gathered(optimizer: Any) -> dict[Tensor, tuple[Tensor, Tensor]]:
+    """The gradients that LIFT holds instead of `.grad`: parameter -> flat positions and values; none for another optimizer."""
+    lift = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(lift, LIFT):
+        return {}
+    return {one.parameter: (one.indices, one.grad) for one in lift.gathered()}
+
+
+def _largest_singular_value(W: Float[Tensor, "out in"]) -> float:
+    start = torch.randn(W.shape[1], min(_SKETCH, *W.shape), generator=torch.Generator().manual_seed(0))
+    basis = start.to(W.device)
+    for _ in range(_ROUNDS):
+        basis = torch.linalg.qr(W.T @ torch.linalg.qr(W @ basis).Q).Q
+    return float(torch.linalg.matrix_norm(W @ basis, 2))
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))

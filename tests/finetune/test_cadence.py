@@ -1,0 +1,171 @@
+"""Laws of dealing out time: never more than there is, to all alike, evenly over the run."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.cadence import Account, plan
+
+COST = st.floats(0.001, 50)
+NAMES = ("a", "b", "c", "d")
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> tuple[dict[str, float], dict[str, float], float, int]:
+    names = draw(st.lists(st.sampled_from(NAMES), min_size=1, unique=True))
+    costs = {name: draw(COST) for name in names}
+    spent = {name: draw(st.sampled_from([0.0, costs[name], 3 * costs[name]])) for name in names}
+    return costs, spent, draw(st.floats(0, 300)), draw(st.integers(0, 400))
+
+
+@given(situations())
+@settings(max_examples=150, deadline=None)
+def test_a_plan_never_takes_more_time_than_there_is(
+    case: tuple[dict[str, float], dict[str, float], float, int],
+) -> None:
+    costs, spent, seconds, steps = case
+    found = plan(*case)
+    taken = sum(spent.values()) + sum(costs[name] for name in found.ends)
+    taken += sum(costs[name] * (steps // n) for name, n in found.every.items())
+    assert taken <= max(seconds, sum(spent.values())) * (1 + 1e-9)
+    assert set(found.every) <= found.ends <= set(costs)
+    assert all(n >= 1 for n in found.every.values())
+
+
+@given(situations())
+@settings(max_examples=150, deadline=None)
+def test_nobody_who_waits_is_overtaken(case: tuple[dict[str, float], dict[str, float], float, int]) -> None:
+    """One that is measured again, and not at every step, is given no less time in the whole run than any other that is."""
+    costs, spent, _, steps = case
+    found = plan(*case)
+    floor = {name: spent[name] + costs[name] for name in found.every}  # with its end
+    # a cadence is a whole number of steps, rounded up: what was given lies between these two
+    least = {name: floor[name] + steps * costs[name] / n for name, n in found.every.items()}
+    most = {name: floor[name] + steps * costs[name] / (n - 1) for name, n in found.every.items() if n > 1}
+    for one, other in itertools.permutations(found.every, 2):
+        if one in most and least[other] > floor[other] + costs[other]:  # more than its first one in between
+            assert most[one] * (1 + 1e-9) >= least[other]
+
+
+def test_with_time_for_everything_all_are_measured_at_every_step() -> None:
+    found = plan({"a": 1.0, "b": 2.0, "free": 0.0}, {}, 1e6, 10)
+    assert found.every == {"a": 1, "b": 1, "free": 1}
+    assert found.ends == {"a", "b", "free"}
+
+
+def test_rounding_puts_nothing_off() -> None:
+    costs = {"a": 2.0, "b": 1.9381628105231667}  # twice, and the end, is all of what b can use, but for the last bit
+    assert plan(costs, {}, 12.0, 2).every == {"a": 1, "b": 1}
+
+
+def test_with_no_time_nothing_is() -> None:
+    found = plan({"a": 1.0, "b": 2.0}, {}, 0.0, 10)
+    assert not found.every
+    assert not found.ends
+
+
+def test_the_end_comes_first_and_the_dearest_goes_without() -> None:
+    found = plan({"cheap": 1.0, "dear": 10.0}, {}, 10.5, 100)
+    assert found.ends == {"cheap"}
+    assert found.every == {"cheap": 11}  # 9.5 seconds are left of the 10.5
+    assert plan({"cheap": 1.0, "dear": 10.0}, {}, 11.0, 100).ends == {"cheap", "dear"}
+
+
+def test_time_is_shared_alike_and_what_one_cannot_use_goes_to_the_others() -> None:
+    # 5 seconds each: after their ends 4 and 3 are left, which is 4 and 1.5 measurements
+    assert plan({"a": 1.0, "b": 2.0}, {}, 10.0, 100).every == {"a": 25, "b": 67}
+    # the first can use 1.1 seconds at most, so that the others have 4.5 each
+    assert plan({"quick": 0.1, "a": 0.5, "b": 0.5}, {}, 10.1, 10).every == {"quick": 1, "a": 2, "b": 2}
+    # what one has spent counts as had: the other catches up first
+    assert plan({"a": 1.0, "b": 1.0}, {"a": 5.0}, 16.0, 100).every == {"a": 50, "b": 15}
+
+
+def run(share: float, steps: int, costs: dict[str, float], second: float = 1.0) -> dict[str, list[int]]:
+    """A run of steps of one second each, whose measurements take exactly what they cost."""
+    account, made = Account(share, steps), {name: [] for name in costs}
+
+    def measure(name: str, step: int) -> None:
+        account.charge(name, costs[name], step)
+        made[name].append(step)
+
+    account.training, account.made = second, 1
+    for name in costs:
+        if account.may_start(name):
+            measure(name, 0)
+    for step in range(1, steps + 1):
+        account.training, account.made = second * step, step
+        for name in costs:
+            if account.due(name, step):
+                measure(name, step)
+    for name in costs:
+        if account.last.get(name) != steps and account.closes(name):
+            measure(name, steps)
+    return made
+
+
+@given(
+    st.dictionaries(st.sampled_from(NAMES), st.floats(0.01, 20), min_size=1),
+    st.sampled_from([0.0, 0.01, 0.03, 0.2]),
+    st.integers(1, 120),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_run_keeps_to_its_share(costs: dict[str, float], share: float, steps: int) -> None:
+    """But for a first measurement, whose cost nobody knew."""
+    made = run(share, steps, costs)
+    taken = sum(costs[name] * len(at) for name, at in made.items())
+    first = sum(costs[name] for name, at in made.items() if at)
+    assert taken <= (share * steps + max(costs.values())) * (1 + 1e-9)
+    if all(at and at[0] == 0 for at in made.values()):
+        assert taken <= max(share * steps, first) * (1 + 1e-9)
+    if not share:
+        assert not any(made.values())
+
+
+def test_a_run_is_measured_evenly_from_start_to_end() -> None:
+    made = run(0.03, 1000, {"a": 1.0, "b": 0.25})
+    for at in made.values():
+        assert at[0] == 0
+        assert at[-1] == 1000
+        gaps = [b - a for a, b in itertools.pairwise(at)]
+        assert max(gaps) <= 1.5 * min(gaps), gaps
+    # 30 seconds, 15 each
+    assert 14 <= len(made["a"]) <= 15
+    assert 56 <= len(made["b"]) <= 60
+
+
+def test_what_is_too_dear_is_measured_once_and_the_others_go_on() -> None:
+    made = run(0.03, 200, {"cheap": 0.1, "dear": 5.0})
+    assert made["dear"] == [0]
+    assert made["cheap"][0] == 0
+    assert made["cheap"][-1] == 200
+    assert len(made["cheap"]) * 0.1 + 5 <= 6.0
+
+
+@pytest.mark.parametrize("share", [0.03, 0.06])
+def test_a_larger_share_measures_more(share: float) -> None:
+    count = len(run(share, 500, {"a": 1.0})["a"])
+    assert count == pytest.approx(share * 500, abs=1)
+
+
+def test_steps_that_become_slower_earn_more() -> None:
+    """What a step takes is measured as the run goes: the account is of the real run, not of its first step."""
+    account = Account(0.1, 100)
+    account.training, account.made = 1.0, 1
+    account.charge("a", 1.0, 0)
+    before = account.seconds
+    account.training, account.made = 100.0, 50
+    assert account.seconds == 2 * before == pytest.approx(20.0)
+
+
+def test_preparing_counts_as_spent_and_says_what_one_costs() -> None:
+    account = Account(0.1, 100)
+    account.training, account.made = 1.0, 1
+    account.charge("a", 4.0)
+    assert account.costs == {"a": 4.0}
+    assert account.used == 4.0
+    assert not account.may_start("a")  # 8 of 10 would be gone, and half is kept for later
+    assert not account.last
