@@ -79,15 +79,19 @@ def tune(
     save_every: int | None = None,
     progress: bool = False,
 ) -> Tuned:
-    """Fine-tune a model on transcripts, in place.
+    """Fine-tune a model, in place: on transcripts, or by rewards.
 
     method:      ``lift`` trains the principal entries of every attention and MLP matrix; ``full`` all parameters with AdamW; ``lora`` a
-                 PEFT adapter on the same matrices, merged into them at the end.
+                 PEFT adapter on the same matrices, merged into them at the end. ``grpo`` reinforces what is rewarded: the data are questions,
+                 and reward is ``(question, transcript) -> number``; see `finetune.grpo.grpo`, whose result it gives.
+    options:     further ones of the method: of `LIFT` (block, scope, overrides, min_change, grow_to, agreement), or of `grpo` (trains, groups,
+                 samples, beta, temperature, max_new_tokens, ...).
     steps:       optimizer steps. batch_size: transcripts a step, in `accumulate` micro-batches.
     lr:          peak learning rate; by default 1e-3 for lift and lora, 1e-4 for full, which suit the specimen (its weights are large).
     density:     lift's budget, fraction of each matrix in (0, 1], default 0.05; or lora_rank: a LoRA's count of parameters (for
                  ``lora`` itself its rank, default 16).
-    filter_rank, refresh, select: see `LIFT`. weight_decay: decoupled. schedule, warmup: of the learning rate, transformers' names.
+    filter_rank, refresh, select: see `LIFT`. weight_decay: decoupled. schedule, warmup: of the learning rate, transformers' names (by
+                 default linear decay; for grpo constant).
     max_grad_norm: gradients are clipped to this joint norm; 0 does not clip.
     data:        transcripts, or examples with weights of their own, or groups of them for an objective that compares (see
                  `finetune.examples`). batch_size counts these.
@@ -99,7 +103,7 @@ def tune(
     checkpoints, save_every: where to save, and how often, to be able to resume; a folder with a complete checkpoint is resumed from,
                  bit for bit. Incomplete ones, left by a kill, are discarded.
 
-    Raises ValueError for settings out of range, for transcripts without the span, and for full or lora tuning of weights that are not
+    Raises ValueError for settings out of range or without use for the method, for transcripts without the span, and for full or lora tuning of weights that are not
     fp32 (their steps would vanish in rounding: load with dtype="float32"); FloatingPointError when the loss is not finite, naming the step.
     """
     require_versions("trl", "peft")

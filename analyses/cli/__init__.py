@@ -23,6 +23,7 @@ from analyses.cli.options import app
 
 # isort: off
 from analyses.cli import start as start  # the help is in the order of these lines
+from analyses.cli import tuning as tuning
 from analyses.cli import change as change
 from analyses.cli import arms as arms
 from analyses.cli import look as look

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,11 +10,9 @@ import typer
 
 from analyses.cli.options import (
     CHANGE,
-    Device,
     DryRun,
     Dtype,
     ModelRef,
-    Questions,
     Quiet,
     Seed,
     To,
@@ -30,99 +27,6 @@ if TYPE_CHECKING:
     from surgery.record import Record
     from surgery.sites import Site
     from surgery.weights import Delta, Weights
-
-
-@app.command(rich_help_panel=CHANGE)
-def tune(
-    model: ModelRef,
-    to: To,
-    data: Questions = "sums",
-    method: Annotated[str, typer.Option(help="lift, full or lora.")] = "lift",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 60,
-    lr: Annotated[
-        float | None,
-        typer.Option(help="Peak learning rate; by default 1e-3 (lift, lora) or 1e-4 (full).", show_default=False),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Transcripts a step.", min=1)] = 16,
-    accumulate: Annotated[int, typer.Option(help="Micro-batches a step.", min=1)] = 1,
-    density: Annotated[
-        float | None, typer.Option(help="lift: fraction of each matrix, in (0, 1]; default 0.05.", show_default=False)
-    ] = None,
-    lora_rank: Annotated[
-        int | None,
-        typer.Option(help="lift: as many entries as a LoRA of this rank; lora: its rank.", show_default=False),
-    ] = None,
-    filter_rank: Annotated[
-        int, typer.Option(help="lift: rank of the filter that decides what is principal.", min=1)
-    ] = 16,
-    refresh: Annotated[
-        int | None, typer.Option(help="lift: choose anew every so many steps.", show_default=False)
-    ] = None,
-    select: Annotated[
-        str,
-        typer.Option(help="lift: largest, or a control: smallest (what the released code trains), random, magnitude."),
-    ] = "largest",
-    weight_decay: Annotated[float, typer.Option(help="Decoupled, on what is trained.", min=0)] = 0.0,
-    watch: Annotated[str, typer.Option(help="Comma-separated: accuracy, nll, drift, drift-general, change.")] = "",
-    watch_every: Annotated[int, typer.Option(help="Steps between measurements.", min=1)] = 20,
-    save_every: Annotated[
-        int | None,
-        typer.Option(help="Checkpoint every so many steps; the same command then resumes.", show_default=False),
-    ] = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    seed: Seed = 0,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-) -> None:
-    """Fine-tune on worked questions, watched, and write the tuned model."""
-    record = begin_record("tune", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
-    from analyses import tasks
-    from analyses.general_text import GENERAL_TEXT
-    from analyses.watch import watches
-    from finetune.tune import tune
-    from surgery.model import Model
-
-    require_new(to)
-    loaded = Model.load(model, device=device, dtype="float32")
-    base = loaded.checkpoint
-    assert base is not None  # loaded from a folder
-    generated = not data.endswith((".jsonl", ".json"))
-    questions = tasks.load(data, steps * batch_size if generated else None, seed=seed, side="train")
-    if dry_run:
-        typer.echo(
-            f"{method}: {steps} steps of {batch_size} from {len(questions)} questions of {data}; first:\n{questions[0].question}\n{questions[0].completion(loaded.markers)}"
-        )
-        return
-    named = [name for name in watch.split(",") if name]
-    workshop = to.with_name(f".{to.name}.tuning")  # logs and checkpoints until the model is written
-    watched = (
-        watches(named, loaded, tasks.load(data, 32, seed=seed + 1, side="test"), GENERAL_TEXT[:12], watch_every)
-        if named
-        else []
-    )
-    done = tune(
-        loaded,
-        [loaded.transcript(q.question, q.completion(loaded.markers)) for q in questions],
-        method=method,  # type: ignore[arg-type] - tune names the choices
-        steps=steps, lr=lr, batch_size=batch_size, accumulate=accumulate, density=density, lora_rank=lora_rank,
-        filter_rank=filter_rank, refresh=refresh, select=select,  # type: ignore[arg-type]
-        weight_decay=weight_decay, seed=seed, watch=watched, log=workshop / "log.jsonl" if watched else None,
-        checkpoints=workshop / "checkpoints" if save_every else None, save_every=save_every, progress=not quiet,
-    )  # fmt: skip
-    record.results = {"losses": done.losses, "trainable": done.trainable}
-
-    def keep_log(folder: Path) -> None:
-        if watched:
-            shutil.copyfile(workshop / "log.jsonl", folder / "log.jsonl")
-
-    # what took an hour to train is written even if it loops, and says so
-    written = write_model(
-        record, loaded.weights, to, model=model, dtype=dtype, allow_loops=True, quiet=quiet, also=keep_log
-    )
-    shutil.rmtree(workshop, ignore_errors=True)
-    typer.echo(f"loss {done.losses[0]:.3f} -> {done.losses[-1]:.3f}, {done.trainable:,} numbers free to move")
-    typer.echo(written)
 
 
 @app.command(rich_help_panel=CHANGE)

@@ -113,7 +113,7 @@ def sweep(
     assert base is not None  # loaded from a folder
     notes: list[str] = []
     if add:
-        change, entry, notes = _vector(add, base)
+        change, entry, notes = vector_of(add, base)
     else:
         path = _file(ref)
         change, entry = _steering(path, at, how, units) if steer else _removal(path, at), _input(path)
@@ -178,7 +178,7 @@ def _groups(text: str | None) -> list[list[int]] | None:
     return groups
 
 
-def _vector(ref: str, base: Checkpoint) -> tuple[Change, dict[str, str], list[str]]:
+def vector_of(ref: str, base: Checkpoint) -> tuple[Change, dict[str, str], list[str]]:
     """The change in a folder, its entry in the record, and what of it does not fit, in words."""
     from analyses.cli.change import _change_in, _measured_from
     from surgery.across import land

@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from analyses.cli.change import apply, diff, edit, merge, realign, tune
+from analyses.cli.arms import arms
+from analyses.cli.change import apply, diff, edit, merge, realign
 from analyses.cli.dose import sweep
 from analyses.cli.look import drift, early_answers, geometry
 from analyses.cli.options import RECEIPTS, Quiet, To, app
 from analyses.cli.seeing import seeing
 from analyses.cli.start import study
 from analyses.cli.think import direction, generate, heads, thinkedit
+from analyses.cli.tuning import tune
 
 COMMANDS: dict[str, Callable[..., object]] = {
     "study": study,
@@ -33,6 +35,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "heads": heads,
     "thinkedit": thinkedit,
     "seeing": seeing,
+    "arms": arms,
 }
 
 

@@ -492,3 +492,30 @@ def test_a_checkpoint_says_what_run_it_is_of(tmp_path: Path) -> None:
     _, done = run(checkpoints=tmp_path, save_every=2)
     saved = json.loads((tmp_path / "checkpoint-2" / "complete.json").read_text())
     assert saved == done.settings
+
+
+# --- by rewards -------------------------------------------------------------------------------------------------------
+
+
+def test_grpo_is_the_function_of_that_name() -> None:
+    from finetune.grpo import Reinforced, grpo
+
+    def reward(question: Any, transcript: Transcript) -> float:
+        return float(len(transcript.completion or ""))
+
+    asked = [q.question for q in QUESTIONS[:4]]
+    small: dict[str, Any] = {"groups": 2, "samples": 2, "max_new_tokens": 4}
+    through, direct = model(), model()
+    done = tune(through, asked, method="grpo", reward=reward, steps=2, density=0.1, autocast=False, options=small)
+    assert isinstance(done, Reinforced)
+    assert done.method == "grpo"
+    own = grpo(direct, asked, reward, steps=2, density=0.1, autocast=False, **small)
+    assert same(through, direct)
+    assert done.settings == own.settings
+    for bad, message in (
+        ({"batch_size": 8, "reward": reward, "method": "grpo"}, "batch_size has no use with method='grpo'"),
+        ({"reward": reward}, "reward has no use with method='lift'"),
+        ({"method": "grpo"}, "needs a reward"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tune(model(), asked, **bad)

@@ -1,0 +1,241 @@
+"""The command that fine-tunes a model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from analyses.cli.options import (
+    CHANGE,
+    Device,
+    DryRun,
+    Dtype,
+    ModelRef,
+    Questions,
+    Quiet,
+    Seed,
+    To,
+    app,
+    begin_record,
+    require_new,
+)  # fmt: skip
+from analyses.cli.written import write_model
+
+if TYPE_CHECKING:
+    from finetune.objectives import Objective
+    from finetune.rules import DRIFT
+    from surgery.checkpoint import Checkpoint
+    from surgery.model import Model
+    from surgery.record import Record
+
+OBJECTIVES = ("nll", "dft", "asft", "coverage", "glow")
+
+
+@app.command(rich_help_panel=CHANGE)
+def tune(
+    model: ModelRef,
+    to: To,
+    data: Questions = "sums",
+    method: Annotated[str, typer.Option(help="lift, full or lora; or grpo, which rewards right answers in the right form.")] = "lift",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 60,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate; by default 1e-3 (lift, lora), 1e-4 (full), 2e-4 (grpo).", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Transcripts a step; of grpo: completions a step.", min=1)] = 16,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches a step.", min=1)] = 1,
+    over: Annotated[
+        str, typer.Option(help="What is learnt: a span, or several with weights, as in 'thinking:0.5,answer:2'.")
+    ] = "completion",
+    objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = "nll",
+    mask_thought: Annotated[
+        float | None, typer.Option(help="Hide this share of the tokens to learn in the input, in (0, 1].", show_default=False)
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="lift: fraction of each matrix, in (0, 1]; default 0.05.", show_default=False)
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="lift: as many entries as a LoRA of this rank; lora: its rank.", show_default=False)
+    ] = None,
+    filter_rank: Annotated[int, typer.Option(help="lift: rank of the filter that decides what is principal.", min=1)] = 16,
+    refresh: Annotated[int | None, typer.Option(help="lift: choose anew every so many steps.", show_default=False)] = None,
+    select: Annotated[
+        str,
+        typer.Option(
+            help="lift: largest, or a control: smallest (what the released code trains), random, magnitude, gradient, movement, hybrid."
+        ),
+    ] = "largest",
+    block: Annotated[int, typer.Option(help="lift: choose blocks of so many rows and columns, as 4.", min=1)] = 1,
+    scope: Annotated[str, typer.Option(help="lift: the budget of each matrix, or global: of all together.")] = "matrix",
+    prior: Annotated[
+        str | None, typer.Option(metavar="VECTOR", help="DRIFT: bend the gradients toward this task vector's folder.", show_default=False)
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="DRIFT: how strongly; default 1.", show_default=False)] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="DRIFT: adaptive (the default), norm, absolute, project or aligned.", show_default=False)
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="grpo: completions of each question; default 8.", min=2, show_default=False)] = None,
+    beta: Annotated[float | None, typer.Option(help="grpo: weight of the KL from the start; default 0.", min=0, show_default=False)] = None,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled, on what is trained.", min=0)] = 0.0,
+    watch: Annotated[
+        str, typer.Option(help="With commas: accuracy, nll, entropy, gradient, change, geometry, drift, drift-general, representation.")
+    ] = "",
+    watch_every: Annotated[
+        int | None, typer.Option(help="Steps between measurements; by default as many as 3 % of the time allow.", min=1, show_default=False)
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Checkpoint every so many steps; the same command then resumes.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Fine-tune on worked questions, watched, and write the tuned model."""
+    record = begin_record("tune", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
+    _check(method, objective, mask_thought, prior, alpha, rule, samples, beta, watch)
+    from analyses import tasks
+    from analyses.general_text import GENERAL_TEXT
+    from analyses.watch import watches
+    from finetune.tune import tune
+    from surgery.model import Model
+
+    require_new(to)
+    loaded = Model.load(model, device=device, dtype="float32")
+    base = loaded.checkpoint
+    assert base is not None  # loaded from a folder
+    generated = not data.endswith((".jsonl", ".json"))
+    questions = tasks.load(data, steps * batch_size if generated else None, seed=seed, side="train")
+    if dry_run:
+        typer.echo(
+            f"{method}: {steps} steps of {batch_size} from {len(questions)} questions of {data}; first:\n{questions[0].question}\n{questions[0].completion(loaded.markers)}"
+        )
+        return
+    workshop = to.with_name(f".{to.name}.tuning")  # logs and checkpoints until the model is written
+    held = tasks.load(data, 32, seed=seed + 1, side="test") if watch else []
+    watched = watches(watch.split(","), loaded, held, GENERAL_TEXT[:12], watch_every) if watch else []
+    log = workshop / "log.jsonl"
+    pulled = _drift(prior, loaded, base, record, alpha, rule) if prior else None
+    shared: dict[str, Any] = {
+        "steps": steps, "lr": lr, "accumulate": accumulate, "density": density, "lora_rank": lora_rank, "filter_rank": filter_rank,
+        "refresh": refresh, "weight_decay": weight_decay, "seed": seed, "save_every": save_every, "progress": not quiet,
+        "checkpoints": workshop / "checkpoints" if save_every else None, "callbacks": [pulled] if pulled else [],
+    }  # fmt: skip
+    if method == "grpo":
+        each = samples or 8
+        if batch_size % each:
+            raise ValueError(f"--batch-size {batch_size} is no multiple of the {each} samples of each question.")
+        options = {"groups": batch_size // each, "samples": each, "beta": beta or 0.0}
+        done = tune(loaded, questions, method="grpo", reward=_reward(loaded), options=options, **shared)
+    else:
+        options = {
+            name: value for name, value, usual in (("block", block, 1), ("scope", scope, "matrix")) if value != usual
+        }
+        done = tune(
+            loaded,
+            [loaded.transcript(q.question, q.completion(loaded.markers)) for q in questions],
+            method=method,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            over=_spans(over),
+            objective=_objective(objective),
+            corrupt=_hiding(mask_thought, loaded, seed),
+            select=select,  # type: ignore[arg-type] - tune names the choices
+            options=options,
+            watch=watched,
+            log=log if watched else None,
+            **shared,
+        )
+    record.results = {"losses": done.losses, "trainable": done.trainable}
+    if pulled:
+        record.results["merged"] = pulled.merged().overall
+
+    def keep_log(folder: Path) -> None:
+        if watched:
+            from analyses.flight import write_page
+
+            shutil.copyfile(log, folder / "log.jsonl")
+            write_page(folder / "log.jsonl")
+
+    # what took an hour to train is written even if it loops, and says so
+    written = write_model(
+        record, loaded.weights, to, model=model, dtype=dtype, allow_loops=True, quiet=quiet, also=keep_log
+    )
+    shutil.rmtree(workshop, ignore_errors=True)
+    typer.echo(f"loss {done.losses[0]:.3f} -> {done.losses[-1]:.3f}, {done.trainable:,} numbers free to move")
+    if pulled:
+        typer.echo(f"effective merge coefficient {record.results['merged']:.3f}")
+    typer.echo(written)
+
+
+def _check(
+    method: str, objective: str, mask_thought: float | None, prior: str | None, alpha: float | None, rule: str | None, samples: int | None,
+    beta: float | None, watch: str,
+) -> None:  # fmt: skip
+    if objective not in OBJECTIVES:
+        raise ValueError(f"There is no objective {objective!r}. Choose {', '.join(OBJECTIVES)}.")
+    idle = {"--alpha": (alpha, prior, "--prior"), "--rule": (rule, prior, "--prior")}
+    for option, (value, needed, owner) in idle.items():
+        if value is not None and needed is None:
+            raise ValueError(f"{option} is of {owner}; without it, it does nothing.")
+    reinforced = method == "grpo"
+    for option, given in {"--samples": samples, "--beta": beta}.items():
+        if given is not None and not reinforced:
+            raise ValueError(f"{option} is of --method grpo; with {method} it does nothing.")
+    for option, given in {"--mask-thought": mask_thought, "--watch": watch or None}.items():
+        if given is not None and reinforced:
+            raise ValueError(f"{option} has no use with --method grpo; leave it out.")
+    if reinforced and objective != "nll":
+        raise ValueError("--objective has no use with --method grpo; leave it out.")
+
+
+def _spans(over: str) -> dict[str, float] | str:
+    """ "thinking:0.5,answer:2" -> {"thinking": 0.5, "answer": 2.0}; a span alone is itself."""
+    if ":" not in over and "," not in over:
+        return over
+    found = {}
+    for entry in over.split(","):
+        name, _, weight = entry.partition(":")
+        try:
+            found[name.strip()] = float(weight or 1)
+        except ValueError as error:
+            raise ValueError(f"--over {over}: give spans with weights, as in 'thinking:0.5,answer:2'.") from error
+    return found
+
+
+def _objective(name: str) -> Objective:
+    from finetune import objectives
+
+    made = {
+        "nll": lambda: objectives.nll, "dft": lambda: objectives.dft, "asft": objectives.asft, "coverage": objectives.coverage,
+        "glow": objectives.Glow,
+    }  # fmt: skip
+    return made[name]()
+
+
+def _hiding(share: float | None, model: Model, seed: int) -> Any:
+    if share is None:
+        return None
+    from finetune.objectives import MaskedThought
+
+    return MaskedThought(model.pad_id, share, seed=seed)
+
+
+def _reward(model: Model) -> Any:
+    from analyses.tasks import grade
+    from finetune.rewards import Answer, ThinkFormat, Weighted
+
+    return Weighted({"answer": (Answer(grade), 1.0), "format": (ThinkFormat(model.markers), 0.5)})
+
+
+def _drift(prior: str, model: Model, base: Checkpoint, record: Record, alpha: float | None, rule: str | None) -> DRIFT:
+    from analyses.cli.dose import vector_of
+    from finetune.rules import DRIFT
+
+    change, entry, notes = vector_of(prior, base)
+    for note in notes:
+        typer.echo(note, err=True)
+    record.inputs = {"model": {"ref": str(base.folder), "hash": base.hash()}, "prior": entry}
+    return DRIFT(change, model, 1.0 if alpha is None else alpha, rule or "adaptive")  # type: ignore[arg-type]
