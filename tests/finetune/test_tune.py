@@ -501,7 +501,7 @@ def test_grpo_is_the_function_of_that_name() -> None:
     from finetune.grpo import Reinforced, grpo
 
     def reward(question: Any, transcript: Transcript) -> float:
-        return float(len(transcript.completion or ""))
+        return float(sum(transcript.ids) % 17)
 
     asked = [q.question for q in QUESTIONS[:4]]
     small: dict[str, Any] = {"groups": 2, "samples": 2, "max_new_tokens": 4}
