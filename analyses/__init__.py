@@ -8,6 +8,7 @@ faithfulness    is the chain of thought used? early answers
 representation  drift of activations and outputs between two models
 geometry        which weights moved, and how
 changes, dose   what a steering, an edit or a task vector does at each strength, beside random ones
+arms            ways of tuning side by side, over seeds: what each learnt and what it kept
 thinkedit       length direction, the heads that write it, the edit, and what it does beside its controls
 donors          what reinforcement changed in a model, and what that does in a sibling
 controls        planted models whose true score is known

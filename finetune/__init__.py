@@ -16,6 +16,8 @@ rewards      verifiable rewards of a transcript: answer, format, length
 grpo         grpo() reinforces what is rewarded, through TRL's GRPOTrainer
 recipes      transcripts in, transcripts or examples out: rejection sampling, pairs, prefixes, disturbed steps, critical tokens
 prerequisite knowledge and skill in two adapters, and only the skill is kept
+learner      what a trainer is given to train, and what is given back
+checkpoints  whole, and of this very run
 tune         tune() puts it together: ``from finetune.tune import tune``
 """
 

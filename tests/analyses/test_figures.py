@@ -31,6 +31,12 @@ FRAMES: dict[str, pd.DataFrame] = {
     "sweep": pd.concat([pd.DataFrame({"strength": [1.0, 0.0], **LINE, "measure": m}) for m in ("accuracy", "text_nll")]),
     "training": pd.DataFrame({"step": [1, 2], "measure": "loss", "value": [2.0, 1.0]}),
     "before-after": pd.DataFrame({"arm": ["base", "lift"], **LINE}),
+    "trade-off": pd.DataFrame(
+        {"arm": ["untuned", "untuned", "lift", "lift", "full", "full"], "measure": ["answer_nll", "text_nll"] * 3}
+        | {"value": [2.0, 3.0, 0.5, 3.2, 0.5, 3.3]}
+        | {"low": [1.9, 2.9, 0.4, 3.1, 0.4, 3.2], "high": [2.1, 3.1, 0.6, 3.3, 0.6, 3.4]}
+        | {"by_seed": [(2.0,), (3.0,), (0.4, 0.6), (3.1, 3.3), (0.4, 0.6), (3.2, 3.4)]}
+    ),
     "similarity": pd.DataFrame(
         {"index": [0, 1, 2, 3], "part": ["attn.q", "attn.q", "mlp.e0.up", "mlp.e1.up"], "rho": [0.2, 0.7, 0.4, None], "tau": 0.5}
         | {"realigned": [True, False, True, False]}
