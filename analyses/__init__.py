@@ -7,8 +7,10 @@ general_text    plain passages on everyday subjects
 faithfulness    is the chain of thought used? early answers
 representation  drift of activations and outputs between two models
 geometry        which weights moved, and how
+shelf           finished parts of long work, so that it can go on
 changes, dose   what a steering, an edit or a task vector does at each strength, beside random ones
 arms            ways of tuning side by side, over seeds: what each learnt and what it kept
+labels          what a probe is asked to read of a transcript: right, long, or anything kept with it
 thinkedit       length direction, the heads that write it, the edit, and what it does beside its controls
 donors          what reinforcement changed in a model, and what that does in a sibling
 controls        planted models whose true score is known

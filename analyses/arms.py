@@ -19,11 +19,12 @@ import numpy as np
 from jaxtyping import Float
 
 from analyses.changes import digest
-from analyses.dose import write_whole
 from analyses.scoring import nll, text_nll
+from analyses.shelf import Shelf
 from analyses.statistics import Estimate, crossed_bootstrap
 from analyses.tasks import Question, grade
 from surgery.model import Model
+from surgery.textfile import write_whole
 from surgery.transcript import Transcript
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 UNTUNED = "untuned"
-_PLAN = "plan.json"
 _FORMAT = re.compile(r"Answer format:\s*(\S+)\s*$")
 
 
@@ -154,19 +154,19 @@ def arms(
         "model": model, "ways": {name: dict(way) for name, way in ways.items()}, "shared": shared, "train": digest(list(train)),
         "judge": judge.settings(), "max_new_tokens": max_new_tokens,
     }  # fmt: skip
-    folder = Path(to)
-    _claim(folder, settings)
+    shelf = Shelf(to, "comparison", settings)
     wanted = [(UNTUNED, 0), *((name, seed) for seed in range(seeds) for name in ways)]
     bar = _bar(len(wanted), progress)
     runs = []
     for name, seed in wanted:
-        path = folder / "runs" / f"{name}-{seed}.json"
-        if not path.is_file():
+        part = f"runs/{name}-{seed}"
+        done = shelf.find(part)
+        if done is None:
             bar.set_postfix_str(f"{name}, seed {seed}")
-            run = _one(model, name, seed, ways.get(name), train, judge, device, shared)
-            write_whole(path, json.dumps(asdict(run)) + "\n")
+            done = asdict(_one(model, name, seed, ways.get(name), train, judge, device, shared))
+            shelf.keep(part, done)
             give_back_memory()
-        runs.append(_run(json.loads(path.read_text(encoding="utf-8"))))
+        runs.append(_run(done))
         bar.update()
     bar.close()
     return Arms(tuple(runs), settings)
@@ -270,21 +270,6 @@ def _autocast(model: Model, judge: _Judge) -> dict[str, tuple[float, ...]]:
 
     with torch.autocast(model.device.type, torch.bfloat16):
         return judge(model)
-
-
-def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    path = folder / _PLAN
-    if path.is_file():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        unlike = [name for name, value in json.loads(json.dumps(settings)).items() if held.get(name) != value]
-        if unlike:
-            raise FileExistsError(
-                f"{folder} holds a comparison with other {', '.join(unlike)} (see {path}). Choose another folder, or remove it."
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not a comparison. Choose another folder, or remove it.")
-    else:
-        write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
 def _row(table: Float[np.ndarray, "seed item"], draws: int, seed: int) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes.steering import Steering, place, steered
-from surgery.anatomy import Anatomy
+from surgery.drawn import Noise
 from surgery.edits import AddDirection, RemoveDirection
 from surgery.model import Model
 from surgery.sites import Site, match
-from surgery.weights import Delta, Origin, Weights, apply, pieces
+from surgery.weights import Delta, Weights, apply, pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,34 +105,7 @@ def stand_in(change: Change, model: Model, *, seed: int, draw: int) -> Change:
     if isinstance(change, Editing):
         point = change.of(model.weights, 1.0)
         change = (point - model.weights).keep(sorted(point.changed_from(model.weights)))
-    return RandomDelta(change, seed=_number(seed, draw))
-
-
-class RandomDelta(Delta):
-    """Gaussian noise with the Frobenius norm of a vector in each of its tensors."""
-
-    def __init__(self, like: Delta, *, seed: int):
-        norms = like.norms()
-        self._norms = {site: norm for site, norm in norms.items() if norm > 0}
-        self._shapes = {site: like.shapes()[site] for site in self._norms}
-        self._like, self._seed = like, seed
-
-    @property
-    def anatomy(self) -> Anatomy | None:
-        return self._like.anatomy
-
-    def shapes(self) -> Mapping[Site, torch.Size]:
-        return self._shapes
-
-    def origins(self) -> frozenset[Origin]:
-        return self._like.origins()
-
-    def by_rows(self, site: Site) -> bool:
-        return False
-
-    def _read(self, site: Site, rows: slice) -> Tensor:
-        noise = torch.randn(self._shapes[site], generator=_generator(self._seed, site))
-        return (noise * (self._norms[site] / float(noise.norm())))[rows]
+    return Noise(change, _number(seed, draw))
 
 
 def _sites(change: Steering | Editing, model: Model) -> list[Site]:

@@ -12,7 +12,6 @@ Source: Zbeeb et al., "Reasoning Vectors: Transferring Chain-of-Thought Capabili
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -22,23 +21,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from analyses.changes import RandomDelta
-from analyses.dose import Cell, Sweep, sweep, write_whole
+from analyses.dose import Cell, Sweep, sweep
 from analyses.general_text import GENERAL_TEXT
 from analyses.statistics import Significance, holm, mcnemar, page, paired_bootstrap, wilson
 from analyses.tasks import Question
-from finetune.grpo import Reinforced, fingerprint, grpo
+from finetune.grpo import Reinforced, grpo
 from finetune.rewards import Reward
 from finetune.tune import Tuned, tune
-from surgery.anatomy import Anatomy
 from surgery.delta import save_delta
+from surgery.drawn import Noise, Permuted
 from surgery.model import Model
-from surgery.sites import Site
+from surgery.runs import fingerprint
+from surgery.textfile import write_whole
 from surgery.transcript import Transcript
-from surgery.weights import Delta, Origin
+from surgery.weights import Delta
 from surgery.writing import new_folder
 
 if TYPE_CHECKING:
@@ -145,33 +142,6 @@ def train_pair(
 
 def _copy(model: Model) -> Model:
     return Model(copy.deepcopy(model.module), model.tokenizer, model.checkpoint, model.markers)
-
-
-class Permuted(Delta):
-    """A vector with the entries of each tensor in another order: as large everywhere, and nowhere in place. The order depends on the seed
-    and the site."""
-
-    def __init__(self, delta: Delta, *, seed: int = 0):
-        self._delta, self._seed = delta, seed
-
-    @property
-    def anatomy(self) -> Anatomy | None:
-        return self._delta.anatomy
-
-    def shapes(self) -> Mapping[Site, torch.Size]:
-        return self._delta.shapes()
-
-    def origins(self) -> frozenset[Origin]:
-        return self._delta.origins()
-
-    def by_rows(self, site: Site) -> bool:
-        return False
-
-    def _read(self, site: Site, rows: slice) -> Tensor:
-        value = self._delta[site]
-        number = int.from_bytes(hashlib.sha256(f"permuted {self._seed} {site}".encode()).digest()[:6], "big")
-        order = torch.randperm(value.numel(), generator=torch.Generator().manual_seed(number)).to(value.device)
-        return value.reshape(-1)[order].view(value.shape)[rows]
 
 
 # --- the transfer -------------------------------------------------------------------------------------------------------
@@ -322,12 +292,12 @@ def transfer(
     }  # fmt: skip
     arms = sweep(
         sibling,
-        {VECTOR: vector, PERMUTED: Permuted(vector, seed=seed), **named},
+        {VECTOR: vector, PERMUTED: Permuted(vector, seed), **named},
         sorted({*map(float, alphas), 1.0}),
         questions=questions,
         **shared,
     )
-    drawn = {f"random {draw}": RandomDelta(vector, seed=_number(seed, draw)) for draw in range(draws)}
+    drawn = {f"random {draw}": Noise(vector, _number(seed, draw)) for draw in range(draws)}
     random = sweep(sibling, drawn, [1.0], questions=questions, **shared)
     prompted = None
     if prompt is not None:

@@ -24,6 +24,7 @@ from analyses import figures
 from analyses.report import document, html_table, pair, picture
 from analyses.watch import WATCHES, watches
 from finetune.monitors import RECORDER, TRAINING, Recorder, read_log
+from surgery.textfile import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,7 +158,7 @@ class Flight:
 
     def save(self, path: str | Path) -> Path:
         """Write the lines again, whole or not at all."""
-        return _write(Path(path), "".join(json.dumps(line) + "\n" for line in self.lines))
+        return write_whole(Path(path), "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def frame(self) -> DataFrame:
         """A row a number: step, monitor, measure, span, layer, site, value. What was not finite, and failures, have no row."""
@@ -224,7 +225,9 @@ class Flight:
 
     def page(self, to: str | Path) -> Path:
         """Write the self-contained page: boxes, story, curves, maps over layers, costs. Whole or not at all."""
-        return _write(Path(to), document(f"training of {self._begun.get('model', 'a model')}", list(self._sections())))
+        return write_whole(
+            Path(to), document(f"training of {self._begun.get('model', 'a model')}", list(self._sections()))
+        )
 
     def _repr_html_(self) -> str:
         return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in self.story()) + "</ul>"
@@ -436,10 +439,3 @@ def _words(monitor: str, measure: str) -> str:
 def _nothing(frame: Any, monitor: str, measure: str) -> str:
     there = sorted({f"{m} {x}".strip() for m, x in zip(frame["monitor"], frame["measure"], strict=True)})
     return f"{_words(monitor, measure)!r} was not measured there; there is {', '.join(there) or 'nothing'}."
-
-
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.partial")
-    part.write_text(text, encoding="utf-8")
-    return part.replace(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analyses import figures
+from surgery.textfile import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,10 +43,7 @@ def write_report(results: Mapping[str, Any], folder: Path, record: Record) -> Pa
     for name, table in tables.items():
         table.to_csv(folder / "tables" / f"{name}.csv", index=False)
     text = _page(results, tables, {name: figures.png(figure) for name, figure in drawn.items()}, record)
-    path = folder / "report.html"
-    part = path.with_name(".report.html.partial")
-    part.write_text(text, encoding="utf-8")
-    return part.replace(path)
+    return write_whole(folder / "report.html", text)
 
 
 def draw_study(tables: Mapping[str, DataFrame]) -> dict[str, Figure]:

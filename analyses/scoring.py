@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.statistics import Estimate, percentile, resamples
+from surgery.borrowing import evaluating
 from surgery.model import Model
 from surgery.rows import rows_are
 from surgery.transcript import Transcript
@@ -98,13 +99,8 @@ def _over(
 @contextmanager
 def quiet(module: torch.nn.Module):
     """Evaluation mode without gradients; the mode is given back (a monitor measures inside a training loop)."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        module.train(training)
+    with evaluating(module), torch.inference_mode():
+        yield
 
 
 def keeping(module: torch.nn.Module, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]]:

@@ -25,6 +25,7 @@ from analyses.tasks import accuracy, chained_sums
 from surgery.checkpoint import Checkpoint
 from surgery.model import Model, find
 from surgery.record import RECORD, Record, typed
+from surgery.textfile import write_whole
 from surgery.weights import Delta
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def begin(plan: Plan, folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _PLAN).exists():
-        _write(folder / _PLAN, wanted)
+        write_whole(folder / _PLAN, wanted)
 
 
 class _Study:
@@ -103,11 +104,11 @@ class _Study:
         began = time.monotonic()
         self._say(name)
         rows = stage()
-        _write(path, json.dumps(rows, indent=1, allow_nan=True) + "\n")
+        write_whole(path, json.dumps(rows, indent=1, allow_nan=True) + "\n")
         clock = self.clock()
         clock[name] = round(time.monotonic() - began, 1)
         give_back_memory()
-        _write(self.folder / "clock.json", json.dumps(clock, indent=1) + "\n")
+        write_whole(self.folder / "clock.json", json.dumps(clock, indent=1) + "\n")
 
     def clock(self) -> dict[str, float]:
         """Seconds each finished stage took."""
@@ -328,14 +329,6 @@ def _numbers(e: Estimate) -> dict[str, Any]:
 
 def _rows(frame: DataFrame) -> list[dict[str, Any]]:
     return json.loads(str(frame.to_json(orient="records", double_precision=15)))
-
-
-def _write(path: Path, text: str) -> None:
-    """A file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.partial")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def give_back_memory() -> None:

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery.textfile import write_whole
+
 _COMPLETE = "complete.json"
 
 
 def mark_complete(checkpoint: Path, settings: Mapping[str, Any]) -> None:
     """Say that everything of a checkpoint is written, and of which run it is."""
-    part = checkpoint / f".{_COMPLETE}.partial"
-    part.write_text(json.dumps(settings), encoding="utf-8")
-    part.replace(checkpoint / _COMPLETE)
+    write_whole(checkpoint / _COMPLETE, json.dumps(settings))
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -22,24 +22,25 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.checkpoints import last_complete
 from finetune.hosts import Surgical
-from finetune.learner import Trains, bar, check_budget, learner, require_versions
+from finetune.learner import Adapter, Trains, bar, check_budget, learner, require_versions
 from finetune.predictions import logits_at
 from finetune.rewards import Reward, Weighted, described
 from finetune.tune import Tuned, course
+from surgery.borrowing import evaluating
 from surgery.model import Model
+from surgery.runs import fingerprint
 from surgery.transcript import Transcript, read_transcript
-from surgery.weights import pieces
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 Loss = Literal["dapo", "grpo", "dr_grpo", "bnpo"]
 Scale = Literal["group", "batch", "none"]
-LEARNING_RATES: dict[Trains, float] = {"lift": 2e-4, "full": 1e-5, "lora": 2e-4}
+LEARNING_RATES: dict[Trains, float] = {"lift": 2e-4, "full": 1e-5, "lora": 2e-4, "shira": 2e-4}
 _DEFAULTS = {"filter_rank": 16, "refresh": None}
 _PART = "rewards/"
 
@@ -126,9 +127,9 @@ def grpo(
 
     questions:  texts, or objects that have the text as ``question``; each step asks `groups` of them.
     reward:     ``(question, transcript) -> number``, or None to abstain (see `finetune.rewards`).
-    trains:     what is trained, as the method of `tune`: "lift", "full" or "lora"; density, lora_rank, filter_rank and refresh likewise.
+    trains:     what is trained, as the method of `tune`: "lift", "full", "lora" or "shira"; density, lora_rank, filter_rank and refresh likewise.
     groups, samples: questions a step, and completions of each, 2 or more; `accumulate` micro-batches share their ``groups * samples``.
-    lr:         by default 2e-4 for lift and lora, 1e-5 for full. schedule, warmup, weight_decay, max_grad_norm: as in `tune`.
+    lr:         by default 2e-4, 1e-5 for full. schedule, warmup, weight_decay, max_grad_norm: as in `tune`.
     beta:       weight of the KL from the starting model, 0 or more.
     loss:       over what the surrogate is averaged: "dapo" all tokens of the step, "grpo" tokens of each completion and then completions,
                 "bnpo" tokens of the micro-batch, "dr_grpo" all places up to max_new_tokens.
@@ -177,7 +178,8 @@ def grpo(
         borrowed.enter_context(_speech_as_before(model))
         folder = Path(checkpoints) if checkpoints else Path(borrowed.enter_context(tempfile.TemporaryDirectory()))
         resume = last_complete(folder, settings)
-        starting = copy.deepcopy(model.module).requires_grad_(False).eval() if beta and trains != "lora" else None
+        switched_off = trains in get_args(Adapter)  # there the start is the model without its adapter
+        starting = copy.deepcopy(model.module).requires_grad_(False).eval() if beta and not switched_off else None
         student = borrowed.enter_context(
             learner(
                 model, trains, lr=peak, seed=seed, density=density, lora_rank=lora_rank, weight_decay=weight_decay, options=more
@@ -223,16 +225,6 @@ def grpo(
         "grpo", trainer.state.global_step, trainable=student.trainable, settings=settings, refreshes=refreshes,
         rounds=tuple(_round(entry) for entry in history), **course(trainer.state.log_history),
     )  # fmt: skip
-
-
-def fingerprint(model: Model) -> str:
-    """A hash of a model's weights as they are: 16 hexadecimal digits."""
-    total, weights = hashlib.sha256(), model.weights
-    for site, shape in weights.shapes().items():
-        total.update(f"{site} {weights.dtype(site)} {tuple(shape)}".encode())
-        for strip in weights.strips(site, pieces(shape)):
-            total.update(strip.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:16]
 
 
 def completion_logprobs(
@@ -284,7 +276,7 @@ def _trainer_class() -> Any:
                 )
             module: Any = self.ref_model if model is self.ref_model else self._bare()
             size = batch_size or len(input_ids)
-            with _evaluating(module), self.accelerator.autocast():  # samples were drawn without dropout too
+            with evaluating(module), self.accelerator.autocast():  # samples were drawn without dropout too
                 found = [
                     completion_logprobs(module, ids, mask, logits_to_keep, self.temperature)
                     for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
@@ -327,7 +319,7 @@ class _Table:
     def answered(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         """Complete the prompts, `samples` neighbours of each: token ids, and the transcripts for `judged`."""
         asked = prompts[:: self.samples]
-        with _evaluating(self.model.module), trainer.accelerator.autocast():
+        with evaluating(self.model.module), trainer.accelerator.autocast():
             given = self.model.generate(
                 asked,
                 samples=self.samples,
@@ -407,17 +399,6 @@ class _Table:
                     "tokens": end - begin, "finished": t.finished, "reward": total, "parts": values,
                 }  # fmt: skip
                 log.write(json.dumps(line) + "\n")
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout; the mode is given back."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 @contextmanager

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from finetune.examples import Collate, Example, Group, Item, Over, examples, rows_of
 from finetune.objectives import kl_divergence
 from finetune.predictions import Predictions, predict
+from surgery.borrowing import evaluating
 from surgery.model import Model
 from surgery.sites import Site, match
+from surgery.tensorfile import save_whole
 
 _FISHER, _START = "fisher.", "start."
 
@@ -99,7 +101,7 @@ class Kickstarting:
         """What the learner, as it now is, says in this step: transcripts."""
         asked = [self._questions[i] for i in drawn(len(self._questions), self._batch_size, self._seed, step)]
         draw = int(np.random.SeedSequence((self._seed, step)).generate_state(1)[0])
-        with _measuring(self._learner.module):
+        with evaluating(self._learner.module):
             return self._learner.generate(asked, temperature=self._heat, seed=draw, max_new_tokens=self._length)
 
     def __repr__(self) -> str:
@@ -176,18 +178,9 @@ class Fisher:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, whole or not at all."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {_START + n: t for n, t in self.start.items()} | {_FISHER + n: t for n, t in self.diagonal.items()}
-        part = path.with_name(f".{path.name}.partial")
-        try:
-            save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, part, {"sequences": str(self.sequences)})
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        return path
+        save_whole(path, tensors, {"sequences": str(self.sequences)})
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Fisher:
@@ -233,7 +226,7 @@ def fisher_diagonal(
     groups, watched = examples(source, over), _watched(model, at)
     diagonal = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in watched.items()}
     sequences = [member for group in groups for member in group]
-    with _measuring(model.module), _differentiable(watched.values()):
+    with evaluating(model.module), _differentiable(watched.values()):
         for i, example in enumerate(tqdm(sequences, desc="fisher", disable=not progress, leave=False)):
             p = predict(model.module, _moved(Collate(0)(rows_of([(example,)])), model.module))
             likelihood = -(p.weights * (_drawn(p, (seed, i)) if sampled else p.nll)).sum()
@@ -285,7 +278,7 @@ def _digest(data: object) -> str:
 def _both(module: nn.Module, start: Model, batch: dict[str, Tensor]) -> tuple[Predictions, Predictions]:
     if _shared(module, start.module):
         raise ValueError("The starting model is the one that trains. Give a second copy of it: Model.load(...).")
-    with torch.no_grad(), _measuring(start.module):
+    with torch.no_grad(), evaluating(start.module):
         then = predict(start.module, _moved(batch, start.module))
     return predict(module, _moved(batch, module)), then
 
@@ -326,17 +319,6 @@ def _positive(term: object, weight: float) -> float:
             f"{type(term).__name__}(weight={weight}): the weight is above 0; leave the term out instead of weighting it 0."
         )
     return weight
-
-
-@contextmanager
-def _measuring(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 @contextmanager

@@ -30,12 +30,14 @@ from transformers import TrainerCallback
 from finetune.lift import LIFT
 from finetune.lift.ledger import held
 from surgery.across import EMBED, HEAD, land
-from surgery.anatomy import Anatomy, Place
+from surgery.anatomy import Place
+from surgery.drawn import Alike, Noise, Permuted
 from surgery.lowrank import factor_pair
 from surgery.model import LiveWeights, Model
 from surgery.sites import Site, match
 from surgery.tensorfile import raw_bytes
-from surgery.weights import Delta, Indices, Origin, Weights, pieces, require_same_sites
+from surgery.textfile import write_whole
+from surgery.weights import Delta, Indices, Weights, pieces, require_same_sites
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -201,32 +203,15 @@ def controlled(prior: Delta, control: Control, seed: int = 0) -> Delta:
     """
     match control:
         case "random":
-            return _Random(prior, seed)
+            return Noise(prior, seed)
         case "permuted":
-            return _Permuted(prior, seed)
+            return Permuted(prior, seed)
         case "flipped":
             return -prior
     raise ValueError(f"There is no control {control!r}. Choose {', '.join(get_args(Control))}.")
 
 
-class _View(Delta):
-    """A vector made from another at the same sites, a whole tensor at a time."""
-
-    def __init__(self, delta: Delta):
-        self._delta = delta
-
-    @property
-    def anatomy(self) -> Anatomy | None:
-        return self._delta.anatomy
-
-    def shapes(self) -> Mapping[Site, torch.Size]:
-        return self._delta.shapes()
-
-    def origins(self) -> frozenset[Origin]:
-        return self._delta.origins()
-
-
-class _Scaled(_View):
+class _Scaled(Alike):
     """Some sites of a vector, each times a number of its own."""
 
     def __init__(self, delta: Delta, factors: Mapping[Site, float]):
@@ -242,33 +227,6 @@ class _Scaled(_View):
 
     def by_rows(self, site: Site) -> bool:
         return self._delta.by_rows(site)
-
-
-class _Drawn(_View):
-    def __init__(self, delta: Delta, seed: int):
-        super().__init__(delta)
-        self._seed = seed
-
-    def by_rows(self, site: Site) -> bool:
-        return False
-
-    def _generator(self, site: Site) -> torch.Generator:
-        digest = hashlib.sha256(f"{self._seed} {site}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
-
-
-class _Random(_Drawn):
-    def _read(self, site: Site, rows: slice) -> Tensor:
-        norm = torch.linalg.vector_norm(self._delta[site], dtype=torch.float64)
-        noise = torch.randn(self.shapes()[site], generator=self._generator(site))
-        return (noise * float(norm / torch.linalg.vector_norm(noise, dtype=torch.float64)))[rows]
-
-
-class _Permuted(_Drawn):
-    def _read(self, site: Site, rows: slice) -> Tensor:
-        value = self._delta[site]
-        order = torch.randperm(value.numel(), generator=self._generator(site))
-        return value.reshape(-1)[order.to(value.device)].view(value.shape)[rows]
 
 
 # --- the callback -----------------------------------------------------------------------------------------------------
@@ -307,11 +265,7 @@ class Readings:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.partial")
-        part.write_text(json.dumps({"settings": self.settings, "lines": [*map(_row, self.lines)]}), encoding="utf-8")
-        part.replace(path)
+        write_whole(path, json.dumps({"settings": self.settings, "lines": [*map(_row, self.lines)]}))
 
     @classmethod
     def load(cls, path: str | Path) -> Readings:

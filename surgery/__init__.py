@@ -5,6 +5,8 @@ anatomy      where each site is in a file, in a module, and which slice a head o
 weights      points and vectors: Weights, Delta, apply; lazy, exact
 headers      what safetensors headers and indices say; torch-free, believed no further than the files bear out
 tensorfile   one safetensors file, by memory map
+textfile     a text file, whole or not at all
+borrowing    evaluation mode and random states, given back
 checkpoint   Checkpoint reads a model folder by site
 rounding     stochastic rounding
 proof        a written model is loaded and compared before it appears
@@ -12,6 +14,7 @@ reverse      the way back, as a compact patch
 writing      write() streams, hashes, proves, is atomic
 lowrank      Factored and Adapter: changes as factor pairs, PEFT's LoRA folders read and written
 delta        a vector as a file, dense, sparse or low-rank, with the hash of its base
+drawn        Noise, Permuted: vectors as large as another, and otherwise random
 across       land(): a vector as it fits another model, a vision-language model's language tower for one
 edits        Scale, RemoveDirection, AddDirection, TruncateRank: pure (site, W) -> W; SwapLayers, ReplaceLayers
 edit_lists   edits as a small YAML

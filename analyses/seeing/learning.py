@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from analyses.tasks import Question
+from surgery.borrowing import own_draws
 from surgery.model import Model
 
 
@@ -73,15 +71,3 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-
-
-@contextmanager
-def own_draws() -> Iterator[None]:
-    """Give the process's random state back."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])

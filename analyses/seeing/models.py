@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from analyses.controls import planted_tokenizer
 from analyses.scoring import quiet
-from analyses.seeing.learning import fit, own_draws, taught, train
+from analyses.seeing.learning import fit, taught, train
 from analyses.seeing.pictures import PICTURE, PIECES, Digits, aloud, handwritten, pictured, stream, written_sums
 from analyses.tasks import Question
 from surgery.anatomy import Anatomy
+from surgery.borrowing import own_draws
 from surgery.model import Model, changed_parameters
 from surgery.sites import Site
 from surgery.weights import Delta, Origin, Weights, linear_sites

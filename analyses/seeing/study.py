@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from analyses.arms import UNTUNED, Arms, Run
-from analyses.dose import write_whole
 from analyses.seeing.answers import answers, judge, surprise
 from analyses.seeing.learning import fit, taught
 from analyses.seeing.models import Course, World, duplicate, holding, world
 from analyses.seeing.pictures import pictured, stream, written_sums
+from analyses.shelf import Shelf
 from surgery.model import Model
 from surgery.sites import Site
+from surgery.textfile import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 Arm = Literal["merge", "sft", "drift", "random", "permuted", "flipped", "merge-sft", "sft-merge"]
 ARMS: tuple[Arm, ...] = ("merge", "sft", "drift", "random", "merge-sft", "sft-merge")
 Measure = Literal["right", "read", "worked", "text", "nll"]
-_PLAN = "plan.json"
 _SAID: dict[Measure, str] = {
     "right": "held-out pictured sums right",
     "read": "pictured digits read right",
@@ -144,14 +144,14 @@ def seeing(
     if items < 1:
         raise ValueError(f"items {items}: ask for at least one held-out sum.")
     settings = {"course": asdict(course), "arms": list(arms), "alpha": alpha, "rule": rule, "items": items}
-    shelf = _Shelf(Path(to), json.loads(json.dumps(settings))) if to is not None else None
+    shelf = Shelf(to, "study", settings) if to is not None else None
     found: list[dict[str, Any]] = []
     for seed in tqdm(seeds, desc="seeing", disable=not progress, leave=False):
-        done = shelf.find(seed) if shelf else None
+        done = shelf.find(f"seed-{seed}") if shelf else None
         if done is None:
             done = _one_seed(seed, course, arms, alpha, rule, items)
             if shelf:
-                shelf.keep(seed, done)
+                shelf.keep(f"seed-{seed}", done)
         found.append(done)
     runs = tuple(_run(run) for one in found for run in one["runs"])
     columns = [
@@ -263,29 +263,3 @@ def _no_arm(arm: str) -> str:
 
 def _run(found: Mapping[str, Any]) -> Run:
     return Run(found["arm"], found["seed"], {name: tuple(column) for name, column in found["values"].items()})
-
-
-class _Shelf:
-    """Finished seeds in a folder, a file each."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        self._folder, self._settings = folder, settings
-        path = folder / _PLAN
-        if path.is_file():
-            held = json.loads(path.read_text(encoding="utf-8"))
-            unlike = [name for name in settings if settings[name] != held.get(name)]
-            if unlike:
-                raise FileExistsError(
-                    f"{folder} holds a study with other {', '.join(unlike)} (see {path}). Choose another folder, or remove it."
-                )
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"{folder} exists and is not such a study. Choose another folder, or remove it.")
-
-    def find(self, seed: int) -> dict[str, Any] | None:
-        path = self._folder / f"seed-{seed}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def keep(self, seed: int, done: dict[str, Any]) -> None:
-        if not (self._folder / _PLAN).exists():
-            write_whole(self._folder / _PLAN, json.dumps(self._settings, indent=2) + "\n")
-        write_whole(self._folder / f"seed-{seed}.json", json.dumps(done) + "\n")

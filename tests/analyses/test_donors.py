@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from analyses.controls import Planted, planted
-from analyses.donors import Pair, Permuted, Transfer, train_pair, transfer
+from analyses.donors import Pair, Transfer, train_pair, transfer
 from analyses.statistics import mcnemar
 from analyses.tasks import grade
-from finetune.grpo import fingerprint
 from finetune.rewards import Answer
 from surgery.delta import StoredDelta
+from surgery.drawn import Permuted
 from surgery.model import Model
+from surgery.runs import fingerprint
 
 BEFORE: dict[str, str] = {}
 SMALL: dict[str, Any] = {"texts": ["[Uabcd]ab\ncd", "[Uabcd]jj"], "max_new_tokens": 24, "seed": 1}

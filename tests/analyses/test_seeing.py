@@ -299,7 +299,7 @@ def test_a_study_is_kept_and_goes_on(found, folder, tmp_path):
         seeing((0,), course=SHORT, arms=("sft", "drift"), items=5, alpha=0.5, to=folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not such a study"):
+    with pytest.raises(FileExistsError, match="is not a study"):
         seeing((0,), course=SHORT, to=tmp_path / "other")
 
 

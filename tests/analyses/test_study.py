@@ -52,13 +52,13 @@ def unfinished(finished: Path, tmp_path: Path) -> Path:
 def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The stages that are really done, as they are done."""
     names: list[str] = []
-    write = module._write
+    write = module.write_whole
 
-    def noted(path: Path, text: str) -> None:
+    def noted(path: Path, text: str) -> Path:
         names.append("/".join(path.parts[-3:] if "arms" in path.parts else path.parts[-2:]))
-        write(path, text)
+        return write(path, text)
 
-    monkeypatch.setattr(module, "_write", noted)
+    monkeypatch.setattr(module, "write_whole", noted)
     return names
 
 

@@ -1,0 +1,43 @@
+"""Finished parts of long work in a folder, a file each, so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.textfile import write_whole
+
+_PLAN = "plan.json"
+
+
+class Shelf:
+    """kind: what the work is called, in errors. plan: what all its parts have in common, as JSON holds it.
+
+    Raises FileExistsError for a folder with another plan, naming what differs, and for one that holds something else. Nothing is written
+    before the first part is kept.
+    """
+
+    def __init__(self, folder: str | Path, kind: str, plan: Mapping[str, Any]):
+        self._folder, self._plan = Path(folder), json.loads(json.dumps(plan))
+        path = self._folder / _PLAN
+        if path.is_file():
+            held = json.loads(path.read_text(encoding="utf-8"))
+            unlike = [name for name in self._plan if self._plan[name] != held.get(name)]
+            if unlike:
+                raise FileExistsError(
+                    f"{folder} holds a {kind} with other {', '.join(unlike)} (see {path}). Choose another folder, or remove it."
+                )
+        elif self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
+            raise FileExistsError(f"{folder} exists and is not a {kind}. Choose another folder, or remove it.")
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        """The part of this name, if it is finished."""
+        path = self._folder / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def keep(self, name: str, part: Mapping[str, Any]) -> None:
+        if not (self._folder / _PLAN).exists():
+            write_whole(self._folder / _PLAN, json.dumps(self._plan, indent=2) + "\n")
+        write_whole(self._folder / f"{name}.json", json.dumps(part) + "\n")
