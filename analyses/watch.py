@@ -39,6 +39,12 @@ class Answers:
     def __init__(self, questions: Sequence[Question], max_new_tokens: int = 64):
         self._questions, self._length = list(questions), max_new_tokens
 
+    def trial(self, model: Model) -> float:
+        """The beginning of one answer, see `finetune.monitors.Monitor`; work is counted in tokens, read and written."""
+        (begun,) = model.generate([self._questions[0].question], max_new_tokens=max(1, self._length // 16))
+        whole = len(self._questions) * (begun.spans["prompt"][1] + self._length)
+        return len(begun.ids) / whole
+
     def __call__(self, model: Model, step: int) -> dict[str, float]:
         given = model.generate(
             [q.question for q in self._questions], max_new_tokens=self._length, batch_size=len(self._questions)
@@ -74,6 +80,11 @@ class AnswerLikelihood:
     def __init__(self, transcripts: Sequence[Transcript]):
         self._transcripts = list(transcripts)
 
+    def trial(self, model: Model) -> float:
+        """One transcript, see `finetune.monitors.Monitor`."""
+        nll(model, self._transcripts[:1], over="answer")
+        return _share(self._transcripts)
+
     def __call__(self, model: Model, step: int) -> dict[str, float]:
         found = nll(model, self._transcripts, over="answer").mean
         return {"answer_nll": found.value, "low": found.low, "high": found.high, "n": found.n}
@@ -90,8 +101,19 @@ class TokenEntropy:
     def __init__(self, transcripts: Sequence[Transcript], over: Sequence[str] = ("completion",)):
         self._transcripts, self._over = list(transcripts), tuple(over)
 
+    def trial(self, model: Model) -> float:
+        """One transcript, see `finetune.monitors.Monitor`."""
+        for span in self._over:
+            entropy(model, self._transcripts[:1], over=span)
+        return _share(self._transcripts)
+
     def __call__(self, model: Model, step: int) -> dict[str, float]:
         return {span: entropy(model, self._transcripts, over=span).mean.value for span in self._over}
+
+
+def _share(transcripts: Sequence[Transcript]) -> float:
+    """Of all tokens, those of the first transcript."""
+    return len(transcripts[0].ids) / sum(len(t.ids) for t in transcripts)
 
 
 class DriftFromStart:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 _ROUNDING = 1e-9  # of a step or of a cost, so that what fits exactly does fit
+_FORWARD = 1 / 3  # of a step, which is a forward pass and a backward pass of twice its work
 _RECENT = 3  # measurements whose mean cost is expected of the next: the first may do work that is done once
 
 
@@ -82,6 +83,9 @@ def _level(ranges: Mapping[str, tuple[float, float]], seconds: float) -> dict[st
 class Account:
     """The time that measurements may take of one run, and have taken.
 
+    Nothing is measured that the rest of the time cannot pay: with costs known exactly, all together never take more than `seconds`; else
+    more by no more than what one of them took longer than expected.
+
     share:    of the seconds that training itself takes, at least 0.
     steps:    optimizer steps of the whole run.
     training: seconds that training has taken for the last `made` steps, measuring left out.
@@ -95,6 +99,7 @@ class Account:
     spent: dict[str, float] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
     _costs: dict[str, list[float]] = field(default_factory=dict)
+    _expected: dict[str, float | None] = field(default_factory=dict)
     _planned: tuple[tuple[float, int, int], Plan] | None = None
 
     @property
@@ -113,8 +118,19 @@ class Account:
 
     @property
     def costs(self) -> dict[str, float]:
-        """What one measurement is expected to take, for those that were made."""
-        return {name: sum(some) / len(some) for name, some in self._costs.items()}
+        """What one measurement is expected to take: the mean of the last ones made, before the first one what was said to `expect`."""
+        unknown = _FORWARD * self.step_seconds
+        first = {name: unknown if said is None else said for name, said in self._expected.items()}
+        return first | {name: sum(some) / len(some) for name, some in self._costs.items()}
+
+    def expect(self, name: str, seconds: float | None, spent: float = 0.0) -> None:
+        """What a measurement that is yet to be made the first time is expected to take, and what finding that out took.
+
+        None: nobody knows, and it is taken for a forward pass over a step's batch, a third of a step.
+        """
+        self._expected[name] = seconds
+        self.spent[name] = self.spent.get(name, 0.0) + spent
+        self._planned = None
 
     def charge(self, name: str, seconds: float, step: int | None = None) -> None:
         """A measurement took some seconds; `step` is None for one that only prepared others."""
@@ -125,27 +141,19 @@ class Account:
             self.last[name] = step
 
     def may_start(self, name: str) -> bool:
-        """Whether there is time for a first measurement: half of the whole is kept for later ones."""
-        return self.used + self.costs.get(name, 0.0) < self.seconds / 2
+        """Whether there is time to measure on the starting weights: half of the whole is kept for later measurements."""
+        return self._pays(name, self.seconds / 2)
 
     def due(self, name: str, step: int) -> bool:
-        """Whether to measure after this step.
-
-        One whose cost is not known yet has its turn at once where half of the whole is not spent, else when no more is than the steps
-        made so far have earned.
-        """
-        if self.last.get(name) == step:
+        """Whether to measure after this step."""
+        if self.last.get(name) == step or not self._pays(name, self.seconds):
             return False
-        if name not in self._costs:
-            return self.may_start(name) or self.used < self.share * self.step_seconds * step
         every = self.plan(step).every.get(name)
         return every is not None and step - self.last.get(name, 0) >= every
 
     def closes(self, name: str) -> bool:
         """Whether there is time to measure at the end, now that it is reached."""
-        if name not in self._costs:
-            return self.used < self.share * self.training
-        return name in self.plan(self.steps).ends
+        return self._pays(name, self.seconds) and name in self.plan(self.steps).ends
 
     def plan(self, step: int) -> Plan:
         """What the time that is left after this step is for."""
@@ -154,3 +162,8 @@ class Account:
             to_come = {name: cost for name, cost in self.costs.items() if self.last.get(name) != self.steps}
             self._planned = now, plan(to_come, self.spent, self.seconds, max(0, self.steps - step))
         return self._planned[1]
+
+    def _pays(self, name: str, seconds: float) -> bool:
+        """Whether one measurement more leaves all of them within `seconds`, of which there must be some."""
+        cost = self.costs.get(name, math.inf)
+        return seconds > 0 and self.used + cost <= seconds * (1 + _ROUNDING)

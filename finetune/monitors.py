@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import re
 import time
 import warnings
@@ -21,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from finetune.cadence import Account
+from surgery.borrowing import evaluating, own_draws
 from surgery.model import Model
+from surgery.textfile import write_whole
 
 RECORDER, TRAINING = (
     "recorder",
@@ -40,8 +40,10 @@ _DETAIL = re.compile(r"(?:^|\.)L?\d+(?:\.|$)")  # of one layer or one site
 class Monitor(Protocol):
     """What can be measured while training. It must not change the model.
 
-    Two attributes are looked for. ``before_step = True``: it is called when the gradients of a step are there and the optimizer has not
-    acted, as ``monitor(model, step, optimizer)``. ``prepared``: seconds that making it took, which count as spent.
+    Three attributes are looked for. ``before_step = True``: it is called when the gradients of a step are there and the optimizer has not
+    acted, as ``monitor(model, step, optimizer)``. ``prepared``: seconds that making it took, which count as spent, and are what a
+    measurement is expected to take. ``trial(model)``, or ``trial(model, optimizer)`` before a step: does a small part of a measurement and
+    gives its share of the work, in (0, 1], so that the cost of the first measurement is known before it is made.
     """
 
     def __call__(self, model: Model, step: int) -> Mapping[str, float]: ...
@@ -86,9 +88,11 @@ class Recorder(TrainerCallback):
     page:    called with the path when training ends, to make something of the log (`analyses.flight.write_page`).
 
     How the budget is kept: a training step is timed, without its measurements. Before the first optimizer step acts, when forward and
-    backward have been timed, the starting values are taken, for half of the budget at most; what each costs is then known, and
-    `finetune.cadence.plan` deals out the rest anew after every step. Until then no cost is known, so that a first measurement may overdraw
-    the account: it is paid back before the next. Watches with a cadence of their own cost what they cost.
+    backward have been timed, each monitor's `trial` says what a measurement will take (without one, a third of a step is assumed: a forward
+    pass). The starting values are then taken, for half of the budget at most, and `finetune.cadence.plan` deals out the rest anew after
+    every step. Nothing is measured that what is left of the whole run's budget cannot pay, so that the budget is overdrawn by no more than one
+    measurement, or one trial, took longer than expected. A monitor that cannot be paid within the run is not measured; the ``plan`` line
+    names it, and what it would take, under ``no_time``. Watches with a cadence of their own cost what they cost.
 
     Steps are optimizer steps, however many micro-batches they have. A resumed run continues the file: lines from after the checkpoint
     are dropped first, earlier ones kept, their cost with them (the steps before are taken to have lasted as long as those since). Where several processes train, the first measures. Raises ValueError for two
@@ -140,7 +144,7 @@ class Recorder(TrainerCallback):
         _refuse_sharded(self._model.module)
         self._first = state.global_step
         kept = [line for line in read_log(self._path) if line["step"] <= self._first] if self._first else []
-        _write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._open_account(kept, getattr(state, "max_steps", 0))
         self._began, self._measuring = time.monotonic(), 0.0
         self._planned, self._open, self._logged = False, True, None
@@ -160,8 +164,12 @@ class Recorder(TrainerCallback):
         if not _leads(state):
             return
         step = state.global_step + 1
-        if step == 1:  # the weights are still those of the start, and what a step takes is known
+        if state.global_step == self._first:  # what a step takes is known
             self._clock(1)
+            for watch in self._watches:
+                if watch.steps is None and watch.name not in self._account.costs:
+                    self._expect(watch, *([optimizer] if _before(watch) else []))
+        if step == 1:  # the weights are still those of the start
             for watch in self._watches:
                 if watch.steps is None and not _before(watch) and self._account.may_start(watch.name):
                     self._run(0, [watch])
@@ -184,6 +192,7 @@ class Recorder(TrainerCallback):
             return
         self._flush()
         self._clock(state.global_step - self._first)
+        self._account.steps = state.global_step  # fewer than planned where the run was stopped
         for watch in self._watches:
             if not _before(watch) and self._ends(watch):
                 self._run(state.global_step, [watch])
@@ -229,6 +238,8 @@ class Recorder(TrainerCallback):
             if watch.steps is None and (seconds := getattr(watch.monitor, "prepared", 0.0)):
                 self._account.charge(name, seconds)
         for line in kept:
+            if line.get("event") == "trial" and line["of"] in own:
+                self._account.expect(line["of"], line["expected"], line["seconds"])
             if (watch := own.get(line["monitor"])) is None:
                 continue
             self._measured[watch.name] = line["step"]
@@ -258,7 +269,38 @@ class Recorder(TrainerCallback):
                 costs={name: round(cost, 4) for name, cost in self._account.costs.items()},
                 every={name: found.every.get(name) for name in chosen},
                 at_end=[name for name in chosen if name in found.ends],
+                no_time={
+                    name: round(cost, 4)
+                    for name, cost in self._account.costs.items()
+                    if name not in found.ends and name not in self._counts
+                },
             )
+
+    def _expect(self, watch: Watch, *before: Any) -> None:
+        """Find out what a measurement will take, by a trial where there is one and anything to pay it from."""
+        trial, account = getattr(watch.monitor, "trial", None), self._account
+        if trial is None or not account.used < account.seconds:
+            account.expect(watch.name, None)
+            return
+        began = self._now()
+        with _borrowed(self._model.module):
+            try:
+                share = float(trial(self._model, *before))
+                if not 0 < share <= 1:
+                    raise ValueError(f"a trial gives a share of a measurement's work, in (0, 1]: got {share}")
+                said: dict[str, Any] = {}
+            except Exception as error:  # as of a measurement: the line says what failed, and training goes on
+                share, said = 1.0, {"failed": f"{type(error).__name__}: {error}"}
+        seconds = time.monotonic() - began
+        self._measuring += seconds
+        expected = None if said else seconds / share
+        account.expect(watch.name, expected, seconds)
+        self._append(
+            {
+                "step": self._first, "monitor": RECORDER, "seconds": round(seconds, 4), "event": "trial", "of": watch.name,
+                "expected": expected, **said,
+            }
+        )  # fmt: skip
 
     # --- measuring and writing ----------------------------------------------------------------------------------------------
 
@@ -266,9 +308,7 @@ class Recorder(TrainerCallback):
         for watch in watches:
             if self._measured.get(watch.name) == step:
                 continue
-            if self._model.device.type == "cuda":
-                torch.cuda.synchronize(self._model.device)  # what training still computes is not the monitor's time
-            began = time.monotonic()
+            began = self._now()
             found = self._measure(watch, step, before)
             seconds = time.monotonic() - began
             self._append({"step": step, "monitor": watch.name, "seconds": round(seconds, 3), **found})
@@ -279,6 +319,11 @@ class Recorder(TrainerCallback):
             self._measuring += seconds
             if watch.steps is None:
                 self._account.charge(watch.name, seconds, step)
+
+    def _now(self) -> float:
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)  # what training still computes is not the monitor's time
+        return time.monotonic()
 
     def _measure(self, watch: Watch, step: int, before: tuple[Any, ...]) -> dict[str, Any]:
         with _borrowed(self._model.module):
@@ -334,16 +379,8 @@ class Recorder(TrainerCallback):
 @contextmanager
 def _borrowed(module: torch.nn.Module) -> Iterator[None]:
     """Eval mode, no gradients; the mode and every random state are given back."""
-    modes, draws = [(m, m.training) for m in module.modules()], (random.getstate(), np.random.get_state())
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            module.eval()
-            yield
-    finally:
-        random.setstate(draws[0])
-        np.random.set_state(draws[1])
-        for part, training in modes:
-            part.training = training
+    with own_draws(), torch.no_grad(), evaluating(module):
+        yield
 
 
 def _said(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -376,13 +413,6 @@ def _refuse_sharded(module: torch.nn.Module) -> None:
                 raise ValueError(
                     f"The recorder reads whole weights, and {name} is sharded over processes. Record under DDP, or train without a recorder."
                 )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.partial")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

@@ -46,6 +46,10 @@ class Start:
         """The matrix at the start, fp32."""
         return self._held[site].float()
 
+    def size(self, site: Site) -> int:
+        """How many entries the matrix has."""
+        return self._held[site].numel()
+
     def norm(self, site: Site) -> float:
         if site not in self._norms:
             self._norms[site] = _norm(self[site])
@@ -87,6 +91,13 @@ class ChangeNorm:
     def __init__(self, model: Model, sites: Sequence[Site] | None = None, start: Start | None = None):
         self._start = start or Start(model, sites)
         self._sites = self._start.sites if sites is None else list(sites)
+
+    def trial(self, model: Model) -> float:
+        """One matrix, see `finetune.monitors.Monitor`."""
+        site, share = _largest(self._start, self._sites)
+        self._start.norm(site)
+        _norm(as_trained(model, site) - self._start[site])
+        return share
 
     def __call__(self, model: Model, step: int) -> dict[str, float]:
         moved = {s: _norm(as_trained(model, s) - self._start[s]) for s in self._sites}
@@ -144,6 +155,12 @@ class UpdateShape:
         self._start = start or Start(model, self._sites)
         self._density, self._rank = density, filter_rank
 
+    def trial(self, model: Model) -> float:
+        """One matrix, see `finetune.monitors.Monitor`."""
+        site, share = _largest(self._start, self._sites)
+        self._shape(model, site)
+        return share
+
     def __call__(self, model: Model, step: int) -> dict[str, float]:
         found = {site: self._shape(model, site) for site in self._sites}
         means: dict[str, list[float]] = {}
@@ -198,20 +215,34 @@ class GradientCourse:
     def __init__(self, model: Model, start: Start | None = None):
         self._start = start or Start(model)
 
+    def trial(self, model: Model, optimizer: Any) -> float:
+        """One matrix, see `finetune.monitors.Monitor`."""
+        site, share = _largest(self._start, self._start.sites)
+        self._products(model, site, _gathered(optimizer))
+        return share
+
     def __call__(self, model: Model, step: int, optimizer: Any) -> dict[str, float]:
         entries = _gathered(optimizer)
         sums: dict[str, list[float]] = {}
         for site in self._start.sites:
-            g = self._gradient(model, site, entries)
-            if g is None:
+            found = self._products(model, site, entries)
+            if found is None:
                 continue
-            d = model.weights[site].float() - self._start[site]
-            found = [float((a * b).sum(dtype=torch.float64)) for a, b in ((g, g), (d, d), (g, d))]
             for name in ("", f"L{site.layer}."):
                 sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * 3), found, strict=True)]
         if not sums:
             raise ValueError("No matrix has a gradient of its own: its weights are frozen, as under a LoRA adapter.")
         return {key: value for name, three in sums.items() for key, value in _course(name, *three).items()}
+
+    def _products(
+        self, model: Model, site: Site, entries: Mapping[Tensor, tuple[Tensor, Tensor]]
+    ) -> list[float] | None:
+        """Of the gradient g and the change d so far: gg, dd and gd; None where there is no gradient."""
+        g = self._gradient(model, site, entries)
+        if g is None:
+            return None
+        d = model.weights[site].float() - self._start[site]
+        return [float((a * b).sum(dtype=torch.float64)) for a, b in ((g, g), (d, d), (g, d))]
 
     def _gradient(
         self, model: Model, site: Site, entries: Mapping[Tensor, tuple[Tensor, Tensor]]
@@ -221,6 +252,13 @@ class GradientCourse:
             indices, values = entries[parameter]
             grad = values.new_zeros(parameter.numel()).index_copy_(0, indices.long(), values).view(parameter.shape)
         return None if grad is None else model.anatomy.places[site].take(grad).float()
+
+
+def _largest(start: Start, sites: Sequence[Site]) -> tuple[Site, float]:
+    """The largest matrix, and its share of the entries of all."""
+    sizes = {s: start.size(s) for s in sites}
+    largest = max(sites, key=lambda s: sizes[s])
+    return largest, sizes[largest] / sum(sizes.values())
 
 
 def _course(name: str, gg: float, dd: float, gd: float) -> dict[str, float]:

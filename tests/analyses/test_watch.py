@@ -64,6 +64,26 @@ def test_answers_are_graded(model: Model, monkeypatch: pytest.MonkeyPatch) -> No
     assert found["thinking_cut"] == (0 if unfinished.finished else 0.25)
 
 
+def test_a_trial_does_a_small_part_of_the_work(model: Model) -> None:
+    """Of every monitor that was not made by measuring once; its share is that of the tokens, or entries, it touches."""
+    tune(model, taught(model), method="full", steps=1, batch_size=4, autocast=False)
+    sizes = [W.numel() for site, W in model.weights.items() if site.layer is not None and W.ndim == 2]
+    tokens = [len(t.ids) for t in taught(model)]
+    prompt, _ = taught(model)[0].spans["completion"]
+    entries = max(sizes) / sum(sizes)
+    shares = {
+        "nll": tokens[0] / sum(tokens), "entropy": tokens[0] / sum(tokens), "change": entries, "gradient": entries,
+        "geometry": entries, "accuracy": (prompt + 2) / (4 * (prompt + 32)),
+    }  # fmt: skip
+    for watch in watches(WATCHES, model, QUESTIONS, GENERAL_TEXT[:2], max_new_tokens=32):
+        monitor: Any = watch.monitor
+        if hasattr(monitor, "prepared"):
+            assert not hasattr(monitor, "trial")
+        else:
+            optimizer = [None] if hasattr(monitor, "before_step") else []
+            assert monitor.trial(model, *optimizer) == pytest.approx(shares[watch.name])
+
+
 def test_answers_that_do_not_think_have_no_length_of_thinking(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [model.transcript(q.question, q.answer) for q in QUESTIONS]
     monkeypatch.setattr(model, "generate", lambda asked, **options: given)

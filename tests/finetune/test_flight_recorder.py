@@ -99,7 +99,7 @@ def test_a_recorder_keeps_to_its_budget_and_spreads_it(clock: Clock, accumulate:
 def test_the_start_is_measured_on_the_starting_weights(tmp_path: Path) -> None:
     m, log = model(), tmp_path / "log"
     begin = norm(m, 0)["norm"]
-    tune(m, taught(m), steps=3, watch=[sometimes(norm)], log=log, lr=0.1, **SMALL)
+    tune(m, taught(m), steps=3, callbacks=[Recorder(m, [norm], log, budget=1.0)], lr=0.1, **SMALL)
     found = {line["step"]: line["norm"] for line in read_log(log) if line["monitor"] == "norm"}
     assert found[0] == begin
     assert all(v != begin for step, v in found.items() if step)
@@ -115,6 +115,70 @@ def test_preparing_a_monitor_counts_as_spent(clock: Clock, tmp_path: Path) -> No
 
     flown(Recorder(model(), [Prepared()], tmp_path / "log", budget=0.03), clock, 400)
     assert steps_of(tmp_path / "log", "Prepared") == [400]  # of 12 seconds 5 were gone, and 6 may be by the start
+
+
+class Tried:
+    """A monitor that takes `seconds`, and a trial of it a hundredth of what it is said to take."""
+
+    def __init__(self, clock: Clock, seconds: float, said: float | None = None, share: float = 0.01):
+        self.clock, self.seconds, self.said, self.share = clock, seconds, seconds if said is None else said, share
+
+    def trial(self, model: Model) -> float:
+        self.clock.now += self.said / 100
+        return self.share
+
+    def __call__(self, model: Model, step: int) -> dict[str, float]:
+        self.clock.now += self.seconds
+        return {}
+
+
+@pytest.mark.parametrize("steps", [3, 40, 100])
+def test_a_trial_says_what_a_first_measurement_costs(clock: Clock, steps: int, tmp_path: Path) -> None:
+    """However short the run, the budget is kept; what it cannot pay is named."""
+    costs = {"cheap": 0.03, "fair": 0.2, "dear": 4.0, "dearest": 40.0}
+    log = tmp_path / "log"
+    flown(Recorder(model(), [sometimes(Tried(clock, c), n) for n, c in costs.items()], log, budget=0.5), clock, steps)
+    lines = read_log(log)
+    trials = [line for line in lines if line.get("event") == "trial"]
+    assert {line["of"]: line["expected"] for line in trials} == pytest.approx(costs)
+    said = next(line for line in lines if line.get("event") == "plan")
+    never = set(costs) - set(lines[-1]["measured"])
+    assert set(said["no_time"]) == never
+    assert never == {3: {"dear", "dearest"}, 40: {"dearest"}, 100: set()}[steps]
+    measured = sum(line["seconds"] for line in lines if line["monitor"] in costs)
+    tried = sum(line["seconds"] for line in trials)
+    assert lines[-1]["budgeted_seconds"] == pytest.approx(measured + tried, abs=0.01)
+    assert measured <= max(0.0, 0.5 * steps - tried) + 1e-9
+    assert {n: steps_of(log, n)[0] for n in ("cheap", "fair") if n not in never} == dict.fromkeys(("cheap", "fair"), 0)
+
+
+def test_a_trial_that_promised_too_little_costs_one_measurement(clock: Clock, tmp_path: Path) -> None:
+    watches = [sometimes(Tried(clock, 10.0, 1.0), "liar"), sometimes(Tried(clock, 1.0), "honest")]
+    flown(Recorder(model(), watches, tmp_path / "log", budget=0.05), clock, 100)
+    assert steps_of(tmp_path / "log", "liar") == [0]
+    assert steps_of(tmp_path / "log", "honest") == []
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
+def test_a_trial_that_fails_leaves_the_cost_unknown(clock: Clock, share: float, tmp_path: Path) -> None:
+    flown(Recorder(model(), [Tried(clock, 1.0, share=share)], tmp_path / "log", budget=0.1), clock, 100)
+    said = next(line for line in read_log(tmp_path / "log") if line.get("event") == "trial")
+    assert said["expected"] is None
+    assert "in (0, 1]" in said["failed"]
+    assert steps_of(tmp_path / "log", "Tried")[0] == 0
+
+
+def test_a_run_that_is_stopped_has_its_own_budget(clock: Clock, tmp_path: Path) -> None:
+    """The end of a stopped run is measured if the steps that were made pay for it."""
+    recorder = Recorder(model(), [Tried(clock, 1.0)], tmp_path / "log", budget=0.03)
+    state = SimpleNamespace(global_step=0, max_steps=400, is_world_process_zero=True)
+    recorder.on_train_begin(SimpleNamespace(), state, None)
+    clock.now += 1.0
+    recorder.on_pre_optimizer_step(SimpleNamespace(), state, None)
+    state.global_step = 1
+    recorder.on_step_end(SimpleNamespace(), state, None)
+    recorder.on_train_end(SimpleNamespace(), state, None)
+    assert steps_of(tmp_path / "log", "Tried") == [0]
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.03])
@@ -318,7 +382,9 @@ def test_a_resumed_account_knows_what_was_spent(clock: Clock, tmp_path: Path) ->
     """Kept lines keep their cost: a run in two parts spends what an unbroken one does, and measures at like steps."""
 
     def recorder(log: Path) -> Recorder:
-        return Recorder(model(), [sometimes(costing(clock, 1.0), "a")], log, budget=0.03)
+        return Recorder(
+            model(), [sometimes(costing(clock, 1.0), "a"), sometimes(Tried(clock, 1.0), "b")], log, budget=0.03
+        )
 
     flown(recorder(tmp_path / "whole"), clock, 400)
     broken = tmp_path / "broken"
@@ -326,7 +392,9 @@ def test_a_resumed_account_knows_what_was_spent(clock: Clock, tmp_path: Path) ->
     lines = read_log(broken)
     broken.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= 250) + '{"step": 26')
     flown(recorder(broken), clock, 400, first=200)
-    assert steps_of(broken, "a") == steps_of(tmp_path / "whole", "a")
+    for name in ("a", "b"):
+        assert steps_of(broken, name) == steps_of(tmp_path / "whole", name)
+    assert len([line for line in read_log(broken) if line.get("event") == "trial"]) == 1
     assert [line["step"] for line in read_log(broken) if line.get("event") == "begin"] == [0, 200]
     ends = [read_log(log)[-1] for log in (broken, tmp_path / "whole")]
     for one in ("training_seconds", "measuring_seconds", "budgeted_seconds"):
