@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_MOST = 12  # steps; from there on the exact way is no dearer
+_LEAST = 3  # steps: the first ones clear what settles fast, and their changes say little of what does not
+_MOST = 12  # from there on the exact way is no dearer
 GUARDS = 8  # vectors beyond those wanted, which settle as fast as their distance to what lies beyond the guards allows
 
 
@@ -16,7 +17,8 @@ def warm_subspace(
     start: vectors to begin from, `rank` or (better) some more, largest singular value first.
     tolerance: relative error, in (0, 1), that the part of W in that subspace may have in the Frobenius norm. The share of the largest
         entries that are others than the exact part's is then about as large, less where few entries lie near the threshold. It is
-        estimated: the last step's change, times what all further steps together would add if they went on shrinking as the last did.
+        estimated, from the third step on: the last step's change, times what all further steps together would add if they went on shrinking
+        as the last did.
     float32. None where that is not reached in 12 steps. Raises ValueError for a W that is not finite.
     Source: Knyazev 2001, LOBPCG without a preconditioner, on the Gram matrix, which is never formed: a step costs two thin products with W.
     """
@@ -27,7 +29,7 @@ def warm_subspace(
     if not torch.isfinite(XV).all():
         raise ValueError("the matrix holds NaN or infinite entries")
     held, moved, last = V.shape[1], V[:, :0], 0.0
-    for _ in range(_MOST):
+    for step in range(1, _MOST + 1):
         residual = X.T @ XV[:, :rank]
         residual -= V @ (V.T @ residual)
         more = torch.cat([V, residual / residual.norm().clamp_min(1e-30), moved], 1)
@@ -38,7 +40,7 @@ def warm_subspace(
         change = _change(V[:, :rank], XV[:, :rank], new[:, :rank], image[:, :rank])
         V, XV, moved = new, image, D @ leading[held:, :rank]
         shrinks = min(change / last, 1.0) if last else 1.0
-        if change * shrinks <= tolerance * (1 - shrinks):
+        if step >= _LEAST and change * shrinks <= tolerance * (1 - shrinks):
             return V
         last = change
     return None

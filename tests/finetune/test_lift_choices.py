@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.lift import LIFT, Select, budget, principal_indices
+from finetune.lift.selection import Matrix, choose
 from finetune.lift.warm import warm_subspace
 from surgery.linalg import principal_subspace
 from tests.oracles.lift import from_triplets, in_blocks, pooled, top, truncated
@@ -345,6 +346,20 @@ def test_a_warm_start_keeps_its_word(shape, decay, moved):
         assert len(agreements) == 4
     if agreements:
         assert sum(agreements) / len(agreements) >= 0.998
+
+
+@pytest.mark.parametrize("moved", [0.005, 0.02])
+def test_every_warm_choice_agrees_as_much_as_was_asked(moved):
+    """Also where the spectrum is flat, so that the first steps' changes are small beside what is still to come."""
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        W = torch.randn(192, 300, generator=generator) * torch.arange(1, 193)[:, None] ** -0.2
+        W = torch.linalg.qr(torch.randn(192, 192, generator=generator)).Q @ W
+        start = principal_subspace(W, 24).float()
+        after = W + moved * W.square().mean().sqrt() * torch.randn(192, 300, generator=generator)
+        (ours,) = choose([Matrix("", after, 2880, start=start)], "largest", 16, agreement=0.999)
+        assert ours.warm
+        assert float(torch.isin(principal_indices(after, 16, 2880), ours.indices).float().mean()) >= 0.999
 
 
 def test_a_hopeless_start_is_given_up():
