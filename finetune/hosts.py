@@ -12,18 +12,22 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from finetune.checkpoints import checkpoints, mark_complete
 from finetune.distributed import exempt_from_ddp
+from finetune.examples import IGNORED
 from finetune.lift import LIFT
 from finetune.objectives import Objective
 from finetune.predictions import Predictions, Totals, logits_at, predict
+from surgery.borrowing import evaluating
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -51,9 +55,11 @@ class Surgical(_Host):
     """A mixin for transformers.Trainer and TRL's trainers; write it before the trainer among the bases.
 
     objective: what is minimised, by totals of the whole optimizer step; None leaves the trainer its own loss (as GRPO's must).
-    corrupt:   changes the inputs of a micro-batch. terms: losses added once an optimizer step.
+    corrupt:   changes the inputs of a micro-batch. terms: losses added once an optimizer step (in every
+               process the same one, of which the mean over processes is one).
     reference: the frozen starting model, for an objective that asks for it; by default the adapter switched off where there is one, else
                a copy made now. Nothing is copied for an objective that does not ask.
+    The shares that the objective names (`finetune.objectives.Objective`) are logged beside the loss, of the same steps.
     settings:  of the run, written into each checkpoint when it is whole, for `finetune.checkpoints.last_complete`; none is then written at
                the last step, where nothing is left to resume.
 
@@ -78,6 +84,7 @@ class Surgical(_Host):
         self._totals: Totals | None = None
         self._begun = -1  # the optimizer step whose terms were added
         self._reference, self._settings = reference, settings
+        self._counted: dict[str, Tensor] = {}  # since the last log: the weight of what is learnt, and of each share
         if objective is not None:
             self.loss_is_scaled_for_ga = True  # it was divided by the totals of the whole step
             if getattr(objective, "reference", False) and reference is None and not _adapted(self._bare()):
@@ -106,7 +113,10 @@ class Surgical(_Host):
         if self._objective is None or return_outputs:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
-            loss = self._objective(self._predictions(model, inputs, step))
+            predictions = self._predictions(model, inputs, step)
+            loss = self._objective(predictions)
+            if model.training:
+                self._count(predictions)
             if model.training and self._objective_is_shared():
                 loss = loss * self.args.world_size  # the processes' gradients are averaged
         if self._terms and model.training and not return_outputs and self._begun != step:
@@ -114,6 +124,23 @@ class Surgical(_Host):
             module = self._bare()
             loss = loss + sum(term(module, step) for term in self._terms)
         return loss
+
+    def _count(self, p: Predictions) -> None:
+        shares = getattr(self._objective, "shares", {})
+        weights = {name: (p.weights * which(p)).sum() for name, which in shares.items()}
+        for name, weight in ({"": p.weights.sum()} | weights if shares else {}).items():
+            self._counted[name] = self._counted.get(name, 0) + weight.detach().double()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._counted:
+            sums = torch.stack(list(self._counted.values()))
+            if self.args.world_size > 1:
+                gathered: Any = self.accelerator.gather(sums[None])
+                sums = gathered.sum(0)
+            shares = dict(zip(self._counted, (sums / sums[0]).tolist(), strict=True))
+            logs |= {name: share for name, share in shares.items() if name}
+            self._counted = {}
+        super().log(logs, *args, **kwargs)
 
     def _objective_is_shared(self) -> bool:
         return self.args.world_size > 1 and self._totals is not None
@@ -124,29 +151,27 @@ class Surgical(_Host):
         if self._corrupt and model.training:
             batch = self._corrupt(batch, step, self.state.max_steps)
         totals = self._totals if model.training else None
-        through = module if self.args.world_size == 1 or self._lift() else model  # DDP reduces what went through it
         reference = None
         if getattr(self._objective, "reference", False):
             reference = functools.cache(lambda: self._reference_logits(original))
+        reduced = isinstance(model, DistributedDataParallel) and model.training and not self._lift()
+        through = module if self.args.world_size == 1 or self._lift() or reduced else model
         with self.accelerator.autocast():
+            if reduced:
+                return _within(model, lambda: predict(through, batch, totals=totals, reference=reference))
             return predict(through, batch, totals=totals, reference=reference)
 
     @torch.no_grad()
     def _reference_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        row, column = (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
+        row, column = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
         module = self._bare()
         off = (
             nullcontext()
             if self._reference is not None
             else self.accelerator.unwrap_model(self.model).disable_adapter()
         )
-        training = module.training
-        with off, self.accelerator.autocast():
-            module.eval()
-            try:
-                return logits_at(self._reference if self._reference is not None else module, batch, row, column)
-            finally:
-                module.train(training)
+        with off, self.accelerator.autocast(), evaluating(module):
+            return logits_at(self._reference if self._reference is not None else module, batch, row, column)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -201,6 +226,9 @@ class Surgical(_Host):
         if self._settings is not None and self.state.global_step >= self.state.max_steps:
             return
         super()._save_checkpoint(*args, **kwargs)
+        self.accelerator.wait_for_everyone()  # each process has put its random state there
+        if not self.args.should_save:
+            return
         checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if save := getattr(self._objective, "state_dict", None):
             torch.save(save(), checkpoint / _STATE)
@@ -214,7 +242,28 @@ class Surgical(_Host):
             load(torch.load(Path(checkpoint) / _STATE, weights_only=True))
 
 
+def _within(wrapper: nn.Module, compute: Callable[[], Predictions]) -> Predictions:
+    """`compute`, as the forward pass of a DistributedDataParallel, which there makes ready to reduce the gradients."""
+    found: list[Predictions] = []
+
+    def forward() -> Tensor:
+        found.append(compute())
+        return found[0].logits
+
+    inner: Any = wrapper.module
+    own = inner.__dict__.get("forward")
+    inner.forward = forward
+    try:
+        logits = wrapper()
+    finally:
+        if own is None:
+            del inner.forward
+        else:
+            inner.forward = own
+    return replace(found[0], logits=logits)
+
+
 def _adapted(module: nn.Module) -> bool:
     return bool(getattr(module, "_hf_peft_config_loaded", False)) or any(
-        "lora_" in name for name, _ in module.named_parameters()
+        "lora_" in name or "shira_" in name for name, _ in module.named_parameters()
     )

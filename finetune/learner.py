@@ -1,4 +1,4 @@
-"""What a trainer is given to train, and what is given back: matrices through LIFT, everything, or an adapter.
+"""What a trainer is given to train, and what is given back: matrices through LIFT, everything, or an adapter (LoRA, SHiRA).
 
 What is borrowed is given back, after an error too: the module's forward and settings, its training mode, ``requires_grad``, its hooks and
 the random state are afterwards as before; only the weights have changed.
@@ -6,23 +6,24 @@ the random state are afterwards as before; only the weights have changed.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import nn
 
 from finetune.lift import LIFT, Select, budget
+from surgery.borrowing import own_draws
 from surgery.model import Model
 from surgery.weights import linear_sites
 
-Trains = Literal["lift", "full", "lora"]
+Adapter = Literal["lora", "shira"]
+Trains = Literal["lift", "full", "lora", "shira"]
 DENSITY = 0.05  # of LIFT, where no budget is given
+RANK = 16  # of an adapter, likewise
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def learner(
                 parameter.requires_grad_(parameter in lift.state)
             yield Learner(module, lift, sum(len(state["indices"]) for state in lift.state.values()))
             return
-        if trains == "lora":
-            torch.manual_seed(seed)  # an adapter begins at random
-            module = _with_adapter(module, model, lora_rank or 16)
+        if trains == "lora" or trains == "shira":
+            torch.manual_seed(seed)  # a LoRA begins at random
+            module = with_adapter(model, trains, RANK if lora_rank is None else lora_rank, seed)
             borrowed.callback(module.unload)  # after a merge there is nothing left to unload
         yield Learner(module, None, sum(p.numel() for p in module.parameters() if p.requires_grad))
 
@@ -81,11 +82,12 @@ def check_budget(
         raise ValueError(f"There is nothing called {trains!r} to train. Choose {', '.join(get_args(Trains))}.")
     if trains != "lift" and (density is not None or options):
         named = ", ".join(["density"] * (density is not None) + list(options))
+        budgeted = "" if trains == "full" else " Its budget is lora_rank."
         raise ValueError(
-            f"density, filter_rank, refresh, select and the like are LIFT's; {trains} does not have them: leave out {named}."
+            f"density, filter_rank, refresh, select and the like are LIFT's; {trains} does not have them: leave out {named}.{budgeted}"
         )
     if trains == "full" and lora_rank is not None:
-        raise ValueError("lora_rank is a budget of lift and lora; full trains everything.")
+        raise ValueError("lora_rank is a budget of lift, lora and shira; full trains everything.")
     if density is not None or lora_rank is not None:
         budget((1, 1), density, lora_rank)
     refresh, select = options.get("refresh"), options.get("select", "largest")
@@ -97,6 +99,8 @@ def check_budget(
         raise ValueError(
             f"{trains} tuning needs fp32 weights, or its steps vanish in rounding. Load the model with dtype='float32'."
         )
+    if trains == "shira":
+        _check_room(model, _adapted_layers(model), RANK if lora_rank is None else lora_rank)
 
 
 def require_versions(*names: str) -> None:
@@ -124,12 +128,46 @@ def _choose(model: Model, trains: Trains) -> list[tuple[str, nn.Parameter]]:
     return list(found.values())
 
 
-def _with_adapter(module: nn.Module, model: Model, rank: int) -> Any:
-    from peft import LoraConfig, get_peft_model
+def with_adapter(model: Model, kind: Adapter, rank: int, seed: int = 0) -> Any:
+    """A PEFT model around the module, with an adapter on every attention and MLP matrix that changes nothing yet.
 
-    names = sorted({model.anatomy.places[s].name.removesuffix(".weight") for s in linear_sites(model.weights)})
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
-    return get_peft_model(module, config)  # type: ignore[arg-type]
+    kind: ``lora``, two factors of `rank` with alpha twice it (drawn from torch's random state); ``shira``, ``rank * (rows + columns)`` entries
+    of each matrix, as many numbers as that LoRA has, drawn once by `seed` (matrices of one shape get the same places), which train densely
+    stored and are added to the matrix. PEFT counts SHiRA's entries by rank alone, without a density, and adapts linear layers alone.
+    Raises ValueError where SHiRA would have more entries than a matrix, or for a matrix that is no linear layer.
+    Source: Hu et al., arXiv 2106.09685; Bhardwaj et al., "Sparse High Rank Adapters", arXiv 2406.13175 (SHiRA-Rand).
+    """
+    from peft import LoraConfig, ShiraConfig, get_peft_model
+
+    layers = _adapted_layers(model)
+    if kind == "shira":
+        _check_room(model, layers, rank)
+        config: Any = ShiraConfig(
+            r=rank, target_modules=layers, mask_type="random", random_seed=seed, task_type="CAUSAL_LM"
+        )
+    else:
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, lora_dropout=0.0, task_type="CAUSAL_LM")
+    return get_peft_model(model.module, config)  # type: ignore[arg-type]
+
+
+def _adapted_layers(model: Model) -> list[str]:
+    return sorted({model.anatomy.places[s].name.removesuffix(".weight") for s in linear_sites(model.weights)})
+
+
+def _check_room(model: Model, layers: list[str], rank: int) -> None:
+    """Raises ValueError for what PEFT's SHiRA has no adapter for."""
+    for name in layers:
+        layer = model.module.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"SHiRA adapts linear layers alone; {name} is a {type(layer).__name__}. Use method='lora', or LIFT with select='random'."
+            )
+        rows, columns = layer.weight.shape
+        if rank * (rows + columns) > rows * columns:
+            raise ValueError(
+                f"SHiRA of rank {rank} has {rank * (rows + columns)} entries of each {rows}x{columns} matrix, which has {rows * columns} "
+                f"({name}). Give lora_rank of at most {rows * columns // (rows + columns)}."
+            )
 
 
 @contextmanager
@@ -138,13 +176,10 @@ def as_before(module: nn.Module) -> Iterator[nn.Module]:
     the random state."""
     training, free = module.training, [(p, p.requires_grad) for p in module.parameters()]
     own, config = dict(module.__dict__), dict(vars(module.config))
-    draws = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with own_draws():
             yield module
     finally:
-        random.setstate(draws[0])
-        np.random.set_state(draws[1])
         for name in module.__dict__.keys() - own.keys():
             del module.__dict__[name]
         if "forward" in own:
@@ -164,7 +199,10 @@ def bar() -> Any:
 
     class Bar(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="tuning", leave=False)
+            first = state.is_world_process_zero
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="tuning", leave=False, disable=not first
+            )
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from finetune.examples import IGNORED
 from finetune.predictions import Predictions
 
+IMPROBABLE = 0.01
 POSITIVE = "positive"  # the column by which `aft` and `dpo` tell a good sequence from a bad one
 _STRIP = 1 << 24  # entries of the logits in work at a time, where a sum over the vocabulary is wanted
 
@@ -33,7 +35,8 @@ _STRIP = 1 << 24  # entries of the logits in work at a time, where a sum over th
 class Objective(Protocol):
     """A function of predictions. It may also have, as attributes: `columns` (names of the columns that the data must have), `reference`
     (true where it asks for the starting model's logits), `grouped` (true where the data must be groups), `fault` (says what is wrong with a
-    group of these columns, None where nothing is), and `state_dict` and `load_state_dict`, which go into checkpoints."""
+    group of these columns, None where nothing is), `shares` (name -> which tokens count, whose share of the learnt tokens' weight, in
+    [0, 1], the trainer logs by that name), and `state_dict` and `load_state_dict`, which go into checkpoints."""
 
     def __call__(self, p: Predictions, /) -> Tensor: ...
 
@@ -44,6 +47,7 @@ class Additive:
     columns: tuple[str, ...] = ()
     reference: bool = False
     grouped: bool = False
+    shares: Mapping[str, Callable[[Predictions], Tensor]] = MappingProxyType({})
 
     def __call__(self, p: Predictions, /) -> Tensor:
         raise NotImplementedError
@@ -102,6 +106,10 @@ class Sum(Additive):
     def grouped(self) -> bool:  # type: ignore[override]
         return any(getattr(part, "grouped", False) for _, part in self.parts)
 
+    @property
+    def shares(self) -> Mapping[str, Callable[[Predictions], Tensor]]:  # type: ignore[override]
+        return {name: which for _, part in self.parts for name, which in getattr(part, "shares", {}).items()}
+
     def fault(self, columns: Mapping[str, Sequence[float]]) -> str | None:
         """The first that any part finds."""
         judges = (getattr(part, "fault", None) for _, part in self.parts)
@@ -135,6 +143,7 @@ class _Written(Additive):
     columns: tuple[str, ...] = ()
     reference: bool = False
     grouped: bool = False
+    shares: Mapping[str, Callable[[Predictions], Tensor]] = field(default_factory=dict, hash=False)
     judge: Callable[[Mapping[str, Sequence[float]]], str | None] | None = None
 
     def __call__(self, p: Predictions, /) -> Tensor:
@@ -154,19 +163,21 @@ def objective(
     columns: tuple[str, ...] = (),
     reference: bool = False,
     grouped: bool = False,
+    shares: Mapping[str, Callable[[Predictions], Tensor]] = MappingProxyType({}),
     fault: Callable[[Mapping[str, Sequence[float]]], str | None] | None = None,
 ) -> Any:
     """Make a function of predictions an objective that adds and says what it needs; also as a decorator, ``@objective(reference=True)``.
 
     columns: names of the columns that the data must have. reference: it calls ``p.reference``. grouped: the data must be groups.
-    fault: says what is wrong with a group of these columns, so that a run ends before it begins.
+    shares: name -> which tokens count: their share is logged. fault: says what is wrong with a group of these columns, so that a run ends
+    before it begins.
     """
     if loss is None:
         return functools.partial(
-            objective, name=name, columns=columns, reference=reference, grouped=grouped, fault=fault
+            objective, name=name, columns=columns, reference=reference, grouped=grouped, shares=shares, fault=fault
         )
     made = _Written(
-        loss, name or getattr(loss, "__name__", type(loss).__name__), tuple(columns), reference, grouped, fault
+        loss, name or getattr(loss, "__name__", type(loss).__name__), tuple(columns), reference, grouped, shares, fault
     )
     object.__setattr__(made, "__doc__", loss.__doc__)
     return made
@@ -189,11 +200,17 @@ def nll(p: Predictions) -> Float[Tensor, ""]:
     return (p.weights * p.nll).sum() / p.totals.tokens
 
 
-@objective
+def improbable(p: Predictions) -> Bool[Tensor, " token"]:
+    """Tokens whose probability is below 0.01."""
+    return p.nll.detach() > -math.log(IMPROBABLE)
+
+
+@objective(shares={"improbable": improbable})
 def dft(p: Predictions) -> Float[Tensor, ""]:
     """Dynamic fine-tuning: each token's loss times its own probability, which has no gradient. In nats.
 
-    The gradient is that of the probabilities' sum, so tokens that the model finds impossible teach almost nothing.
+    The gradient is that of the probabilities' sum, so tokens that the model finds impossible teach almost nothing: the share of tokens
+    with a probability below 0.01 is logged as ``improbable``.
     Source: Wu et al., "On the Generalization of SFT", arXiv 2508.05629.
     """
     return (p.weights * p.nll.detach().neg().exp() * p.nll).sum() / p.totals.tokens
@@ -274,7 +291,8 @@ def coverage(samples: int = 16) -> Additive:
 
     ``-log(1 - (1 - p)^N)`` with p the probability of the whole target. The gradient is that of cross-entropy times `coverage_factor`, which
     fades once p is large beside 1/N: confidence beyond what N tries need is not learnt. N = 1 is the sequence's cross-entropy. Long
-    targets have p near 0 and are then learnt as by cross-entropy: it acts on short ones.
+    targets have p near 0 and are then learnt as by cross-entropy: it acts on short ones, or step by step, on the examples of
+    `finetune.recipes.one_step_each`, whose N is the width of a search over steps.
     samples: N, 1 or more: the tries there will be at test time. Mean over the step's sequences.
     Source: Chen et al., "Rethinking Fine-Tuning when Scaling Test-Time Compute", arXiv 2502.07154.
     """

@@ -9,26 +9,36 @@ skill is learnt, in an adapter of their own, and gone afterwards.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import random
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from finetune.checkpoints import checkpoints as checkpoints_of
+from finetune.checkpoints import last_complete
 from finetune.examples import Collate, Example, Item, Over, examples, rows_of
 from finetune.hosts import Surgical
 from finetune.learner import as_before, require_versions
 from finetune.objectives import nll
 from surgery.lowrank import Factored
 from surgery.model import Model
+from surgery.runs import fingerprint
 from surgery.sites import Site
+from surgery.tensorfile import TensorFile, save_whole
 from surgery.weights import linear_sites
 
 _VERSION, _SKILL = "version", "skill"
+_ADAPTER = "adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,9 @@ def prereq_tune(
     skill_over: Over = "completion",
     autocast: bool = True,
     seed: int = 0,
+    checkpoints: str | Path | None = None,
+    save_every: int | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Prerequisite:
     """Learn knowledge and skill in two LoRA adapters of every attention and MLP matrix; the model itself is left as it was.
 
@@ -74,9 +87,12 @@ def prereq_tune(
     knowledge_steps, knowledge_rank, knowledge_lr, knowledge_over, and likewise of the skill: optimizer steps, rank (alpha is twice it),
     peak learning rate, and the spans with a loss. batch_size: examples a step, of a version with fewer all of them.
     schedule: of the learning rate, transformers' names. max_grad_norm: 0 does not clip. autocast: compute in bf16.
+    checkpoints: a folder that keeps the adapter of every finished stage, and with `save_every` a checkpoint within a stage every so many of
+               its steps; the same call then goes on where it was stopped, and gives the same bits. callbacks: of the trainer of every stage.
 
     Batch j of a stage depends on ``(seed, j)`` alone. Raises ValueError where the versions of knowledge and skill are not the same, for
-    numbers below 1, and for a model whose matrices are no linear layers; FloatingPointError where a loss is not finite.
+    numbers below 1, for a model whose matrices are no linear layers, and for a folder of another run; RuntimeError under a launcher of
+    several processes; FloatingPointError where a loss is not finite.
     Source: Liu et al. 2024 (arXiv 2410.19290), Prereq-Tune: ranks 32 and 64, multi-version.
     Differs: learning rates and lengths are ours (the paper: 3e-5, 15 and 50 epochs of 8-billion-parameter models).
     """
@@ -89,15 +105,29 @@ def prereq_tune(
         "knowledge_steps": knowledge_steps, "skill_steps": skill_steps, "knowledge_rank": knowledge_rank, "skill_rank": skill_rank,
         "batch_size": batch_size,
     }  # fmt: skip
+    if save_every is not None and not checkpoints:
+        raise ValueError("save_every needs checkpoints, the folder to save to.")
+    if save_every is not None:
+        counts["save_every"] = save_every
     if low := [f"{name}={value}" for name, value in counts.items() if value < 1]:
         raise ValueError(f"{', '.join(low)}: each is at least 1.")
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise RuntimeError(
+            f"prereq_tune works in one process; here are {processes}. Start it with python, not with a launcher."
+        )
     names = {version: f"knowledge{k}" for k, version in enumerate(knowledge)}  # PEFT's names take no dots
     facts = {version: [e for (e,) in _alone(data, knowledge_over)] for version, data in knowledge.items()}
     tasks = {version: [e for (e,) in _alone(data, skill_over)] for version, data in skill.items()}
     weights, sites = model.weights, _linear(model)
     losses: dict[str, list[float]] = {}
-    shared = {"schedule": schedule, "max_grad_norm": max_grad_norm, "autocast": autocast, "seed": seed}
+    settings = {
+        **{name: value for name, value in counts.items() if name != "save_every"}, "knowledge_lr": knowledge_lr, "skill_lr": skill_lr,
+        "schedule": schedule, "max_grad_norm": max_grad_norm, "autocast": autocast, "seed": seed, "start": fingerprint(model),
+        "knowledge": _digest(facts), "skill": _digest(tasks),
+    }  # fmt: skip
+    how = _Training(model, schedule, max_grad_norm, autocast, seed, settings, save_every, tuple(callbacks))
     with ExitStack() as borrowed:
+        kept = Path(checkpoints) if checkpoints else Path(borrowed.enter_context(tempfile.TemporaryDirectory()))
         module = borrowed.enter_context(as_before(model.module))
         torch.manual_seed(seed)  # adapters begin at random
         learner = _with_adapters(
@@ -106,12 +136,12 @@ def prereq_tune(
         borrowed.callback(learner.unload)
         for version, name in names.items():
             batches = batches_of({version: facts[version]}, knowledge_steps, batch_size, seed)
-            losses[f"knowledge {version}"] = _trained(
-                model, learner, batches, {version: [name]}, name, knowledge_lr, **shared
+            losses[f"knowledge {version}"] = _stage(
+                how, kept / name, learner, batches, {version: [name]}, name, knowledge_lr
             )
         batches = batches_of(tasks, skill_steps, batch_size, seed)
         active = {version: [name, _SKILL] for version, name in names.items()}
-        losses[_SKILL] = _trained(model, learner, batches, active, _SKILL, skill_lr, **shared)
+        losses[_SKILL] = _stage(how, kept / _SKILL, learner, batches, active, _SKILL, skill_lr)
         return Prerequisite(
             _vector(module, weights.anatomy, sites, _SKILL),
             {version: _vector(module, weights.anatomy, sites, name) for version, name in names.items()},
@@ -178,11 +208,47 @@ def _activate(learner: Any, names: list[str], trained: str) -> None:
     learner.set_requires_grad([name for name in names if name != trained], requires_grad=False)
 
 
-def _trained(
-    model: Model, learner: Any, batches: Sequence[tuple[str, tuple[Example, ...]]], active: Mapping[str, list[str]],
-    trained: str, lr: float, *, schedule: str, max_grad_norm: float, autocast: bool, seed: int,
+@dataclass(frozen=True)
+class _Training:
+    """What the stages have in common. settings: of the whole run, which its files carry."""
+
+    model: Model
+    schedule: str
+    max_grad_norm: float
+    autocast: bool
+    seed: int
+    settings: Mapping[str, Any]
+    save_every: int | None
+    callbacks: tuple[Any, ...]
+
+
+def _stage(
+    how: _Training, folder: Path, learner: Any, batches: Sequence[tuple[str, tuple[Example, ...]]], active: Mapping[str, list[str]],
+    trained: str, lr: float,
 ) -> list[float]:  # fmt: skip
-    """Train one adapter, others in place as each batch's version says; the losses of its steps."""
+    """Train one adapter, others in place as each batch's version says, or take it from the folder where it was finished; the losses of its
+    steps."""
+    done = folder / _ADAPTER
+    if done.is_file():
+        file = TensorFile(done)
+        _require_same(folder, json.loads(file.metadata["settings"]), how.settings)
+        _put(learner, trained, file)
+        return json.loads(file.metadata["losses"])
+    losses = _trained(how, folder, learner, batches, active, trained, lr)
+    save_whole(
+        done,
+        _numbers(learner, trained),
+        {"settings": json.dumps(how.settings), "losses": json.dumps(losses)},
+    )
+    for checkpoint in checkpoints_of(folder):
+        shutil.rmtree(checkpoint)  # the adapter is whole
+    return losses
+
+
+def _trained(
+    how: _Training, folder: Path, learner: Any, batches: Sequence[tuple[str, tuple[Example, ...]]], active: Mapping[str, list[str]],
+    trained: str, lr: float,
+) -> list[float]:  # fmt: skip
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainingArguments
@@ -194,6 +260,12 @@ def _trained(
     )
 
     class Stage(Surgical, Trainer):
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            save_whole(Path(str(output_dir)) / _ADAPTER, _numbers(learner, trained), {})
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            _put(learner, trained, TensorFile(Path(resume_from_checkpoint) / _ADAPTER))
+
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
             return SequentialSampler(rows)  # the batches are drawn already
 
@@ -202,24 +274,50 @@ def _trained(
             return super().compute_loss(model, inputs, *rest, **more)
 
     _activate(learner, next(iter(active.values())), trained)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder, max_steps=len(batches), per_device_train_batch_size=1, learning_rate=lr, lr_scheduler_type=schedule,
-            max_grad_norm=max_grad_norm, weight_decay=0.0, seed=seed, data_seed=seed, bf16=autocast,
-            use_cpu=model.device.type == "cpu", logging_steps=1, logging_nan_inf_filter=False, save_strategy="no", report_to=[],
-            disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
-            dataloader_pin_memory=model.device.type == "cuda",
-        )  # fmt: skip
-        trainer = Stage(
-            model=learner,
-            args=arguments,
-            train_dataset=Dataset.from_list(rows),
-            data_collator=Collate(model.pad_id),
-            objective=nll,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    resume = last_complete(folder, how.settings)
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=len(batches), per_device_train_batch_size=1, learning_rate=lr, lr_scheduler_type=how.schedule,
+        max_grad_norm=how.max_grad_norm, weight_decay=0.0, seed=how.seed, data_seed=how.seed, bf16=how.autocast,
+        use_cpu=how.model.device.type == "cpu", logging_steps=1, logging_nan_inf_filter=False,
+        save_strategy="steps" if how.save_every else "no", save_steps=how.save_every or len(batches), save_total_limit=2, report_to=[],
+        disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
+        dataloader_pin_memory=how.model.device.type == "cuda",
+    )  # fmt: skip
+    trainer = Stage(
+        model=learner,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=Collate(how.model.pad_id),
+        callbacks=list(how.callbacks),
+        objective=nll,
+        settings=how.settings,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _numbers(learner: Any, adapter: str) -> dict[str, torch.Tensor]:
+    """The parameters of one adapter, by name."""
+    return {name: p.detach() for name, p in learner.named_parameters() if f".{adapter}." in name and "lora_" in name}
+
+
+@torch.no_grad()
+def _put(learner: Any, adapter: str, file: TensorFile) -> None:
+    for name, parameter in _numbers(learner, adapter).items():
+        parameter.copy_(file[name])
+
+
+def _require_same(folder: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    if differing := [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in settings.items() if saved.get(k) != v]:
+        raise ValueError(
+            f"{folder} holds a stage of another run ({'; '.join(differing[:3])}). Choose another folder, or remove it."
+        )
+
+
+def _digest(data: Mapping[str, Sequence[Example]]) -> str:
+    told = {version: [(list(e.transcript.ids), e.weights) for e in members] for version, members in data.items()}
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _vector(module: nn.Module, anatomy: Any, sites: Sequence[Site], name: str) -> Factored:

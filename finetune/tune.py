@@ -22,10 +22,11 @@ from finetune.learner import Trains, bar, check_budget, learner, require_version
 from finetune.lift import Select
 from finetune.objectives import Objective, nll
 from finetune.rewards import Reward
+from finetune.rules import DRIFT
 from surgery.model import Model
 
-Method = Literal["lift", "full", "lora", "grpo"]
-LEARNING_RATES: dict[Trains, float] = {"lift": 1e-3, "full": 1e-4, "lora": 1e-3}
+Method = Literal["lift", "full", "lora", "shira", "grpo"]
+LEARNING_RATES: dict[Trains, float] = {"lift": 1e-3, "full": 1e-4, "lora": 1e-3, "shira": 1e-3}
 _DEFAULTS = {"filter_rank": 16, "refresh": None, "select": "largest"}
 
 
@@ -34,6 +35,7 @@ class Tuned:
     """What a run did. losses: training loss of every optimizer step. trainable: how many numbers were free to move.
 
     refreshes: for LIFT with a refresh interval, the mask overlap at each refresh. seconds: the training loop's own time.
+    shares: name -> a share in [0, 1] at every optimizer step, for an objective that names some (``improbable`` of `dft`).
     """
 
     method: Method
@@ -44,6 +46,7 @@ class Tuned:
     seconds: float
     settings: dict[str, Any]
     refreshes: list[Any] = field(default_factory=list)
+    shares: dict[str, list[float]] = field(default_factory=dict)
 
 
 def tune(
@@ -81,15 +84,16 @@ def tune(
 ) -> Tuned:
     """Fine-tune a model, in place: on transcripts, or by rewards.
 
-    method:      ``lift`` trains the principal entries of every attention and MLP matrix; ``full`` all parameters with AdamW; ``lora`` a
-                 PEFT adapter on the same matrices, merged into them at the end. ``grpo`` reinforces what is rewarded: the data are questions,
-                 and reward is ``(question, transcript) -> number``; see `finetune.grpo.grpo`, whose result it gives.
+    method:      ``lift`` trains the principal entries of every attention and MLP matrix; ``full`` all parameters with AdamW; ``lora`` and
+                 ``shira`` a PEFT adapter on the same matrices, merged into them at the end (`finetune.learner.with_adapter`). ``grpo``
+                 reinforces what is rewarded: the data are questions, and reward is
+                 ``(question, transcript) -> number``; see `finetune.grpo.grpo`, whose result it gives.
     options:     further ones of the method: of `LIFT` (block, scope, overrides, min_change, grow_to, agreement), or of `grpo` (trains, groups,
                  samples, beta, temperature, max_new_tokens, ...).
     steps:       optimizer steps. batch_size: transcripts a step, in `accumulate` micro-batches.
-    lr:          peak learning rate; by default 1e-3 for lift and lora, 1e-4 for full, which suit the specimen (its weights are large).
+    lr:          peak learning rate; by default 1e-3 for lift, lora and shira, 1e-4 for full, which suit the specimen (its weights are large).
     density:     lift's budget, fraction of each matrix in (0, 1], default 0.05; or lora_rank: a LoRA's count of parameters (for
-                 ``lora`` itself its rank, default 16).
+                 ``lora`` itself its rank, for ``shira`` as many entries, default 16).
     filter_rank, refresh, select: see `LIFT`. weight_decay: decoupled. schedule, warmup: of the learning rate, transformers' names (by
                  default linear decay; for grpo constant).
     max_grad_norm: gradients are clipped to this joint norm; 0 does not clip.
@@ -103,11 +107,18 @@ def tune(
     checkpoints, save_every: where to save, and how often, to be able to resume; a folder with a complete checkpoint is resumed from,
                  bit for bit. Incomplete ones, left by a kill, are discarded.
 
-    Raises ValueError for settings out of range or without use for the method, for transcripts without the span, and for full or lora tuning of weights that are not
-    fp32 (their steps would vanish in rounding: load with dtype="float32"); FloatingPointError when the loss is not finite, naming the step.
+    Under torchrun (DDP) all processes call this alike, and every one has the tuned weights in the end. batch_size stays what is learnt in a
+    step, all processes together, so that the run is that of one process (an epoch's last batch, where it falls short, is filled up with the
+    epoch's first examples); terms count once; the first process alone writes log and checkpoints. ``grpo`` takes one process.
+
+    Raises ValueError for settings out of range or without use for the method, for transcripts without the span, for SHiRA where a
+    matrix has too few entries for its rank, and for any method but lift on weights that are not fp32 (their steps would vanish
+    in rounding: load with dtype="float32"); FloatingPointError when the loss is not finite, naming the step.
     """
     require_versions("trl", "peft")
-    _check(method, steps, batch_size, accumulate, save_every, checkpoints, watch, log)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    shared = 1 if method == "grpo" else processes  # which says itself that it takes one
+    _check(method, steps, batch_size, accumulate, shared, save_every, checkpoints, watch, log)
     chosen = {"filter_rank": filter_rank, "refresh": refresh, "select": select}
     more = {name: value for name, value in chosen.items() if value != _DEFAULTS[name]} | dict(options or {})
     if method == "grpo" or reward is not None:
@@ -131,7 +142,8 @@ def tune(
         "lora_rank": lora_rank, "filter_rank": filter_rank, "refresh": refresh, "select": select, "weight_decay": weight_decay,
         "schedule": schedule, "warmup": warmup, "max_grad_norm": max_grad_norm, "over": over, "autocast": autocast, "seed": seed,
         "options": dict(options or {}), "objective": _named(objective), "corrupt": corrupt and _named(corrupt),
-        "terms": [_named(t) for t in terms], "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "terms": [_named(t) for t in terms], "DRIFT": any(isinstance(c, DRIFT) for c in callbacks),
+        "processes": processes,
     }  # fmt: skip
     rows = rows_of(examples(data, over))
     _check_columns(objective, rows)
@@ -146,20 +158,21 @@ def tune(
 
     with ExitStack() as borrowed:
         folder = Path(checkpoints) if checkpoints else Path(borrowed.enter_context(tempfile.TemporaryDirectory()))
-        resume = last_complete(folder, settings)
-        student = borrowed.enter_context(
-            learner(
-                model, trains, lr=peak, seed=seed, density=density, lora_rank=lora_rank, weight_decay=weight_decay, options=more
-            )
-        )  # fmt: skip
         args = SFTConfig(
-            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size // accumulate,
+            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size // (accumulate * processes),
             gradient_accumulation_steps=accumulate, learning_rate=peak, lr_scheduler_type=schedule, warmup_steps=warmup,
             weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed, data_seed=seed, bf16=autocast,
             use_cpu=model.device.type == "cpu", activation_checkpointing=False, logging_steps=1, logging_nan_inf_filter=False,
             save_strategy="steps" if save_every else "no", save_steps=save_every or steps, save_total_limit=2, report_to=[],
             disable_tqdm=not progress, remove_unused_columns=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
             dataloader_pin_memory=model.device.type == "cuda",
+        )  # fmt: skip
+        with args.main_process_first(local=False):  # which may remove halves
+            resume = last_complete(folder, settings)
+        student = borrowed.enter_context(
+            learner(
+                model, trains, lr=peak, seed=seed, density=density, lora_rank=lora_rank, weight_decay=weight_decay, options=more
+            )
         )  # fmt: skip
         trainer = Trainer(
             model=student.module,
@@ -192,6 +205,7 @@ def tune(
         trainable=student.trainable,
         settings=settings,
         refreshes=refreshes,
+        shares={name: [entry[name] for entry in history if name in entry] for name in getattr(objective, "shares", {})},
         **course(history),
     )
 
@@ -217,14 +231,19 @@ def _reinforced(
 
 
 def _check(
-    method: str, steps: int, batch_size: int, accumulate: int, save_every: int | None, checkpoints: object, watch: Sequence[Any],
-    log: object,
+    method: str, steps: int, batch_size: int, accumulate: int, processes: int, save_every: int | None, checkpoints: object,
+    watch: Sequence[Any], log: object,
 ) -> None:  # fmt: skip
     if method not in get_args(Method):
         raise ValueError(f"There is no method {method!r}. Choose {', '.join(get_args(Method))}.")
     if steps < 1 or batch_size < 1 or accumulate < 1 or batch_size % accumulate:
         raise ValueError(
             f"steps={steps}, batch_size={batch_size}, accumulate={accumulate}: all at least 1, and the batch divisible by accumulate."
+        )
+    if batch_size % (accumulate * processes):
+        raise ValueError(
+            f"batch_size={batch_size} is what all processes learn in a step together: {accumulate} micro-batches in each of {processes} "
+            f"processes need a multiple of {accumulate * processes}."
         )
     if save_every is not None and save_every < 1:
         raise ValueError(f"save_every={save_every}: a checkpoint every 1 or more steps, or None for none.")

@@ -2,7 +2,7 @@
 
 retelling   a transcript with other words in it, cut short, or taken apart into steps; graders
 equations   the arithmetic that a text claims, and whether it holds
-selection   which transcripts are learnt: rejection sampling, long and short, prefixes, pairs, no question
+selection   which transcripts are learnt: rejection sampling, seldom right, long and short, prefixes, single steps, pairs, no question
 steps       steps shuffled, deleted, inserted, miscounted; prefixes with one flaw in them
 critical    the tokens whose replacement ruins the answer
 
@@ -20,10 +20,12 @@ from finetune.recipes.retelling import grader as grader
 from finetune.recipes.retelling import retold as retold
 from finetune.recipes.selection import length_pairs as length_pairs
 from finetune.recipes.selection import long_short as long_short
+from finetune.recipes.selection import one_step_each as one_step_each
 from finetune.recipes.selection import prefix_entropy as prefix_entropy
 from finetune.recipes.selection import prefix_only as prefix_only
 from finetune.recipes.selection import question_free as question_free
 from finetune.recipes.selection import rejection_sampled as rejection_sampled
+from finetune.recipes.selection import seldom_right as seldom_right
 from finetune.recipes.selection import shortest_right as shortest_right
 from finetune.recipes.steps import FLAWS as FLAWS
 from finetune.recipes.steps import corrupt_digits as corrupt_digits

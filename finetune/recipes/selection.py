@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Literal, get_args
 
 import numpy as np
@@ -94,6 +95,25 @@ def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
         row = np.concatenate([[i], np.minimum(across[1:] + 1, across[:-1] + (target != token))])
         across = np.minimum.accumulate(row - steps) + steps  # insertions, all at once
     return int(across[-1])
+
+
+def seldom_right(transcripts: Sequence[Transcript], right: Grader, *, below: float = 0.1) -> list[str]:
+    """The questions whose samples are right less often than `below`, in order of appearance: those left to learn from.
+
+    below: share in (0, 1] of a question's samples; one for which the grader abstains is not right. A question's share is known to about
+           1 / (its samples).
+    The data to tune on are these questions' worked answers. Raises ValueError for `below` out of range and where no question is left.
+    Source: Chen et al., "Rethinking Fine-Tuning when Scaling Test-Time Compute", arXiv 2502.07154: with a chain of thought the chance of
+    the answer is estimated from 64 samples, and only examples below 0.1 are trained on.
+    """
+    if not 0 < below <= 1:
+        raise ValueError(f"below={below}: a share of right samples, in (0, 1].")
+    kept = []
+    for question, samples in by_question(transcripts).items():
+        if sum(right(t) is True for t in samples) < below * len(samples):
+            kept.append(question)
+    require_some(kept, len(transcripts), f"no question is answered rightly by less than {below:g} of its samples.")
+    return kept
 
 
 def shortest_right(transcripts: Sequence[Transcript], right: Grader) -> list[Transcript]:
@@ -224,6 +244,29 @@ def prefix_only(
         kept.append(noted(first if whole else cut(first, tokens), "prefix_only", tokens=tokens, whole=whole))
     require_some(kept, len(transcripts), "")
     return kept
+
+
+def one_step_each(transcripts: Sequence[Transcript]) -> list[Example]:
+    """Each step of a completion as an example of its own: all before it is given, and the step's tokens alone are learnt, with weight 1.
+
+    The steps are the sentences of the thinking; what opens it belongs to the first, and the rest of the completion, the answer, is the last. A
+    completion without thinking is one step. Nothing after a step is in its example. The column ``step`` counts from 0.
+    With `finetune.objectives.coverage` this is step-wise direct coverage optimisation: -log(1 - (1 - p)^N) of each step, N being how
+    many continuations of a step the search at test time may try.
+    Raises ValueError where there are no transcripts, and for one without a completion.
+    Source: Chen et al., "Rethinking Fine-Tuning when Scaling Test-Time Compute", arXiv 2502.07154, where steps are proof tactics.
+    Differs: steps are sentences, and the answer.
+    """
+    require_some(transcripts, 0, "")
+    found = []
+    for transcript in transcripts:
+        begin, end = transcript.require("completion")
+        ends = sorted({stop for _, stop in transcript.sentences} | {end})
+        for number, (first, stop) in enumerate(pairwise([begin, *ends])):
+            step = noted(cut(transcript, stop - begin), "one_step_each", step=number)
+            weights = (0.0,) * first + (1.0,) * (stop - first)
+            found.append(Example(step, weights, {"step": float(number)}))
+    return found
 
 
 def prefix_entropy(transcripts: Sequence[Transcript], tokens: int = 16) -> float:

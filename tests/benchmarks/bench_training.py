@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from analyses.tasks import chained_sums
+from finetune.learner import with_adapter
 from finetune.lift import LIFT
 from finetune.objectives import nll
 from finetune.predictions import predict
@@ -69,24 +70,14 @@ def full_steps(folder: str | Path, steps: int = 1) -> Step:
 
 def lora_steps(folder: str | Path, steps: int = 1) -> Step:
     """The job: steps of AdamW on PEFT's LoRA at the same matrices."""
-    from peft import LoraConfig, get_peft_model
-
     model = Model.load(folder, device="cpu", dtype="float32")
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=modules(model), lora_dropout=0.0)
-    return dense_steps(model, get_peft_model(model.module, config), steps)
+    return dense_steps(model, with_adapter(model, "lora", RANK), steps)
 
 
 def shira_steps(folder: str | Path, steps: int = 1) -> Step:
     """The job: steps of AdamW on PEFT's SHiRA, which trains entries of the same matrices, drawn at random."""
-    from peft import ShiraConfig, get_peft_model
-
     model = Model.load(folder, device="cpu", dtype="float32")
-    config = ShiraConfig(r=RANK, target_modules=modules(model), mask_type="random", random_seed=0)
-    return dense_steps(model, get_peft_model(model.module, config), steps)
-
-
-def modules(model: Model) -> list[str]:
-    return sorted({model.anatomy.places[s].name.removesuffix(".weight") for s in linear_sites(model.weights)})
+    return dense_steps(model, with_adapter(model, "shira", RANK, seed=0), steps)
 
 
 def dense_steps(model: Model, learner: Any, steps: int) -> Step:

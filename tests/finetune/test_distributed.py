@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -350,6 +352,60 @@ def hosted(rank: int, world: int) -> Any:
     return found
 
 
+TUNED: dict[str, dict[str, Any]] = {
+    "lift": {"batch_size": 8, "accumulate": 2, "steps": 3, "refresh": 2, "density": 0.1, "save_every": 2},
+    "full": {"batch_size": 4, "steps": 2, "method": "full", "lr": 1e-3, "save_every": 1},
+    "lora": {"batch_size": 8, "accumulate": 2, "steps": 2, "method": "lora", "lora_rank": 2},
+}
+FAR = {
+    "lift": 2e-5,
+    "full": 2e-4,
+    "lora": 2e-4,
+}  # Adam divides gradients by their size: near 0 the order of a sum shows
+
+
+def stamped(rank: int) -> Any:
+    def stamp(m: Model, step: int) -> dict[str, float]:
+        return {"rank": float(rank)}
+
+    return stamp
+
+
+def tuned(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """`tune` as a script under torchrun calls it, with a term; full tuning gives each process another folder for its checkpoints."""
+    from finetune.monitors import every
+    from finetune.objectives import asft
+    from finetune.retention import Replay
+    from finetune.tune import tune
+
+    found: dict[str, Any] = {"refused": []}
+    shared: dict[str, Any] = {"autocast": False, "objective": asft(0.1), "schedule": "constant", "max_grad_norm": 0.5}
+    for kind, options in TUNED.items():
+        kept = (
+            {"checkpoints": folder / (f"{kind}{rank}" if kind == "full" else kind)} if "save_every" in options else {}
+        )
+        for turn in (1, 2) if kind == "lift" else (1,):  # the second goes on from the checkpoint
+            m = Model(*tiny("llama"))
+            told = [m.transcript(q.question, q.completion(m.markers)) for q in chained_sums(20, seed=5, terms=(2, 3))]
+            log = folder / f"{kind}{turn}.jsonl"
+            done = tune(
+                m, told[:16], terms=[Replay(told[16:], weight=0.7, batch_size=3)], watch=[every(1, stamped(rank), "stamp")], log=log,
+                **shared, **options, **kept,
+            )  # fmt: skip
+            found[f"{kind}{turn}"] = {
+                "weights": snapshot(m.module), "losses": done.losses, "norms": done.gradient_norms, "shares": done.shares["improbable"],
+                "traces": sorted(m.module.__dict__),
+            }  # fmt: skip
+    for bad in ({"batch_size": 3}, {"method": "grpo", "reward": lambda question, transcript: 1.0}) if world > 1 else ():
+        m = Model(*tiny("llama"))
+        data = [m.transcript("1?", "2"), m.transcript("2?", "3")]
+        try:
+            tune(m, [t.question for t in data] if "reward" in bad else data, steps=1, **bad)
+        except (ValueError, RuntimeError) as error:
+            found["refused"].append(str(error))
+    return found
+
+
 JOBS = (
     averages,
     differing,
@@ -507,9 +563,25 @@ def test_entries_are_chosen_by_the_gradient_of_the_whole_batch(two: dict[str, li
 
 
 @pytest.fixture(scope="module")
-def trainers(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    folder = tmp_path_factory.mktemp("trainers")
-    return [hosted(0, 1), *agree(together(2, {"hosted": hosted}, folder, begun=False)["hosted"])]
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scripts")
+
+
+@pytest.fixture(scope="module")
+def launched(scripts: Path) -> dict[str, list[Any]]:
+    """Two processes that begin their group as they train, as under torchrun."""
+    jobs = {"hosted": hosted, "tuned": functools.partial(tuned, scripts)}
+    return together(2, jobs, scripts, begun=False)
+
+
+@pytest.fixture(scope="module")
+def trainers(launched: dict[str, list[Any]]) -> list[Any]:
+    return [hosted(0, 1), *agree(launched["hosted"])]
+
+
+@pytest.fixture(scope="module")
+def tunes(launched: dict[str, list[Any]], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return [tuned(tmp_path_factory.mktemp("alone"), 0, 1), *agree(launched["tuned"])]
 
 
 @pytest.mark.parametrize("kind", ["with", "without"])
@@ -522,6 +594,49 @@ def test_a_trainer_in_two_processes_is_one_with_the_whole_batch(kind: str, train
     if kind == "with":
         assert [found[kind]["exempt"] for found in trainers] == [0, 20, 20]
         torch.testing.assert_close(first[kind]["norms"], one[kind]["norms"], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", list(TUNED))
+def test_tune_in_two_processes_is_tune_in_one(kind: str, tunes: list[Any]) -> None:
+    """With a term, which counts once, over more than one epoch, and the same in both processes."""
+    one, first, second = (found[f"{kind}1"] for found in tunes)
+    for name, tensor in first["weights"].items():
+        assert torch.equal(tensor, second["weights"][name]), name
+    for what in ("losses", "norms", "shares"):
+        assert first[what] == second[what]
+        assert first[what] == pytest.approx(one[what], rel=1e-4), what
+    close(first["weights"], one["weights"], FAR[kind])
+    assert first["traces"] == one["traces"]  # nothing of DDP's stays
+    start = snapshot(Model(*tiny("llama")).module)
+    assert max(float((one["weights"][n] - start[n]).abs().max()) for n in start) > 1e-3
+
+
+def test_tune_in_two_processes_resumes_bit_for_bit(tunes: list[Any]) -> None:
+    for found in tunes:
+        assert found["lift2"]["losses"] == found["lift1"]["losses"]
+        for name, tensor in found["lift1"]["weights"].items():
+            assert torch.equal(found["lift2"]["weights"][name], tensor), name
+
+
+@pytest.mark.usefixtures("tunes")
+def test_the_first_process_alone_writes(scripts: Path) -> None:
+    from finetune.monitors import read_log
+
+    for kind, options in TUNED.items():
+        lines = [line for line in read_log(scripts / f"{kind}1.jsonl") if line["monitor"] == "stamp"]
+        assert [line["step"] for line in lines] == list(range(options["steps"] + 1))  # each once
+        assert {line["rank"] for line in lines} == {0}
+    checkpoint = {p.name for p in (scripts / "full0" / "checkpoint-1").iterdir()}
+    assert {"complete.json", "model.safetensors", "optimizer.pt", "rng_state_0.pth", "trainer_state.json"} <= checkpoint
+    # the second process keeps nothing but its own random state
+    assert [p.name for p in (scripts / "full1").rglob("*") if p.is_file()] == ["rng_state_1.pth"]
+
+
+def test_what_two_processes_cannot_do_is_refused(tunes: list[Any]) -> None:
+    for found in tunes[1:]:
+        odd, grpo = found["refused"]
+        assert "1 micro-batches in each of 2 processes need a multiple of 2" in odd
+        assert "grpo works in one process; here are 2" in grpo
 
 
 # --- sharded weights ----------------------------------------------------------------------------------------------------------

@@ -166,6 +166,24 @@ def test_groups_that_cannot_be_compared_end_a_run_before_it_begins(of: Objective
     assert all(torch.equal(p, start[n]) for n, p in m.module.named_parameters())
 
 
+def test_dft_says_which_share_of_the_tokens_is_improbable() -> None:
+    m = model()
+    told = [*taught(m, 2), *m.generate(["a?", "b?"], max_new_tokens=12)]  # what it says itself is likely
+    data = [Example(t, tuple(0.5 * (i % 3) * (i >= t.spans["completion"][0]) for i in range(len(t.ids)))) for t in told]
+    weight, improbable = 0.0, 0.0
+    with torch.no_grad():
+        for example in data:
+            chances = m.module(input_ids=torch.tensor([example.transcript.ids])).logits[0].softmax(-1)
+            for i, w in enumerate(example.weights):
+                weight += w
+                improbable += w * bool(chances[i - 1, example.transcript.ids[i]] < 0.01)
+    assert 0.1 < improbable / weight < 0.9
+    still: dict[str, Any] = {"steps": 2, "batch_size": 4, "accumulate": 2, "lr": 0.0, "autocast": False}
+    done = tune(m, data, objective=asft(0.5), **still)
+    assert done.shares == {"improbable": [pytest.approx(improbable / weight)] * 2}
+    assert nll.shares == {}
+
+
 def test_dft_is_trls() -> None:
     """Three steps of full tuning, against SFTTrainer with loss_type="dft" and nothing of ours in it."""
     from datasets import Dataset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +164,50 @@ def test_every_option_changes_the_skill(option: dict[str, Any]) -> None:
     assert not same(usual().skill, run(model(), **option).skill)
 
 
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    begun: list[int] = []
+
+    class Stop(TrainerCallback):
+        """Ctrl-C when so many stages are done, in a step of the next; it notes the step at which each stage begins."""
+
+        def __init__(self, stages: int, step: int):
+            self.stages, self.step = stages, step
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            begun.append(state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if len(begun) > self.stages and state.global_step == self.step:
+                raise KeyboardInterrupt
+
+    kept: dict[str, Any] = {"checkpoints": tmp_path / "kept", "save_every": 2}
+    for stages, step, expected in ((1, 1, [0, 0]), (1, 3, [0, 0]), (9, 0, [2])):
+        begun.clear()
+        torch.manual_seed(stages + step)  # a fresh process has another random state
+        m = model()
+        if stages == 9:
+            done = run(m, **kept, callbacks=[Stop(stages, step)])
+            assert same(done.skill, usual().skill)
+            assert all(same(done.knowledge[v], usual().knowledge[v]) for v in done.knowledge)
+            assert done.losses == usual().losses
+            assert done.versions == usual().versions
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run(m, **kept, callbacks=[Stop(stages, step)])
+        assert begun == expected
+    assert sorted(p.name for p in (tmp_path / "kept").rglob("*") if p.is_file()) == ["adapter.safetensors"] * 3
+    begun.clear()
+    assert same(run(model(), **kept, callbacks=[Stop(9, 0)]).skill, usual().skill)
+    assert not begun  # every stage was there
+    for other in ({"skill_lr": 1e-4}, {"seed": 1}, {"batch_size": 1}):
+        with pytest.raises(ValueError, match=f"stage of another run.*{next(iter(other))} was"):
+            run(model(), **kept, **other)
+    with pytest.raises(ValueError, match=r"stage of another run.*start was"):
+        run(model("llama", seed=9), **kept)
+
+
 def test_vectors_are_points_files_and_adapters(tmp_path: Any) -> None:
     m = model(dtype=torch.bfloat16)
     done = run(m)
@@ -193,5 +238,7 @@ def test_what_does_not_fit_is_refused() -> None:
         run(m, knowledge_over="thinking")
     with pytest.raises(ValueError, match="not groups"):
         prereq_tune(m, facts, {v: [(t, t) for t in ts] for v, ts in tasks.items()}, **SMALL)
+    with pytest.raises(ValueError, match="save_every needs checkpoints"):
+        run(m, save_every=2)
     assert not any("lora" in name for name, _ in m.module.named_modules())
     assert isinstance(m.module.model.layers[0].mlp.up_proj, nn.Linear)

@@ -33,11 +33,13 @@ from finetune.recipes import (
     insert_steps,
     length_pairs,
     long_short,
+    one_step_each,
     prefix_entropy,
     prefix_only,
     question_free,
     rejection_sampled,
     retold,
+    seldom_right,
     shortest_right,
     shuffle_steps,
 )
@@ -770,3 +772,64 @@ def test_recipes_go_into_tune() -> None:
 def test_equations_are_frozen_values() -> None:
     assert Equation("1+1", "2") == equations("1 + 1 = 2")[0]
     assert re.fullmatch(r"\S+=\S+", str(equations("1 + 1 = 2")[0]))
+
+
+# --- direct coverage optimisation ---------------------------------------------------------------------------------------------
+
+
+def test_single_steps_are_the_completion_once() -> None:
+    for t in told(count=3):
+        steps = one_step_each([t])
+        begin, end = t.spans["completion"]
+        learnt = [[i for i, w in enumerate(e.weights) if w] for e in steps]
+        assert [i for part in learnt for i in part] == list(range(begin, end))  # each token once, in order
+        assert len(steps) == len(t.sentences) + 1
+        for number, (e, part) in enumerate(zip(steps, learnt, strict=True)):
+            assert e.transcript.ids == t.ids[: part[-1] + 1]  # what comes before, and nothing after
+            assert e.columns == {"step": number}
+            assert e.transcript.meta["recipes"][-1] == {"name": "one_step_each", "step": number}
+        assert [part[-1] + 1 for part in learnt[:-1]] == [stop for _, stop in t.sentences]
+    plain = MODEL.transcript("a question", "an answer")
+    (only,) = one_step_each([plain])
+    assert sum(only.weights) == len(plain.ids) - plain.spans["completion"][0]
+    with pytest.raises(ValueError, match="no transcripts"):
+        one_step_each([])
+
+
+def test_coverage_of_single_steps_is_step_wise_coverage() -> None:
+    """-log(1 - (1 - p)^N) of every step, by the model's own probabilities; the sum over steps of N = 1 is the cross-entropy."""
+    from finetune.objectives import coverage
+    from finetune.predictions import predict
+
+    (t,) = told(count=1)
+    steps = one_step_each([t])
+    batch = Collate(MODEL.pad_id)(rows_of(examples(steps)))
+    with torch.no_grad():
+        p = predict(MODEL.module, batch)
+        logs = MODEL.module(input_ids=torch.tensor([t.ids])).logits[0].double().log_softmax(-1)
+    nats = [-float(logs[i - 1, t.ids[i]]) for i in range(len(t.ids))]
+    totals = [sum(nats[i] for i, w in enumerate(e.weights) if w) for e in steps]
+    for samples in (1, 16):
+        expected = [-math.log(-math.expm1(samples * math.log1p(-math.exp(-nll)))) for nll in totals]
+        assert float(coverage(samples)(p)) == pytest.approx(sum(expected) / len(steps), rel=1e-4)
+    begin, end = t.spans["completion"]
+    assert sum(totals) == pytest.approx(sum(nats[begin:end]))
+
+
+def test_questions_that_are_seldom_answered_rightly() -> None:
+    def sample(question: str, answer: str) -> Transcript:
+        return MODEL.transcript(question, f"<think>so</think>{answer}")
+
+    shares = {"never": 0, "once": 1, "twice": 2, "always": 10}
+    samples = [sample(q, "yes" if k < right else "no") for k in range(10) for q, right in shares.items()]
+
+    def right(t: Transcript) -> bool | None:
+        return True if t.answer == "yes" else None  # an abstention is not right
+
+    for below in (0.05, 0.1, 0.11, 0.2, 0.21, 1.0):
+        assert seldom_right(samples, right, below=below) == [q for q, n in shares.items() if n / 10 < below]
+    assert seldom_right(samples, right) == ["never"]
+    with pytest.raises(ValueError, match="nothing is left to learn: no question is answered rightly by less"):
+        seldom_right([t for t in samples if t.question == "always"], right)
+    with pytest.raises(ValueError, match="below=0"):
+        seldom_right(samples, right, below=0)

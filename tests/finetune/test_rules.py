@@ -777,6 +777,8 @@ def test_a_resumed_run_is_the_same(method: Any, options: dict[str, Any], tmp_pat
     assert same(m, whole)
     assert drift.readings == first.readings
     assert drift.merged() == first.merged()
+    with pytest.raises(ValueError, match="DRIFT was True, now False"):
+        tune(m, taught(m), method=method, checkpoints=tmp_path, save_every=2, **long)
 
 
 def stop_at(step: int | None) -> Any:
