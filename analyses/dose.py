@@ -27,12 +27,14 @@ from torch import Tensor
 from analyses.changes import Change, Editing, acting, confined, digest, settled, stand_in
 from analyses.general_text import GENERAL_TEXT
 from analyses.scoring import Likelihood, quiet
+from analyses.shelf import Shelf
 from analyses.statistics import Estimate, Significance, bootstrap, followed, page, restricted_mean, wilson
 from analyses.tasks import Question, grade
 from probes.steering import Steering
 from surgery.model import Model
 from surgery.proof import loops_at_end
 from surgery.rows import rows_are
+from surgery.textfile import write_whole
 from surgery.transcript import Transcript
 from surgery.weights import Delta, Weights
 
@@ -52,7 +54,6 @@ COLUMNS = {
 }
 MEASURES = tuple(COLUMNS)
 Target = Callable[[Model, Sequence[Transcript]], Sequence[float | None]]
-_PLAN, _CELLS = "plan.json", "cells"
 _PASSAGES = 4  # at a time: a vocabulary is large
 
 
@@ -184,6 +185,13 @@ class Sweep:
 
         table = self.frame()
         return figures.sweep(table, ax, measure=measure or str(table["measure"].iloc[0]))
+
+    def frontier(self, ax: Axes | None = None, *, measure: str | None = None) -> Axes:
+        """One measure of effect (by default target, length or accuracy) against KL on general text, a point a strength, beside the random
+        stand-ins, the knees ringed. Raises ValueError where KL, or the measure, was not measured."""
+        from analyses import figures
+
+        return figures.frontier(self.frame(), ax, measure=measure)
 
     def save(self, path: str | Path) -> None:
         """Write everything to one JSON file."""
@@ -370,19 +378,20 @@ def sweep(
     # a layer or a span that is not there is an error now, not hours later
     parts = {line: confined(changes[line.arm], model, layers=line.layers, span=line.span) for line in own}
     lines = own + [line._replace(draw=draw) for draw in range(controls) for line in own]
-    shelf = _Shelf(Path(to), _plan(model, changes, bench)) if to is not None else None
+    shelf = Shelf(to, "sweep", _plan(model, changes, bench)) if to is not None else None
 
     cells: list[Cell] = []
     with tqdm(total=1 + len(lines) * len(steps), desc="strength sweep", disable=not progress, leave=False) as bar:
 
         def measured(line: Line, strength: float, change: Callable[[], Change | None]) -> Cell:
-            cell = shelf.find(line, strength) if shelf else None
+            held = shelf.find(_part(line, strength)) if shelf else None
+            cell = _cell(held) if held else None
             if cell is None:
                 cell = Cell(line, strength, *bench.measure(change(), strength))
                 if line == _UNTOUCHED:
                     bench.require_lengths(cell)
                 if shelf:
-                    shelf.keep(cell)
+                    shelf.keep(_part(*cell.key), asdict(cell))
             bar.update()
             return cell
 
@@ -594,34 +603,9 @@ class _Bench:
 # --- cells on disk ----------------------------------------------------------------------------------------------------
 
 
-class _Shelf:
-    """Finished cells in a folder, a file each. plan: what all of them have in common."""
-
-    def __init__(self, folder: Path, plan: dict[str, Any]):
-        self._folder, self._plan = folder, plan
-        path = folder / _PLAN
-        if path.is_file():
-            held = json.loads(path.read_text(encoding="utf-8"))
-            unlike = [name for name in plan if plan[name] != held.get(name)]
-            if unlike:
-                raise FileExistsError(
-                    f"{folder} holds a sweep with other {', '.join(unlike)} (see {path}). Choose another folder, or remove it."
-                )
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"{folder} exists and is not a sweep. Choose another folder, or remove it.")
-
-    def find(self, line: Line, strength: float) -> Cell | None:
-        """The finished cell, if it is there."""
-        path = self._path(line, strength)
-        return _cell(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-    def keep(self, cell: Cell) -> None:
-        if not (self._folder / _PLAN).exists():
-            write_whole(self._folder / _PLAN, json.dumps(self._plan, indent=2) + "\n")
-        write_whole(self._path(*cell.key), json.dumps(asdict(cell)) + "\n")
-
-    def _path(self, line: Line, strength: float) -> Path:
-        return self._folder / _CELLS / f"{digest([*line, strength])[:16]}.json"
+def _part(line: Line, strength: float) -> str:
+    """What a cell is called on the shelf."""
+    return f"cells/{digest([*line, strength])[:16]}"
 
 
 def _cell(found: dict[str, Any]) -> Cell:
@@ -639,11 +623,3 @@ def _plan(model: Model, changes: Mapping[str, Change], bench: _Bench) -> dict[st
         "changes": {name: digest(one) for name, one in changes.items()},
     }
     return {**named, **bench.settings(), **large}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.partial")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

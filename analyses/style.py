@@ -10,6 +10,7 @@ COLOURS = {
     "lift": "#0072B2",
     "full": "#D55E00",
     "lora": "#009E73",
+    "shira": "#F0E442",
     "smallest": "#CC79A7",
     "random": "#E69F00",
     "magnitude": "#56B4E9",

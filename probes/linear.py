@@ -37,6 +37,7 @@ Kind = Literal["classes", "number"]
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the logistic regression, 1 / alpha of the ridge
 INNER = 3  # folds inside the training folds on which the penalty is chosen
 _COARSE = 1e-3  # tolerance of fits that only choose a penalty
+CONTROLS = ("shuffled", "untrained", "embedding", "length")  # columns a probe is to be above
 BINS = 10  # of the span's length, inside which pairs are of about equal length
 _EMBEDDING = Site(0, "resid")
 
@@ -117,6 +118,24 @@ class ProbeTable:
         import pandas as pd
 
         return pd.DataFrame([asdict(row) for row in self.rows])
+
+    def summary(self) -> pd.DataFrame:
+        """One row a span: what `chosen` says, beside the controls at the site chosen most often.
+
+        Columns: span, measure, value, low, high, n, site, shuffled, untrained, embedding, length, and above: whether the interval lies above
+        every control there is.
+        """
+        import pandas as pd
+
+        at = {(row.span, row.site): row for row in self.rows}
+        rows = []
+        for one in self.chosen:
+            place = at[one.span, max(dict.fromkeys(one.sites), key=one.sites.count)]
+            controls = {name: getattr(place, name) for name in CONTROLS}
+            best = max((v for v in controls.values() if not math.isnan(v)), default=-math.inf)
+            numbers = {"value": one.value, "low": one.low, "high": one.high, "n": one.n, "site": place.site}
+            rows.append({"span": one.span, "measure": place.measure, **numbers, **controls, "above": one.low > best})
+        return pd.DataFrame(rows)
 
     def save(self, path: str | Path) -> None:
         """Write everything to one JSON file."""

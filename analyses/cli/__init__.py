@@ -9,6 +9,7 @@ written    how every command that makes a model writes it
 look       inspect, check, measure, figure
 dose       sweep
 think      generate, direction, heads, thinkedit
+probing    probe
 seeing     seeing
 receipts   verify, replay, undo
 """
@@ -29,6 +30,7 @@ from analyses.cli import arms as arms
 from analyses.cli import look as look
 from analyses.cli import dose as dose
 from analyses.cli import think as think
+from analyses.cli import probing as probing
 from analyses.cli import seeing as seeing
 from analyses.cli import receipts as receipts
 # isort: on

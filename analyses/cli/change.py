@@ -232,10 +232,38 @@ def edit(
         ),
     ] = None,
     at: Annotated[
-        str | None, typer.Option(help="Where --remove acts: a pattern of sites such as '*.attn.o'.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="Where --remove acts: a pattern of sites such as '*.attn.o' or '14.attn.o.h3'; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    heads: Annotated[
+        float | None,
+        typer.Option(
+            "--heads",
+            metavar="SHARE",
+            help="In place of --at: --remove a length direction from this share of all heads, those that write most of its brief side "
+            "in --runs, as `surgery heads` ranks them; in (0, 1].",
+            show_default=False,
+        ),
+    ] = None,
+    runs: Annotated[
+        str | None,
+        typer.Option(
+            "--runs",
+            help="Of --heads: answers, a file of `surgery generate` or its folder; not those the direction is from.",
+            show_default=False,
+        ),
+    ] = None,
+    over: Annotated[
+        str | None, typer.Option(help="Of --heads: what is read, default thinking; or answer.", show_default=False)
     ] = None,
     strength: Annotated[
         float | None, typer.Option(help="Of --remove: 1 (the default) removes, 2 reflects.", show_default=False)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Of --heads: auto (the default), cpu, cuda, mps.", show_default=False)
     ] = None,
     dtype: Dtype = None,
     stochastic: Stochastic = False,
@@ -244,7 +272,10 @@ def edit(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """MODEL with edits: scaled, directions removed or added, ranks truncated, layers swapped; streamed and verified."""
+    """MODEL with edits: scaled, directions removed or added, ranks truncated, layers swapped; streamed and verified.
+
+    They are done in this order: --edits, --scale, --remove. Heads are ranked in MODEL as it is, before any of them.
+    """
     record = begin_record("edit", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
     from surgery.checkpoint import Checkpoint
     from surgery.edit_lists import Step, read_edit, read_edits
@@ -254,16 +285,28 @@ def edit(
     for entry in scale or []:
         sites, _, factor = entry.rpartition(":")
         steps.append(read_edit({"scale": {"factor": factor, "at": sites}}, f"--scale {entry}"))
-    if remove is not None:
-        fields = {"direction": remove, "at": at, "strength": strength}
+    ranked = _ranking(remove, at, heads, runs, over, strength, device)
+    if remove is not None and ranked is None:
+        where = at[0] if at is not None and len(at) == 1 else at
+        fields = {"direction": remove, "at": where, "strength": strength}
         given = {key: value for key, value in fields.items() if value is not None}
         steps.append(read_edit({"remove": given}, f"--remove {remove}"))
-    elif at is not None or strength is not None:
-        raise ValueError("--at and --strength say where and how strongly --remove acts; without it they do nothing.")
-    if not steps:
+    if not steps and ranked is None:
         raise ValueError(
-            "No edit is asked for: give --edits FILE, --scale SITES:FACTOR or --remove DIRECTION --at SITES."
+            "No edit is asked for: give --edits FILE, --scale SITES:FACTOR, or --remove DIRECTION with --at SITES or --heads SHARE."
         )
+    require_new(to)
+    found: dict[str, Any] = {}
+    table: Any = None
+    if ranked is not None:
+        from analyses.cli.think import found_heads
+
+        _, chosen, found = found_heads(model, *ranked, device=device or "auto", quiet=quiet)
+        names = [str(site) for site in chosen.heads()]
+        steps.append(
+            Step(chosen.edit(), tuple(names), f"remove: {remove} from {', '.join(names)}", f"--remove {remove}")
+        )
+        record.results, table = {"heads": names}, chosen.frame()
     base = Checkpoint(find(model))
     point: Weights = base
     for step in steps:
@@ -277,7 +320,7 @@ def edit(
         typer.echo(f"{len(point.changed_from(base))} sites of {model} would change; would go to {to}")
         return
     files = [*([Path(edits)] if edits else []), *(path for step in steps for path in step.files)]
-    record.inputs = {str(path): {"ref": str(path), "hash": _hash_of(path)} for path in files}
+    record.inputs = found | {str(path): {"ref": str(path), "hash": _hash_of(path)} for path in files}
     written = write_model(
         record,
         point,
@@ -288,8 +331,40 @@ def edit(
         seed=seed,
         allow_loops=allow_loops,
         quiet=quiet,
+        also=None if table is None else lambda folder: table.to_csv(folder / "heads.csv", index=False),
+        reproducible=["*.safetensors", "heads.csv"],
     )
     typer.echo(written)
+
+
+def _ranking(
+    remove: str | None,
+    at: list[str] | None,
+    heads: float | None,
+    runs: str | None,
+    over: str | None,
+    strength: float | None,
+    device: str | None,
+) -> tuple[str, str, dict[str, Any]] | None:
+    """Direction, answers and options of the recipe by which heads are ranked, or None where none are. Options that do nothing are refused."""
+    if remove is None and (at is not None or strength is not None or heads is not None):
+        raise ValueError(
+            "--at, --heads and --strength say where and how strongly --remove acts; without it they do nothing."
+        )
+    if heads is None:
+        for option, value in (("--runs", runs), ("--over", over), ("--device", device)):
+            if value is not None:
+                raise ValueError(f"{option} is of --heads, which ranks heads in answers; without it, it does nothing.")
+        return None
+    assert remove is not None
+    if at is not None:
+        raise ValueError("--at and --heads both say where --remove acts: give one of them.")
+    if runs is None:
+        raise ValueError(
+            "--heads ranks heads by what they write in answers: give --runs, as `surgery generate` writes them. For heads by name, give "
+            "--at 14.attn.o.h3, which may be repeated."
+        )
+    return remove, runs, {"over": over or "thinking", "share": heads, "strength": 1.0 if strength is None else strength}
 
 
 @app.command(rich_help_panel=CHANGE)

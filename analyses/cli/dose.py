@@ -141,7 +141,8 @@ def sweep(
     found.save(to / "sweep.json")
     table.to_csv(to / "sweep.csv", index=False)
     knees.to_csv(to / "knees.csv", index=False)
-    figures.save(figures.sweeps(table), to / "sweep.png")
+    figures.save(figures.panels(figures.sweep, table), to / "sweep.png")
+    figures.save(figures.draw(figures.frontier, table), to / "frontier.png")
     record.results = {"knees": knees.to_dict("records"), "notes": notes}
     record.save(to, reproducible=["sweep.csv", "knees.csv"])
     typer.echo(

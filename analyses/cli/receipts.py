@@ -13,6 +13,7 @@ from analyses.cli.change import apply, diff, edit, merge, realign
 from analyses.cli.dose import sweep
 from analyses.cli.look import drift, early_answers, geometry
 from analyses.cli.options import RECEIPTS, Quiet, To, app
+from analyses.cli.probing import probe
 from analyses.cli.seeing import seeing
 from analyses.cli.start import study
 from analyses.cli.think import direction, generate, heads, thinkedit
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "generate": generate,
     "direction": direction,
     "heads": heads,
+    "probe": probe,
     "thinkedit": thinkedit,
     "seeing": seeing,
     "arms": arms,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,8 +30,9 @@ from analyses.cli.written import AllowLoops, write_model
 
 if TYPE_CHECKING:
     from analyses.tasks import Question
-    from analyses.thinkedit import ThinkEdit
+    from analyses.thinkedit import Found, ThinkEdit
     from probes.directions import Direction
+    from surgery.model import Model
     from surgery.runs import Runs
 
 _RUNS = "runs.jsonl"
@@ -198,31 +200,20 @@ def heads(
 ) -> None:
     """Which heads of MODEL write the brief side of a length direction; and `edits.yml`, with which `surgery edit` takes it out of them."""
     record = begin_record("heads", {k: v for k, v in locals().items() if k not in ("to", "quiet")})
-    from analyses.thinkedit import Found, rank_heads
-    from probes.directions import Direction
-    from surgery.model import Model
     from surgery.writing import new_folder
 
-    file = Path(direction) / "direction.safetensors" if Path(direction).is_dir() else Path(direction)
-    found_direction = Direction.load(file)
-    recipe = _recipe(like_paper, short, long, over=over, share=share, strength=strength, site=_site_of(found_direction))
     require_new(to)
-    read = _load_runs(runs)
-    shared = set(_names(read)) & set(found_direction.about.get("questions", ()))
-    if shared:
-        typer.echo(
-            f"note: {len(shared)} of the {len(read.questions)} questions are the direction's own: heads are better ranked on others",
-            err=True,
-        )
-    loaded = Model.load(model, device=device, dtype="float32")
-    read.require(loaded)
-    ranked = rank_heads(loaded, found_direction, read, recipe, progress=not quiet)
-    found = Found(found_direction, ranked, recipe)
-    table: Any = found.frame()
-    record.inputs = _inputs(loaded, model) | {
-        "runs": {"ref": runs, "hash": _hash_of(_runs_file(runs))},
-        "direction": {"ref": direction, "hash": _hash_of(file)},
+    recipe = {
+        "over": over,
+        "share": share,
+        "strength": strength,
+        "like_paper": like_paper,
+        "short": short,
+        "long": long,
     }
+    loaded, found, inputs = found_heads(model, direction, runs, recipe, device=device, quiet=quiet)
+    table: Any = found.frame()
+    record.inputs = _inputs(loaded, model) | inputs
     record.results = {"heads": [str(s) for s in found.heads()], "share": share, "strength": strength}
     with new_folder(to) as folder:
         found.save(folder)
@@ -234,6 +225,43 @@ def heads(
         )
     )
     typer.echo(f"surgery edit {model} --edits {to / 'edits.yml'} --to OUT")
+
+
+def found_heads(
+    model: str,
+    direction: str,
+    runs: str,
+    options: Mapping[str, Any],
+    *,
+    device: str,
+    quiet: bool,
+) -> tuple[Model, Found, dict[str, dict[str, str]]]:
+    """The model, the heads that write the brief side of a direction in answers, and what of the direction and answers a record holds.
+
+    options: of the recipe, as they were typed. Says so where the answers are to the questions that the direction is from.
+    """
+    from analyses.thinkedit import Found, rank_heads
+    from probes.directions import Direction
+    from surgery.model import Model
+
+    file = Path(direction) / "direction.safetensors" if Path(direction).is_dir() else Path(direction)
+    along = Direction.load(file)
+    recipe = _recipe(**options, site=_site_of(along))
+    read = _load_runs(runs)
+    shared = set(_names(read)) & set(along.about.get("questions", ()))
+    if shared:
+        typer.echo(
+            f"note: {len(shared)} of the {len(read.questions)} questions are the direction's own: heads are better ranked on others",
+            err=True,
+        )
+    loaded = Model.load(model, device=device, dtype="float32")
+    read.require(loaded)
+    ranked = rank_heads(loaded, along, read, recipe, progress=not quiet)
+    inputs = {
+        "runs": {"ref": runs, "hash": _hash_of(_runs_file(runs))},
+        "direction": {"ref": direction, "hash": _hash_of(file)},
+    }
+    return loaded, Found(along, ranked, recipe), inputs
 
 
 @app.command(rich_help_panel=CHANGE)
@@ -347,22 +375,22 @@ def _write_found(done: ThinkEdit, folder: Path) -> None:
 
 
 def _of_right_answers(model: Any, runs: Runs, at: str, over: str, seed: int, quiet: bool) -> Direction:
-    from analyses.tasks import Question, grade
+    from analyses.labels import right_or_wrong
     from probes.activations import collect
     from probes.directions import mean_difference
     from surgery.transcript import positions
 
-    if any("gold" not in t.meta for t in runs):
-        raise ValueError("These answers come without their gold answers; `surgery generate` writes them.")
-    having = [t for t in runs if positions(t, over)]
+    known = right_or_wrong(runs)
+    having = [i for i, t in enumerate(runs) if positions(t, over)]
     if not having:
         raise ValueError(f"None of the {len(runs)} answers has a span {over!r}.")
-    labels = [None if (g := grade(Question(t.question, t.meta["gold"]), t)) is None else int(g) for t in having]
-    acts = collect(model, having, at=at, over=over, pool="mean", progress=not quiet)
-    return mean_difference(acts, labels, [t.question for t in having], model=model, seed=seed)
+    labels = [known[i] for i in having]
+    read = [runs[i] for i in having]
+    acts = collect(model, read, at=at, over=over, pool="mean", progress=not quiet)
+    return mean_difference(acts, labels, [t.question for t in read], model=model, seed=seed)
 
 
-def _recipe(like_paper: bool, short: int | None, long: int | None, **options: Any) -> Any:
+def _recipe(like_paper: bool = False, short: int | None = None, long: int | None = None, **options: Any) -> Any:
     from analyses.thinkedit import PAPER, Recipe
 
     given = {name: value for name, value in (("short", short), ("long", long)) if value is not None}

@@ -76,6 +76,7 @@ def test_each_kind_of_change_is_swept_and_leaves_table_figure_and_record(surgery
             "sweep.csv",
             "knees.csv",
             "sweep.png",
+            "frontier.png",
             "record.json",
         }
         table = pd.read_csv(to / "sweep.csv")
@@ -85,6 +86,8 @@ def test_each_kind_of_change_is_swept_and_leaves_table_figure_and_record(surgery
         assert set(Record.load(to).inputs) == {"model", "change"}
         assert surgery("verify", to).code == 0
     figure = surgery("figure", "sweep", tmp_path / "0", "--to", tmp_path / "kl.png", "--measure", "kl")
+    assert figure.code == 0, figure
+    figure = surgery("figure", "frontier", tmp_path / "0", "--to", tmp_path / "f.png", "--measure", "accuracy")
     assert figure.code == 0, figure
 
 

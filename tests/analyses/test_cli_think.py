@@ -144,9 +144,60 @@ def test_heads_and_the_edit_they_ask_for(surgery, home: Path, planted: PlantedLe
     assert removed.code == 0, removed
     one = apply(RemoveDirection(found), base, "1.attn.o.h2")["1.attn.o"]
     torch.testing.assert_close(Checkpoint(tmp_path / "r")["1.attn.o"], one, rtol=0, atol=1e-6)
+    at_once = ["--remove", home / "length", "--heads", 2 / 16, "--runs", home / "second-runs.jsonl", "--strength", 1.5]
+    said = surgery("edit", home / "model", *at_once, "--to", tmp_path / "once", "--allow-loops", "-q")
+    assert said.code == 0, said
+    for site in base:
+        assert torch.equal(Checkpoint(tmp_path / "once")[site], written[site])
+    assert (tmp_path / "once" / "heads.csv").read_text() == (tmp_path / "h" / "heads.csv").read_text()
+    assert (
+        verified(surgery, tmp_path / "once", {"model", "runs", "direction"})["results"]["heads"]
+        == record["results"]["heads"]
+    )
+    named = [word for head in planted.heads for word in ("--at", head)]
+    assert (
+        surgery("edit", home / "model", "--remove", home / "length", *named, "--to", tmp_path / "n", "--dry-run").code
+        == 0
+    )
     again = surgery(*words, "--runs", home / "first-runs.jsonl", "--to", tmp_path / "same")
     assert again.code == 0
     assert "note: 20 of the 20 questions are the direction's own" in again.err
+
+
+def test_a_probe_over_layers_and_spans(surgery, home: Path, tmp_path: Path) -> None:
+    words = ["probe", home / "model", "--runs", home / "first-runs.jsonl", "--folds", 2, "-q"]
+    words += ["--of", "length", "--over", "prompt,thinking[:1]", "--at", "2.mid", "--components", 8, "--shuffles", 1]
+    said = surgery(*words, "--to", tmp_path / "p", "--dry-run")
+    assert said.out.startswith(
+        "length: 100 of 100 transcripts have a label, 49 of them 1; 1 is thinking of 7 tokens or more"
+    )
+    assert "20 questions in 2 folds; 2.mid over prompt, thinking[:1]" in said.out
+    assert not list(tmp_path.iterdir())
+    said = surgery(*words, "--to", tmp_path / "p")
+    assert said.code == 0, said
+    record = verified(surgery, tmp_path / "p", {"model", "runs"})
+    table = pd.read_csv(tmp_path / "p" / "probes.csv").set_index(["site", "span"])
+    assert {p.name for p in (tmp_path / "p").iterdir()} == {
+        "probes.json",
+        "probes.csv",
+        "spans.csv",
+        "probes.png",
+        "record.json",
+    }
+    assert len(table) == 4  # the embedding is a control
+    # the mood is drawn with the first token of the thinking: the prompt knows nothing of it
+    assert table.loc[("2.mid", "thinking[:1]"), "low"] > table.loc[("2.mid", "prompt"), "value"]
+    assert table.loc[("2.mid", "thinking[:1]"), "length"] == 0.5
+    assert [row["span"] for row in record["results"]["spans"]] == ["prompt", "thinking[:1]"]
+    assert "thinking[:1]: AUC " in said.out
+    drawn = surgery("figure", "probes", tmp_path / "p", "--measure", "accuracy", "--to", tmp_path / "p.png")
+    assert drawn.code == 0, drawn
+
+
+def test_a_comma_in_a_pattern_does_not_end_a_span() -> None:
+    split = cli.probing._BETWEEN_SPANS.split
+    assert split("prompt,thinking[:2]") == ["prompt", "thinking[:2]"]
+    assert split("prompt~/a,b/,/c,/,answer") == ["prompt~/a,b/", "/c,/", "answer"]
 
 
 def test_thinkedit_from_questions_to_a_judged_model(
@@ -203,6 +254,26 @@ def test_what_is_refused_is_one_line(surgery, home: Path, tmp_path: Path, unchec
         (["heads", model, "--direction", home / "none", "--runs", runs], ["none"]),
         (["heads", home / "tiny", "--direction", home / "length", "--runs", runs], ["another model"]),
         (["heads", model, "--direction", home / "length", "--runs", runs, "--share", 2], ["share 2"]),
+        (["probe", model, "--runs", runs, "--of", "mood"], ["No transcript has a label 'mood'", "gold"]),
+        (["probe", model, "--runs", runs, "--of", "gold"], ["labels that differ", "all of them are 1"]),
+        (["probe", model, "--runs", runs, "--length", "answer"], ["--length is of --of length"]),
+        (["probe", model, "--runs", runs, "--over", "doubts"], ["doubts"]),
+        (["probe", model, "--runs", runs, "--over", "sentence[99]"], ["has a span sentence[99]", "thinking"]),
+        (["probe", model, "--runs", runs, "--at", "9.resid"], ["9.resid"]),
+        (["probe", home / "tiny", "--runs", runs], ["another model"]),
+        (["edit", model, "--remove", home / "length", "--heads", 0.1], ["--heads", "--runs"]),
+        (
+            ["edit", model, "--remove", home / "length", "--heads", 0.1, "--at", "*.attn.o", "--runs", runs],
+            ["give one"],
+        ),
+        (["edit", model, "--remove", home / "length", "--heads", 2, "--runs", runs], ["share 2"]),
+        (["edit", model, "--remove", home / "length", "--at", "*.attn.o", "--runs", runs], ["--runs is of --heads"]),
+        (
+            ["edit", model, "--remove", home / "length", "--at", "*.attn.o", "--over", "answer"],
+            ["--over is of --heads"],
+        ),
+        (["edit", model, "--heads", 0.1, "--runs", runs], ["--remove"]),
+        (["edit", model, "--remove", home / "none", "--heads", 0.1, "--runs", runs], ["none"]),
         (["thinkedit", model, "--strength", 0], ["--strength 0"]),
         (["thinkedit", model, "--strength", "nan"], ["strength nan"]),
         (["thinkedit", model, "--site", "head"], ["attention or mlp"]),
@@ -214,6 +285,13 @@ def test_what_is_refused_is_one_line(surgery, home: Path, tmp_path: Path, unchec
         assert len(lines) == 1, said.err
         assert all(part in lines[0] for part in parts), (words, lines)
     assert "exists" in surgery("generate", model, "--to", home / "length").err
+    assert "exists" in surgery("probe", model, "--runs", runs, "--to", home / "length").err
+    assert (
+        "exists"
+        in surgery(
+            "edit", model, "--remove", home / "length", "--heads", 0.1, "--runs", runs, "--to", home / "length"
+        ).err
+    )
     assert not list(tmp_path.iterdir())
 
 

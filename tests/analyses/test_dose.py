@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from analyses import dose as module
 from analyses import figures
-from analyses.changes import Change, Editing, RandomDelta, acting, confined, digest, stand_in
+from analyses.changes import Change, Editing, acting, confined, digest, stand_in
 from analyses.dose import MEASURES, Cell, Line, Sweep, lengths, sweep
 from analyses.general_text import GENERAL_TEXT
 from analyses.representation import output_kl
@@ -26,6 +26,7 @@ from analyses.tasks import Question, accuracy
 from analyses.watch import as_transcripts
 from probes.directions import Direction
 from probes.steering import Steering
+from surgery.drawn import Noise
 from surgery.edits import AddDirection, RemoveDirection, Scale, SwapLayers
 from surgery.model import Model
 from surgery.sites import Site
@@ -59,7 +60,7 @@ def vector(seed: int = 0, width: int = HIDDEN) -> torch.Tensor:
 
 
 def changes(model: Model) -> dict[str, Change]:
-    noise = RandomDelta(apply(Scale(0.5), model.weights, "*.mlp.down") - model.weights, seed=1)
+    noise = Noise(apply(Scale(0.5), model.weights, "*.mlp.down") - model.weights, seed=1)
     return {
         "steering": Steering(vector(), at="1.resid"),
         "edit": Editing(RemoveDirection(vector()), "*.attn.o"),
@@ -469,7 +470,7 @@ def test_the_figure_has_a_line_a_band_and_the_knee() -> None:
 
 def test_all_measures_in_one_figure(model: Model) -> None:
     found = sweep(model, changes(model)["edit"], [0.5, 1.0], **SHORT, controls=1)
-    drawn = figures.sweeps(found.frame())
+    drawn = figures.panels(figures.sweep, found.frame())
     assert len(drawn.axes) == len(MEASURES) - 1  # no target was given
     assert len(figures.png(drawn)) > 10000
 

@@ -88,6 +88,12 @@ def test_a_planted_signal_is_found_where_it_is():
     assert high.accuracy > high.majority
     assert set(table.chosen[0].sites) == {"2.resid"}
     assert table.chosen[0].value == high.value
+    (said,) = table.summary().to_dict("records")
+    assert (said["site"], said["value"], said["low"]) == ("2.resid", table.chosen[0].value, table.chosen[0].low)
+    assert (said["shuffled"], said["embedding"], said["above"]) == (high.shuffled, high.embedding, True)
+    beaten = dataclasses.replace(high, embedding=said["low"])
+    rows = tuple(beaten if r is high else r for r in table.rows)
+    assert not dataclasses.replace(table, rows=rows).summary()["above"].item()
     assert math.isnan(high.untrained)
     assert math.isnan(high.length)
 
