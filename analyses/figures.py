@@ -168,6 +168,84 @@ def sweep(frame: DataFrame, ax: Axes | None = None, *, measure: str = "accuracy"
     return ax
 
 
+_COSTS = ("kl", "text_nll")
+_GREY = "#999999"
+
+
+def frontier(frame: Any, ax: Axes | None = None, *, measure: str | None = None) -> Axes:
+    """What a change achieves against what it costs: a measure against KL on general text, a point a strength, a line an arm.
+
+    Points of negative strengths are open, the knee is ringed, random stand-ins of the same norm are grey. An effect is worth its cost where
+    the line is further from the dotted one, the untouched model, than the grey ones at the same KL. The KL axis is of square roots, in which
+    small strengths are evenly spaced: KL grows with the square of a small change. It ends at four times the dearest KL of an arm, whatever
+    the random ones cost.
+
+    frame:   columns strength, measure, value, low, high and perhaps arm, draw and knee, as in `sweep`; KL among the measures.
+    measure: by default target, length or accuracy, whichever is there first. Raises ValueError for one that is not there, or without KL.
+    """
+    ax = _axes(ax)
+    there = list(dict.fromkeys(frame["measure"]))
+    effects = [m for m in ("target", "length", "accuracy", *there) if m in there and m not in _COSTS]
+    chosen = measure or next(iter(effects), None)
+    if "kl" not in there or chosen not in there or chosen == "kl":
+        raise ValueError(
+            f"A frontier is of KL and a measure of effect{f', here {measure}' if measure else ''}; this table has {', '.join(there)}."
+        )
+    frame = frame if "draw" in frame else frame.assign(draw=np.nan)
+    keys = [name for name in ("arm", "draw", "strength") if name in frame]
+    cost = frame.loc[frame["measure"] == "kl", [*keys, "value", "low", "high"]]
+    table = frame[frame["measure"] == chosen].merge(cost, on=keys, suffixes=("", "_kl")).sort_values("strength")
+    table = table[table["value"].notna()]
+    random = table["draw"].notna()
+    for _, rows in _arms(table[random]):
+        for _, line in rows.groupby("draw"):
+            label = None if ax.lines else "random, same norm"
+            ax.plot(line["value_kl"], line["value"], color=_GREY, linewidth=0.7, marker=".", markersize=3, label=label)
+    rings = []
+    for i, (arm, line) in enumerate(_arms(table[~random])):
+        shade = colour(arm, i)
+        ax.plot(line["value_kl"], line["value"], color=shade, label=arm or None)
+        _crosses(ax, line, color=shade, alpha=0.35, linewidth=0.8)
+        for strength, x, y in zip(line["strength"], line["value_kl"], line["value"], strict=True):
+            ax.plot(x, y, "o", color=shade, markersize=4, markerfacecolor="white" if strength < 0 else shade)
+            if strength:
+                ax.annotate(f"{strength:g}", (x, y), (3, 3), textcoords="offset points", color=shade, fontsize=7)
+        rings.append(line[line["knee"].astype(bool)] if "knee" in line else line[:0])
+    for rows in rings:
+        look: Any = {"markersize": 10, "markerfacecolor": "none", "markeredgecolor": "black", "linestyle": "none"}
+        if len(rows):
+            ax.plot(rows["value_kl"], rows["value"], "o", label=None if "knee" in _labels(ax) else "knee", **look)
+    for value in table.loc[(table["strength"] == 0) & ~random, "value"].unique():
+        ax.axhline(value, color="black", linestyle=":", linewidth=0.9)
+    ax.set_xscale(
+        "function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
+    )
+    if dearest := float(table.loc[~random, "value_kl"].max()):
+        most = min(4 * dearest, float(table["value_kl"].max()))
+        ax.set_xlim(-0.002 * most, 1.1 * most)
+    ax.set(xlabel=f"{SWEEP_LABELS['kl']}, square-root scale", ylabel=SWEEP_LABELS.get(str(chosen), str(chosen)))
+    if _labels(ax):
+        ax.legend()
+    return ax
+
+
+def _crosses(ax: Axes, line: Any, **look: Any) -> None:
+    """The intervals of points in a plane, as crosses."""
+    sides = {"yerr": "", "xerr": "_kl"}
+    reach = {
+        name: [
+            (line[f"value{of}"] - line[f"low{of}"]).clip(lower=0),
+            (line[f"high{of}"] - line[f"value{of}"]).clip(lower=0),
+        ]
+        for name, of in sides.items()
+    }
+    ax.errorbar(line["value_kl"], line["value"], fmt="none", **reach, **look)
+
+
+def _labels(ax: Axes) -> list[str]:
+    return ax.get_legend_handles_labels()[1]
+
+
 def training(frame: DataFrame, ax: Axes | None = None, *, measure: str = "loss") -> Axes:
     """A training curve. frame: columns step, measure, value and perhaps arm."""
     ax = _axes(ax)
@@ -203,30 +281,71 @@ def before_after(frame: DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def trade_off(frame: Any, ax: Axes | None = None, *, x: str = "answer_nll", y: str = "text_nll") -> Axes:
+def trade_off(frame: Any, ax: Axes | None = None, *, x: str = "completion_nll", y: str = "text_nll") -> Axes:
     """One measure of tuned arms against another: a dot an arm with both intervals, a small ring a seed; the cross is the untuned model.
 
-    frame: columns arm, measure, value, low, high and perhaps by_seed, a sequence of the seeds' means.
+    frame: columns arm, measure, value, low, high and perhaps by_seed, a sequence of the seeds' means. An untuned model so far off that the
+    arms would lie on each other is drawn at the edge, with its place in the legend.
     """
     ax = _axes(ax)
     table = frame.set_index(["arm", "measure"])
-    for i, arm in enumerate(name for name in dict.fromkeys(frame["arm"]) if name != "untuned"):
+    arms = [name for name in dict.fromkeys(frame["arm"]) if name != "untuned"]
+    for i, arm in enumerate(arms):
         shade, (across, up) = colour(arm, i), (table.loc[(arm, measure)] for measure in (x, y))
         reach = [[[row["value"] - row["low"]], [row["high"] - row["value"]]] for row in (across, up)]
         look = {"fmt": "o", "color": shade, "capsize": 2, "markersize": 5, "linewidth": 1}
         ax.errorbar(across["value"], up["value"], xerr=reach[0], yerr=reach[1], label=arm, **look)
         if "by_seed" in table:
-            ax.plot(across["by_seed"], up["by_seed"], "o", markerfacecolor="none", color=shade, markersize=3, alpha=0.7)
-    ax.plot(
-        *([table.loc[("untuned", measure)]["value"]] for measure in (x, y)),
-        "+",
-        color="black",
-        markersize=9,
-        label="untuned",
-    )
+            rings = {"markerfacecolor": "none", "color": shade, "markersize": 3, "alpha": 0.7}
+            ax.plot(_by_seed(across), _by_seed(up), "o", **rings)
+    before = [float(table.loc[("untuned", measure)]["value"]) for measure in (x, y)]
+    shown = [_within(value, table.loc[[(a, m) for a in arms]]) for value, m in zip(before, (x, y), strict=True)]
+    name = "untuned" if shown == before else "untuned, off the chart:\n{:.3g}, {:.3g}".format(*before)
+    ax.plot(*([value] for value in shown), "+", color="black", markersize=9, label=name)
     ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
+
+
+def paired(frame: Any, ax: Axes | None = None, *, measure: str = "completion_nll") -> Axes:
+    """What each arm has more of than one of them, on the same questions and seeds: a dot with its interval, a small ring a seed.
+
+    frame: columns arm, base, measure, value, low, high and perhaps by_seed (`Arms.differences`). A dot is filled where its interval leaves
+    out zero.
+    """
+    ax = _axes(ax)
+    table = frame[frame["measure"] == measure]
+    for i, (_, row) in enumerate(table.iterrows()):
+        shade = colour(row["arm"], i + 1)
+        look = {"fmt": "o", "color": shade, "capsize": 2, "markersize": 5, "linewidth": 1}
+        filled = shade if row["low"] > 0 or row["high"] < 0 else "white"
+        reach = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+        ax.errorbar(row["value"], i, xerr=reach, markerfacecolor=filled, **look)
+        if "by_seed" in row:
+            seeds = _by_seed(row)
+            ax.plot(seeds, [i + 0.22] * len(seeds), "o", markerfacecolor="none", color=shade, markersize=3, alpha=0.7)
+    ax.axvline(0, color="black", linewidth=0.7)
+    ax.set_yticks(range(len(table)), table["arm"])
+    ax.set(
+        ylim=(len(table) - 0.5, -0.5),
+        xlabel=f"{measure.replace('_', ' ')}: more than {table['base'].iloc[0]}",
+        ylabel="arm",
+    )
+    return ax
+
+
+def _by_seed(row: Any) -> tuple[float, ...]:
+    """The seeds' means, which a CSV file holds as text."""
+    from ast import literal_eval
+
+    return literal_eval(row["by_seed"]) if isinstance(row["by_seed"], str) else row["by_seed"]
+
+
+def _within(value: float, rows: Any) -> float:
+    """The value, or the edge of what the rows' intervals span where it is further off than that is wide."""
+    low, high = float(rows["low"].min()), float(rows["high"].max())
+    span = high - low
+    return value if low - span <= value <= high + span else low - 0.1 * span if value < low else high + 0.1 * span
 
 
 def similarity(frame: Any, ax: Axes | None = None) -> Axes:
@@ -461,13 +580,17 @@ def probes(frame: Any, ax: Axes | None = None, *, measure: str = "value") -> Axe
     """What probes read at each layer, a line a span (and arm) with intervals; dotted: the best of their controls there.
 
     frame:   columns layer, span, measure, value, low, high and the controls shuffled, untrained, embedding and length (NaN where there was
-             none), and perhaps arm. A layer says something where its line is above its dotted one.
+             none), and perhaps arm, or site: then each place in a layer is an arm. A layer says something where its line is above its
+             dotted one.
     measure: ``value``, or ``same_length``, over shuffled labels, or ``accuracy``, over the commoner class.
     """
+    from matplotlib.ticker import MaxNLocator
+
     ax = _axes(ax)
     if measure not in PROBE_MEASURES:
         raise ValueError(f"There is no measure {measure!r} of probes; there are {', '.join(PROBE_MEASURES)}.")
     ends, controls, said = PROBE_MEASURES[measure]
+    frame, stream = _by_place(frame)
     spans = list(dict.fromkeys(frame["span"]))
     for i, (arm, lines) in enumerate(_arms(frame)):
         for span, line in lines.groupby("span", sort=False):
@@ -485,9 +608,22 @@ def probes(frame: Any, ax: Axes | None = None, *, measure: str = "value") -> Axe
     name, chance = {"auc": ("held-out AUC", 0.5), "r2": ("held-out R²", 0.0)}[str(frame["measure"].iloc[0])]
     if ends:
         ax.axhline(chance, color="black", linewidth=0.5)
-    ax.set(xlabel="layer (residual stream entering it)", ylabel=f"{name}{said}" if ends else said, ylim=(None, 1.02))
+    where = "layer (residual stream entering it)" if stream else "layer"
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel=where, ylabel=f"{name}{said}" if ends else said, ylim=(None, 1.02))
     ax.legend()
     return ax
+
+
+def _by_place(frame: Any) -> tuple[Any, bool]:
+    """The places in a layer as arms, where there are several, and whether there is but the stream that enters it. The embedding, which is
+    in the table as a control, is no place by itself."""
+    if "site" not in frame or "arm" in frame:
+        return frame, True
+    place = frame["site"].str.replace(r"^\d+\.", "", regex=True)
+    asked = set(place[frame["site"] != "0.resid"]) or {"resid"}
+    frame = frame[place.isin(asked)]
+    return (frame if len(asked) == 1 else frame.assign(arm=place[place.isin(asked)])), asked == {"resid"}
 
 
 def cosines(table: Any, ax: Axes | None = None) -> Axes:
@@ -512,10 +648,12 @@ FIGURES: dict[str, Callable[..., Axes]] = {
     "drift": drift,
     "geometry": geometry,
     "sweep": sweep,
+    "frontier": frontier,
     "training": training,
     "before-after": before_after,
     "similarity": similarity,
     "trade-off": trade_off,
+    "paired": paired,
     "probes": probes,
     "lengths": lengths,
     "accuracy-under-length": accuracy_under_length,
@@ -542,8 +680,8 @@ def draw(function: Callable[..., Axes], *args: Any, width: float = 5.5, ratio: f
     return figure
 
 
-def sweeps(frame: DataFrame, *, width: float = 9.0) -> Figure:
-    """Every measure of a strength sweep side by side, see `sweep`."""
+def panels(function: Callable[..., Axes], frame: DataFrame, *, width: float = 9.0) -> Figure:
+    """Every measure of a table side by side, drawn by a function that takes ``measure=`` (`sweep`, `paired`)."""
     import matplotlib.pyplot as plt
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -555,7 +693,7 @@ def sweeps(frame: DataFrame, *, width: float = 9.0) -> Figure:
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
         for measure, ax in zip(measures, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
-            sweep(frame, ax, measure=measure)
+            function(frame, ax, measure=measure)
             if measure != measures[0] and ax.get_legend():
                 ax.get_legend().remove()
         for ax in figure.axes[len(measures) :]:

@@ -15,22 +15,24 @@ WAYS: dict[str, dict[str, Any]] = {
     "random": {"method": "lift", "select": "random"},
     "magnitude": {"method": "lift", "select": "magnitude"},
     "lora": {"method": "lora"},
+    "shira": {"method": "shira"},
     "full": {"method": "full"},
 }
+USUAL = [way for way in WAYS if way != "shira"]  # whose random entries LIFT trains as well, in less time
 
 
 @app.command(rich_help_panel=CHANGE)
 def arms(
     model: ModelRef,
     to: To,
-    ways: Annotated[str, typer.Option("--arms", help=f"With commas, of {', '.join(WAYS)}; the first is what others are compared with.")] = ",".join(WAYS),
+    ways: Annotated[str, typer.Option("--arms", help=f"With commas, of {', '.join(WAYS)}; the first is what others are compared with.")] = ",".join(USUAL),
     data: Questions = "sums",
     seeds: Annotated[int, typer.Option(help="Runs of each arm.", min=1)] = 3,
     steps: Annotated[int, typer.Option(help="Optimizer steps of a run.", min=1)] = 32,
     batch_size: Annotated[int, typer.Option(help="Transcripts a step.", min=1)] = 16,
     target: Annotated[str | None, typer.Option(help="Held-out questions; by default the test side of --data.", show_default=False)] = None,
     items: Annotated[int, typer.Option(help="Held-out questions, and of each --keep.", min=2)] = 100,
-    answered: Annotated[int, typer.Option(help="Of those, how many are also answered and graded.", min=0)] = 0,
+    answered: Annotated[int, typer.Option(help="Of those, how many are also answered and graded.", min=0)] = 50,
     keep: Annotated[
         list[Path] | None,
         typer.Option("--keep", help="JSONL of questions with options, for what should not be forgotten; may be repeated.", show_default=False),
@@ -44,7 +46,7 @@ def arms(
     record = begin_record("arms", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
     from analyses import tasks
     from analyses.arms import arms as compare
-    from analyses.figures import draw, save, trade_off
+    from analyses.figures import draw, paired, panels, save, trade_off
     from analyses.general_text import GENERAL_TEXT
     from surgery.record import RECORD
 
@@ -71,10 +73,13 @@ def arms(
     found.save(to / "arms.json")
     found.frame().to_csv(to / "arms.csv", index=False)
     if len(chosen) > 1:
-        found.differences().to_csv(to / "differences.csv", index=False)
+        differences = found.differences()
+        differences.to_csv(to / "differences.csv", index=False)
+        save(panels(paired, differences), to / "differences.png")
+    learnt = "accuracy" if "accuracy" in found.measures else "completion_nll"
     other = next((m for m in found.measures if m not in ("answer_nll", "completion_nll", "accuracy")), None)
     if other:
-        save(draw(trade_off, found.frame(), x="answer_nll", y=other), to / "trade_off.png")
+        save(draw(trade_off, found.frame(), x=learnt, y=other), to / "trade_off.png")
     record.results = {"rows": found.frame().to_dict("records")}
     record.save(to, reproducible=["arms.csv", "differences.csv"])
     typer.echo(found.frame().drop(columns=["by_seed"]).round(4).to_string(index=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -300,8 +301,8 @@ def figure(
         str,
         typer.Argument(
             metavar="FIGURE",
-            help="early-answers, drift, geometry, sweep, training, before-after, similarity, probes, heads, lens, lengths, accuracy-under-length, "
-            "edit, edit-shares, edit-steering or edit-layers.",
+            help="early-answers, drift, geometry, sweep, frontier, training, before-after, similarity, probes, heads, lens, lengths, "
+            "accuracy-under-length, trade-off, paired, edit, edit-shares, edit-steering or edit-layers.",
         ),
     ],
     table: Annotated[
@@ -326,17 +327,9 @@ def figure(
         raise FileExistsError(f"{to} exists already and is never overwritten. Choose another --to, or remove it.")
     path = _table_in(table, name)
     options: dict[str, Any] = {} if measure is None else {"measure": measure}
-    if measure is not None and name in (
-        "early-answers",
-        "before-after",
-        "similarity",
-        "lens",
-        "lengths",
-        "accuracy-under-length",
-    ):
-        raise ValueError(
-            f"{name} draws one thing; --measure is for drift, geometry, sweep, training, probes, heads and edit."
-        )
+    several = [n for n, f in figures.FIGURES.items() if "measure" in signature(f).parameters]
+    if measure is not None and name not in several:
+        raise ValueError(f"{name} draws one thing; --measure is for {', '.join(several)}.")
     frame = pd.read_csv(path)
     drawn = figures.draw(figures.FIGURES[name], frame, width=width, **options)
     typer.echo(figures.save(drawn, to))
@@ -363,7 +356,13 @@ def _table_in(table: Path, figure: str) -> Path:
     """The CSV of a figure: the file itself, or the one in a measure's or study's folder."""
     if table.is_file():
         return table
-    own = {"early-answers": ["curve.csv", "early-answers.csv"], "accuracy-under-length": ["answers.csv"]}
+    own = {
+        "early-answers": ["curve.csv", "early-answers.csv"],
+        "accuracy-under-length": ["answers.csv"],
+        "frontier": ["sweep.csv"],
+        "trade-off": ["arms.csv"],
+        "paired": ["differences.csv"],
+    }
     names = ["edit.csv"] if figure.startswith("edit") else own.get(figure, [f"{figure}.csv"])
     for folder in (table, table / "tables"):
         for name in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,10 +40,10 @@ def tune(
     model: ModelRef,
     to: To,
     data: Questions = "sums",
-    method: Annotated[str, typer.Option(help="lift, full or lora; or grpo, which rewards right answers in the right form.")] = "lift",
+    method: Annotated[str, typer.Option(help="lift, full, lora or shira; or grpo, which rewards right answers in the right form.")] = "lift",
     steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 60,
     lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate; by default 1e-3 (lift, lora), 1e-4 (full), 2e-4 (grpo).", show_default=False)
+        float | None, typer.Option(help="Peak learning rate; by default 1e-3 (lift, lora, shira), 1e-4 (full), 2e-4 (grpo).", show_default=False)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Transcripts a step; of grpo: completions a step.", min=1)] = 16,
     accumulate: Annotated[int, typer.Option(help="Micro-batches a step.", min=1)] = 1,
@@ -57,7 +58,7 @@ def tune(
         float | None, typer.Option(help="lift: fraction of each matrix, in (0, 1]; default 0.05.", show_default=False)
     ] = None,
     lora_rank: Annotated[
-        int | None, typer.Option(help="lift: as many entries as a LoRA of this rank; lora: its rank.", show_default=False)
+        int | None, typer.Option(help="lift, shira: as many entries as a LoRA of this rank; lora: its rank.", show_default=False)
     ] = None,
     filter_rank: Annotated[int, typer.Option(help="lift: rank of the filter that decides what is principal.", min=1)] = 16,
     refresh: Annotated[int | None, typer.Option(help="lift: choose anew every so many steps.", show_default=False)] = None,
@@ -96,7 +97,19 @@ def tune(
 ) -> None:  # fmt: skip
     """Fine-tune on worked questions, watched, and write the tuned model."""
     record = begin_record("tune", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
-    _check(method, objective, mask_thought, prior, alpha, rule, samples, beta, watch)
+    taught = {
+        "--over": over != "completion", "--objective": objective != "nll", "--mask-thought": mask_thought is not None,
+        "--select": select != "largest", "--block": block != 1, "--scope": scope != "matrix", "--watch": bool(watch),
+    }  # fmt: skip
+    reinforced = {"--samples": samples is not None, "--beta": beta is not None}
+    led = {
+        "--watch-every": (watch_every, watch, "--watch"),
+        "--alpha": (alpha, prior, "--prior"),
+        "--rule": (rule, prior, "--prior"),
+    }
+    _refuse_idle(method, reinforced if method != "grpo" else taught, led)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"There is no objective {objective!r}. Choose {', '.join(OBJECTIVES)}.")
     from analyses import tasks
     from analyses.general_text import GENERAL_TEXT
     from analyses.watch import watches
@@ -149,6 +162,8 @@ def tune(
             **shared,
         )
     record.results = {"losses": done.losses, "trainable": done.trainable}
+    if done.shares:
+        record.results["shares"] = done.shares
     if pulled:
         record.results["merged"] = pulled.merged().overall
 
@@ -165,30 +180,21 @@ def tune(
     )
     shutil.rmtree(workshop, ignore_errors=True)
     typer.echo(f"loss {done.losses[0]:.3f} -> {done.losses[-1]:.3f}, {done.trainable:,} numbers free to move")
+    for name, shares in done.shares.items():
+        typer.echo(f"share of {name} tokens {shares[0]:.3f} -> {shares[-1]:.3f}")
     if pulled:
         typer.echo(f"effective merge coefficient {record.results['merged']:.3f}")
     typer.echo(written)
 
 
-def _check(
-    method: str, objective: str, mask_thought: float | None, prior: str | None, alpha: float | None, rule: str | None, samples: int | None,
-    beta: float | None, watch: str,
-) -> None:  # fmt: skip
-    if objective not in OBJECTIVES:
-        raise ValueError(f"There is no objective {objective!r}. Choose {', '.join(OBJECTIVES)}.")
-    idle = {"--alpha": (alpha, prior, "--prior"), "--rule": (rule, prior, "--prior")}
-    for option, (value, needed, owner) in idle.items():
-        if value is not None and needed is None:
-            raise ValueError(f"{option} is of {owner}; without it, it does nothing.")
-    reinforced = method == "grpo"
-    for option, given in {"--samples": samples, "--beta": beta}.items():
-        if given is not None and not reinforced:
-            raise ValueError(f"{option} is of --method grpo; with {method} it does nothing.")
-    for option, given in {"--mask-thought": mask_thought, "--watch": watch or None}.items():
-        if given is not None and reinforced:
-            raise ValueError(f"{option} has no use with --method grpo; leave it out.")
-    if reinforced and objective != "nll":
-        raise ValueError("--objective has no use with --method grpo; leave it out.")
+def _refuse_idle(method: str, unused: Mapping[str, bool], led: Mapping[str, tuple[object, object, str]]) -> None:
+    """An option without effect is an error. unused: of another method. led: options with a value, the one they belong to, and its name."""
+    for option, (value, owner, name) in led.items():
+        if value is not None and not owner:
+            raise ValueError(f"{option} belongs to {name}; without it, it does nothing.")
+    for option, given in unused.items():
+        if given:
+            raise ValueError(f"{option} has no use with --method {method}; leave it out.")
 
 
 def _spans(over: str) -> dict[str, float] | str:

@@ -151,39 +151,16 @@ def test_bad_input(folder: str, found: Arms, tmp_path: Path) -> None:
         Arms((*found.runs, Run("lift", 2, found.runs[1].values))).differences()
 
 
-def test_the_command(folder: str, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
+def test_the_command(surgery, folder: str, tmp_path: Path) -> None:
     keep = tmp_path / "even.jsonl"
     keep.write_text("".join(json.dumps({"question": q.question, "answer": q.answer}) + "\n" for q in CHOICE))
-    words = [
-        "arms",
-        folder,
-        "--arms",
-        "lift,full",
-        "--steps",
-        "2",
-        "--batch-size",
-        "2",
-        "--seeds",
-        "2",
-        "--items",
-        "4",
-        "--keep",
-        str(keep),
-    ]
-    call = [sys.executable, "-m", "analyses", *words, "--passages", "2", "--to", str(tmp_path / "out"), "--quiet"]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "even_nll" in done.stdout
-    assert {p.name for p in (tmp_path / "out").iterdir()} >= {
-        "arms.json",
-        "arms.csv",
-        "differences.csv",
-        "trade_off.png",
-        "record.json",
-    }
-    again = subprocess.run(call, capture_output=True, text=True, check=False)
-    assert again.returncode == 2
-    assert "finished comparison" in again.stderr
+    short = ["--steps", "2", "--batch-size", "2", "--seeds", "2", "--items", "4", "--answered", "2", "--passages", "2"]
+    words = ["arms", folder, "--arms", "lift,full", *short, "--keep", keep, "--to", tmp_path / "out", "--quiet"]
+    done = surgery(*words)
+    assert done.code == 0, done.err
+    assert "even_nll" in done.out
+    made = {"arms.json", "arms.csv", "differences.csv", "differences.png", "trade_off.png", "record.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= made
+    again = surgery(*words)
+    assert again.code == 2
+    assert "finished comparison" in again.err

@@ -287,7 +287,7 @@ def test_exit_codes_of_the_program(option: str, parts: list[str], models: Path, 
 
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_tune_resumes(blow: signal.Signals, models: Path, surgery, tmp_path: Path) -> None:
-    options = ["--steps", 120, "--batch-size", 2, "--save-every", 2, "--lr", 1e-4, "-q"]
+    options = ["--steps", 60, "--batch-size", 2, "--save-every", 10, "--lr", 1e-4, "-q"]
     words = ["tune", models / "base", "--to", tmp_path / "out", *options]
     process = subprocess.Popen(words_of(*words), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     workshop = tmp_path / ".out.tuning" / "checkpoints"

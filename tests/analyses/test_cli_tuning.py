@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from analyses.cli.tuning import OBJECTIVES, tune
+from finetune.lift.selection import Select
+from finetune.rules import Rule
+from finetune.tune import Method
 from surgery.checkpoint import Checkpoint
 from surgery.delta import save_delta
 from tests.families import save_tiny
 
+SCRIPTED = {"random-triplets", "smallest-triplets"}  # further controls, from Python
 SHORT = ["--steps", "2", "--batch-size", "4", "--quiet"]
-
-
-def surgery(*words: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "analyses", *map(str, words)], capture_output=True, text=True, check=False
-    )
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     to = tmp_path_factory.mktemp("plain") / "out"
-    done = surgery("tune", base, *SHORT, "--to", to)
-    assert done.returncode == 0, done.stderr
+    tune(str(base), to, steps=2, batch_size=4, quiet=True)
     return Checkpoint(to).hash()
 
 
@@ -46,48 +43,37 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     ],
     ids=" ".join,
 )
-def test_options_change_the_model(words: list[str], base: Path, plain: str, tmp_path: Path) -> None:
+def test_options_change_the_model(words: list[str], surgery, base: Path, plain: str, tmp_path: Path) -> None:
     done = surgery("tune", base, *SHORT, *words, "--to", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     assert Checkpoint(tmp_path / "out").hash() != plain
-    assert surgery("verify", tmp_path / "out").returncode == 0
+    assert surgery("verify", tmp_path / "out").code == 0
 
 
-def test_drift_pulls_toward_a_vector_and_says_how_far(base: Path, tmp_path: Path) -> None:
+def test_drift_pulls_toward_a_vector_and_says_how_far(surgery, base: Path, tmp_path: Path) -> None:
     tuned = tmp_path / "expert"
-    assert surgery("tune", base, *SHORT, "--method", "full", "--lr", "0.01", "--to", tuned).returncode == 0
+    assert surgery("tune", base, *SHORT, "--method", "full", "--lr", "0.01", "--to", tuned).code == 0
     save_delta(Checkpoint(tuned) - Checkpoint(base), tmp_path / "prior", base_hash=Checkpoint(base).hash())
-    done = surgery(
-        "tune",
-        base,
-        *SHORT,
-        "--prior",
-        tmp_path / "prior",
-        "--alpha",
-        "2",
-        "--method",
-        "full",
-        "--to",
-        tmp_path / "out",
-    )
-    assert done.returncode == 0, done.stderr
+    pulled = ["--prior", tmp_path / "prior", "--alpha", "2", "--method", "full"]
+    done = surgery("tune", base, *SHORT, *pulled, "--to", tmp_path / "out")
+    assert done.code == 0, done.err
     record = json.loads((tmp_path / "out" / "record.json").read_text())
-    assert f"effective merge coefficient {record['results']['merged']:.3f}" in done.stdout
+    assert f"effective merge coefficient {record['results']['merged']:.3f}" in done.out
     assert record["results"]["merged"] > 0
     assert set(record["inputs"]) == {"model", "prior"}
 
 
-def test_a_watched_run_leaves_its_page(base: Path, tmp_path: Path) -> None:
+def test_a_watched_run_leaves_its_page(surgery, base: Path, tmp_path: Path) -> None:
     done = surgery("tune", base, *SHORT, "--watch", "nll,change", "--watch-every", "1", "--to", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     assert (tmp_path / "out" / "log.jsonl").is_file()
     assert "<html" in (tmp_path / "out" / "log.html").read_text()
 
 
-def test_grpo_says_when_nothing_is_ever_rewarded_differently(base: Path, tmp_path: Path) -> None:
+def test_grpo_says_when_nothing_is_ever_rewarded_differently(surgery, base: Path, tmp_path: Path) -> None:
     done = surgery("tune", base, *SHORT, "--method", "grpo", "--samples", "2", "--to", tmp_path / "out")
-    assert done.returncode == 2
-    assert "reward" in done.stderr
+    assert done.code == 2
+    assert "reward" in done.err
     assert not (tmp_path / "out").exists()
 
 
@@ -95,8 +81,10 @@ def test_grpo_says_when_nothing_is_ever_rewarded_differently(base: Path, tmp_pat
     ("words", "message"),
     [
         (["--objective", "rlhf"], "There is no objective 'rlhf'"),
-        (["--alpha", "1"], "--alpha is of --prior"),
-        (["--samples", "4"], "--samples is of --method grpo"),
+        (["--alpha", "1"], "--alpha belongs to --prior"),
+        (["--watch-every", "2"], "--watch-every belongs to --watch"),
+        (["--samples", "4"], "--samples has no use with --method lift"),
+        (["--method", "grpo", "--select", "random"], "--select has no use with --method grpo"),
         (["--method", "grpo", "--watch", "nll"], "--watch has no use with --method grpo"),
         (["--method", "grpo", "--samples", "3"], "no multiple of the 3 samples"),
         (["--method", "full", "--block", "4"], "full does not have them: leave out block"),
@@ -104,8 +92,15 @@ def test_grpo_says_when_nothing_is_ever_rewarded_differently(base: Path, tmp_pat
         (["--method", "magic"], "There is no method 'magic'"),
     ],
 )
-def test_bad_usage_is_one_clear_error(words: list[str], message: str, base: Path, tmp_path: Path) -> None:
+def test_bad_usage_is_one_clear_error(
+    words: list[str], message: str, surgery, unchecked: None, base: Path, tmp_path: Path
+) -> None:
     done = surgery("tune", base, *SHORT, *words, "--to", tmp_path / "out")
-    assert done.returncode == 2
-    assert message in " ".join(done.stderr.split())
+    assert done.code == 2
+    assert message in " ".join(done.err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_help_names_every_choice(surgery) -> None:
+    words = set(re.findall(r"[\w-]+", surgery("tune", "--help").out))
+    assert words >= {*OBJECTIVES, *get_args(Method), *get_args(Select), *get_args(Rule)} - SCRIPTED

@@ -29,13 +29,24 @@ FRAMES: dict[str, pd.DataFrame] = {
     "drift": pd.concat([pd.DataFrame({**DRIFT, **LINE, "measure": m}) for m in ("mean_shift", "cka")]),
     "geometry": pd.DataFrame(GEOMETRY),
     "sweep": pd.concat([pd.DataFrame({"strength": [1.0, 0.0], **LINE, "measure": m}) for m in ("accuracy", "text_nll")]),
+    "frontier": pd.concat(
+        [
+            pd.DataFrame({"strength": [0.0, 2.0, -1.0], "measure": "length", "value": [5.0, 9.0, 3.0], "low": 2.0, "high": 9.5}),
+            pd.DataFrame({"strength": [2.0, -1.0, 0.0], "measure": "kl", "value": [0.4, 0.1, 0.0], "low": 0.0, "high": 0.5}),
+        ]
+    ),
     "training": pd.DataFrame({"step": [1, 2], "measure": "loss", "value": [2.0, 1.0]}),
     "before-after": pd.DataFrame({"arm": ["base", "lift"], **LINE}),
     "trade-off": pd.DataFrame(
-        {"arm": ["untuned", "untuned", "lift", "lift", "full", "full"], "measure": ["answer_nll", "text_nll"] * 3}
+        {"arm": ["untuned", "untuned", "lift", "lift", "full", "full"], "measure": ["completion_nll", "text_nll"] * 3}
         | {"value": [2.0, 3.0, 0.5, 3.2, 0.5, 3.3]}
         | {"low": [1.9, 2.9, 0.4, 3.1, 0.4, 3.2], "high": [2.1, 3.1, 0.6, 3.3, 0.6, 3.4]}
         | {"by_seed": [(2.0,), (3.0,), (0.4, 0.6), (3.1, 3.3), (0.4, 0.6), (3.2, 3.4)]}
+    ),
+    "paired": pd.DataFrame(
+        {"arm": ["lora", "full"] * 2, "base": "lift", "measure": ["completion_nll"] * 2 + ["text_nll"] * 2}
+        | {"value": [0.1, -0.2, 0.0, 0.3], "low": [-0.1, -0.3, -0.1, 0.2], "high": [0.3, -0.1, 0.1, 0.4]}
+        | {"by_seed": ["(0.0, 0.2)", "(-0.2, -0.2)", "(0.0, 0.0)", "(0.3, 0.3)"]}
     ),
     "similarity": pd.DataFrame(
         {"index": [0, 1, 2, 3], "part": ["attn.q", "attn.q", "mlp.e0.up", "mlp.e1.up"], "rho": [0.2, 0.7, 0.4, None], "tau": 0.5}
@@ -85,7 +96,7 @@ def test_each_figure_draws_into_the_axes_it_is_given(name: str, with_arms: bool)
     assert ax.lines or ax.patches or ax.images
     assert dict(mpl.rcParams) == before
     pd.testing.assert_frame_equal(frame, copy)
-    if with_arms and name != "before-after":
+    if with_arms and name not in ("before-after", "paired"):  # they name arms along an axis
         labels = [text.get_text() for text in ax.get_legend().get_texts()]
         assert any("lift" in label for label in labels)
         assert any("full" in label for label in labels)
@@ -104,6 +115,58 @@ def test_lines_are_the_tables_numbers_in_order() -> None:
     assert [list(line.get_ydata()) for line in ax.lines] == [[0.2, 0.5, 1], [0.1, 1]]
     ax = figures.before_after(FRAMES["before-after"], Figure().subplots())
     assert [bar.get_height() for bar in ax.patches] == [0.1, 0.5]
+
+
+def test_a_frontier_pairs_effect_and_cost_by_strength_and_rings_the_knee() -> None:
+    own = FRAMES["frontier"].assign(draw=None, knee=FRAMES["frontier"]["strength"] == 2)
+    random = own.assign(draw=0, knee=False, value=own["value"] / 2)
+    ax = figures.frontier(pd.concat([own, random]), Figure().subplots())
+    lines = {line.get_label(): line for line in ax.lines}
+    path = [line for line in ax.lines if len(line.get_xdata()) == 3]
+    assert [line.get_xydata().tolist() for line in path] == [
+        [[0.05, 1.5], [0, 2.5], [0.2, 4.5]],
+        [[0.1, 3], [0, 5], [0.4, 9]],
+    ]
+    assert path[0] is lines["random, same norm"]
+    assert path[0].get_color() != path[1].get_color()
+    assert lines["knee"].get_xydata().tolist() == [[0.4, 9]]
+    assert [text.get_text() for text in ax.texts] == ["-1", "2"]  # not the untouched model
+    dots = {
+        float(d.get_xdata()[0]): d.get_markerfacecolor()
+        for d in ax.lines
+        if len(d.get_xdata()) == 1 and d is not lines["knee"]
+    }
+    assert dots[0.1] == "white" != dots[0.4]
+    assert [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == ":"] == [[5.0, 5.0]]
+    assert ax.get_ylabel() == figures.SWEEP_LABELS["length"]
+    at = ax.transScale.transform([(0, 1), (0.1, 1), (0.4, 1)])[:, 0]
+    assert at[2] - at[1] == pytest.approx(at[1] - at[0])  # square roots
+    for wrong, options in (
+        (own[own["measure"] == "length"], {}),
+        (own, {"measure": "kl"}),
+        (own, {"measure": "beauty"}),
+    ):
+        with pytest.raises(ValueError, match="A frontier is of KL and a measure of effect"):
+            figures.frontier(wrong, Figure().subplots(), **options)
+
+
+def test_a_trade_off_keeps_the_arms_apart_however_far_off_the_untuned_model_is() -> None:
+    values = [3.0, *FRAMES["trade-off"]["value"][2:]]
+    near, far = (FRAMES["trade-off"].assign(value=[x, *values]) for x in (0.7, 200.0))
+    for frame, at, name in ((near, [0.7, 3.0], "untuned"), (far, [0.62, 3.0], "untuned, off the chart:\n200, 3")):
+        ax = figures.trade_off(frame, Figure().subplots())
+        (cross,) = [line for line in ax.lines if line.get_marker() == "+"]
+        assert cross.get_xydata()[0].tolist() == pytest.approx(at)
+        assert cross.get_label() == name
+
+
+def test_pairs_are_filled_where_their_interval_leaves_out_zero() -> None:
+    ax = figures.paired(FRAMES["paired"], Figure().subplots(), measure="text_nll")
+    dots = [line for line in ax.lines if len(line.get_xdata()) == 1 and line.get_markersize() == 5]
+    assert [line.get_xydata().tolist() for line in dots] == [[[0.0, 0]], [[0.3, 1]]]
+    assert [line.get_markerfacecolor() == "white" for line in dots] == [True, False]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["lora", "full"]
+    assert ax.get_xlabel() == "text nll: more than lift"
 
 
 def test_similarity_draws_a_dot_a_module_and_the_threshold() -> None:
@@ -129,12 +192,25 @@ def test_probes_are_drawn_above_the_best_of_their_controls() -> None:
     assert floor.get_color() == thinking.get_color() != answer.get_color()
     assert list(chance.get_ydata()) == [0.5, 0.5]
     assert ax.get_ylabel() == "held-out AUC"
+    assert ax.get_xlabel() == "layer (residual stream entering it)"
     more = FRAMES["probes"].assign(
         same_length=0.55, same_length_low=0.5, same_length_high=0.6, accuracy=0.8, majority=0.7
     )
     ax = figures.probes(more, Figure().subplots(), measure="same_length")
     assert list(ax.lines[3].get_ydata()) == [0.4, 0.6]  # shuffled labels
     assert ax.get_ylabel() == "held-out AUC among spans of about equal length"
+    places = FRAMES["probes"].assign(site=["1.mid", "0.resid", "0.mid", "1.mid"])
+    ax = figures.probes(places, Figure().subplots())
+    assert [line.get_xydata().tolist() for line in ax.lines[:4:2]] == [[[1, 0.9]], [[0, 0.7], [1, 0.7]]]
+    assert len(ax.lines) == 5  # no embedding
+    assert ax.get_xlabel() == "layer"
+    ax = figures.probes(places.assign(site=["1.mid", "0.resid", "0.mid", "1.resid"]), Figure().subplots())
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {
+        "mid, thinking",
+        "mid, answer",
+        "resid, thinking",
+        "resid, answer",
+    }
     ax = figures.probes(more, Figure().subplots(), measure="accuracy")
     assert [list(line.get_ydata()) for line in ax.lines] == [[0.8, 0.8], [0.7, 0.7]] * 2
 
