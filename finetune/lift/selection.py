@@ -322,7 +322,12 @@ def _filtered(
         left, across = _other_triplets(W, rank, select, seed)
         return left, across, None, False
     tall = W.shape[1] <= W.shape[0]
-    if start is not None and agreement < 1 and (basis := warm_subspace(W, start, rank, 1 - agreement)) is not None:
+    # Half the room: the error of the filter is an estimate, and the share of other entries differs by matrix.
+    if (
+        start is not None
+        and agreement < 1
+        and (basis := warm_subspace(W, start, rank, (1 - agreement) / 2)) is not None
+    ):
         wide, inner = _wide(W), basis[:, :rank]
         left, across = (wide @ inner, inner.T) if tall else (inner, inner.T @ wide)
         return left, across.contiguous(), basis, True
