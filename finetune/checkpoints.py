@@ -34,10 +34,14 @@ def last_complete(folder: Path, settings: Mapping[str, Any]) -> Path | None:
         shutil.rmtree(half)
     if not whole:
         return None
-    saved = json.loads((whole[-1] / _COMPLETE).read_text(encoding="utf-8"))
+    require_same_run(folder, json.loads((whole[-1] / _COMPLETE).read_text(encoding="utf-8")), settings)
+    return whole[-1]
+
+
+def require_same_run(folder: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming what differs, where the settings kept in a folder are not these."""
     differing = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in settings.items() if saved.get(k) != v]
     if differing:
         raise ValueError(
             f"{folder} holds a checkpoint of another run ({'; '.join(differing[:3])}). Choose another folder, or remove it."
         )
-    return whole[-1]

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from finetune.checkpoints import checkpoints as checkpoints_of
-from finetune.checkpoints import last_complete
+from finetune.checkpoints import last_complete, require_same_run
 from finetune.examples import Collate, Example, Item, Over, examples, rows_of
 from finetune.hosts import Surgical
 from finetune.learner import as_before, require_versions
@@ -231,7 +231,7 @@ def _stage(
     done = folder / _ADAPTER
     if done.is_file():
         file = TensorFile(done)
-        _require_same(folder, json.loads(file.metadata["settings"]), how.settings)
+        require_same_run(folder, json.loads(file.metadata["settings"]), how.settings)
         _put(learner, trained, file)
         return json.loads(file.metadata["losses"])
     losses = _trained(how, folder, learner, batches, active, trained, lr)
@@ -306,13 +306,6 @@ def _numbers(learner: Any, adapter: str) -> dict[str, torch.Tensor]:
 def _put(learner: Any, adapter: str, file: TensorFile) -> None:
     for name, parameter in _numbers(learner, adapter).items():
         parameter.copy_(file[name])
-
-
-def _require_same(folder: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    if differing := [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in settings.items() if saved.get(k) != v]:
-        raise ValueError(
-            f"{folder} holds a stage of another run ({'; '.join(differing[:3])}). Choose another folder, or remove it."
-        )
 
 
 def _digest(data: Mapping[str, Sequence[Example]]) -> str:

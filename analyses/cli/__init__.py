@@ -3,9 +3,12 @@
 Nothing heavy is imported before a command runs, so that ``--help`` is immediate.
 
 options    what commands share
+given      what they read, and its hashes
 start      specimen, study
-change     tune, diff, apply, merge, edit, realign
+tuning     tune
+change     diff, apply, merge, edit, realign
 written    how every command that makes a model writes it
+arms       arms
 look       inspect, check, measure, figure
 dose       sweep
 think      generate, direction, heads, thinkedit

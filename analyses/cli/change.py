@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analyses.cli.given import hash_of, hash_of_tensors
 from analyses.cli.options import (
     CHANGE,
     DryRun,
@@ -320,7 +321,7 @@ def edit(
         typer.echo(f"{len(point.changed_from(base))} sites of {model} would change; would go to {to}")
         return
     files = [*([Path(edits)] if edits else []), *(path for step in steps for path in step.files)]
-    record.inputs = found | {str(path): {"ref": str(path), "hash": _hash_of(path)} for path in files}
+    record.inputs = found | {str(path): {"ref": str(path), "hash": hash_of(path)} for path in files}
     written = write_model(
         record,
         point,
@@ -512,15 +513,6 @@ def _strength(entry: str) -> tuple[str, float]:
         raise ValueError(f"--add {entry}: after the last colon comes a number, as in {folder}:0.7.") from error
 
 
-def _file_hash(path: Path) -> str:
-    import hashlib
-    import json
-
-    from surgery.tensorfile import hash_file_tensors
-
-    return hashlib.sha256(json.dumps(hash_file_tensors(path), sort_keys=True).encode()).hexdigest()
-
-
 def _change_in(ref: str, base: Checkpoint) -> tuple[Delta, dict[str, str]]:
     """The vector in a folder, a delta's or a LoRA adapter's, and its entry in a record."""
     import hashlib
@@ -532,18 +524,7 @@ def _change_in(ref: str, base: Checkpoint) -> tuple[Delta, dict[str, str]]:
         settings = (Path(ref) / CONFIG).read_bytes()  # alpha, for one
         return Adapter(ref, base), {
             "ref": ref,
-            "hash": hashlib.sha256(settings + _file_hash(Path(ref) / WEIGHTS).encode()).hexdigest(),
+            "hash": hashlib.sha256(settings + hash_of_tensors(Path(ref) / WEIGHTS).encode()).hexdigest(),
         }
     vector = StoredDelta(ref)
-    return vector, {"ref": ref, "hash": _file_hash(Path(ref) / "delta.safetensors"), "base": vector.base_hash}
-
-
-def _hash_of(path: Path) -> str:
-    """Of what an edit was read from: a model's folder, a safetensors file, or another file."""
-    import hashlib
-
-    from surgery.checkpoint import Checkpoint
-
-    if path.is_dir():
-        return Checkpoint(path).hash()
-    return _file_hash(path) if path.suffix == ".safetensors" else hashlib.sha256(path.read_bytes()).hexdigest()
+    return vector, {"ref": ref, "hash": hash_of_tensors(Path(ref) / "delta.safetensors"), "base": vector.base_hash}

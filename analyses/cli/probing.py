@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from analyses.cli.change import _hash_of
+from analyses.cli.given import RunsRef, load_runs, model_input, runs_input
 from analyses.cli.options import LOOK, Device, DryRun, ModelRef, Quiet, Seed, To, app, begin_record, require_new
-from analyses.cli.think import RunsRef, _inputs, _load_runs, _runs_file
 
 _BETWEEN_SPANS = re.compile(r",(?=[^/]*(?:/[^/]*/[^/]*)*$)")  # a comma that is not within the /.../ of a pattern
 
@@ -60,7 +59,7 @@ def probe(
     from surgery.model import Model
     from surgery.writing import new_folder
 
-    read = _load_runs(runs)
+    read = load_runs(runs)
     labels = labels_of(read, of, length=length or "thinking")
     spans = [span.strip() for span in _BETWEEN_SPANS.split(over)]
     typer.echo(f"{of}: {labels}")
@@ -83,7 +82,7 @@ def probe(
         progress=not quiet,
     )
     table, summary = found.frame(), found.summary()
-    record.inputs = _inputs(loaded, model) | {"runs": {"ref": runs, "hash": _hash_of(_runs_file(runs))}}
+    record.inputs = model_input(loaded, model) | runs_input(runs)
     record.results = {"labels": str(labels), "spans": summary.to_dict("records"), "about": dict(found.about)}
     with new_folder(to) as folder:
         found.save(folder / "probes.json")

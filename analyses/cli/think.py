@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analyses.cli.change import _hash_of
+from analyses.cli.given import RUNS, RunsRef, data_input, hash_of, load_runs, model_input, runs_input
 from analyses.cli.options import (
     CHANGE,
     LOOK,
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
     from surgery.model import Model
     from surgery.runs import Runs
 
-_RUNS = "runs.jsonl"
-RunsRef = Annotated[
-    str, typer.Option("--runs", help="Answers: a file of `surgery generate`, or its folder.", show_default=False)
-]
 Over = Annotated[
     str,
     typer.Option(
@@ -114,10 +110,10 @@ def generate(
     else:
         from surgery.writing import new_folder
 
-        record.inputs = _inputs(loaded, model) | _data_input(data)
+        record.inputs = model_input(loaded, model) | data_input(data)
         with new_folder(to) as folder:
             # the words typed would differ on replay
-            Runs(kept, runs.model, record.arguments).save(folder / _RUNS)
+            Runs(kept, runs.model, record.arguments).save(folder / RUNS)
             record.save(folder)
     ended = sum(t.finished for t in kept)
     typer.echo(f"{to}: {len(kept)} answers to {len(questions)} questions, {ended} ended by themselves")
@@ -150,7 +146,7 @@ def direction(
         raise ValueError("--like-paper is a recipe for --of length.")
     recipe = _recipe(like_paper, short, long, over=over)
     require_new(to)
-    read = _load_runs(runs)
+    read = load_runs(runs)
     from surgery.model import Model
     from surgery.writing import new_folder
 
@@ -165,7 +161,7 @@ def direction(
         found = _of_right_answers(loaded, read, at, over, seed, quiet)
     found = replace(found, about={**found.about, "questions": _names(read)})
     table = found.frame()
-    record.inputs = _inputs(loaded, model) | {"runs": {"ref": runs, "hash": _hash_of(_runs_file(runs))}}
+    record.inputs = model_input(loaded, model) | runs_input(runs)
     record.results = {"about": dict(found.about), "sites": table.to_dict("records")}
     with new_folder(to) as folder:
         found.save(folder / "direction.safetensors")
@@ -213,7 +209,7 @@ def heads(
     }
     loaded, found, inputs = found_heads(model, direction, runs, recipe, device=device, quiet=quiet)
     table: Any = found.frame()
-    record.inputs = _inputs(loaded, model) | inputs
+    record.inputs = model_input(loaded, model) | inputs
     record.results = {"heads": [str(s) for s in found.heads()], "share": share, "strength": strength}
     with new_folder(to) as folder:
         found.save(folder)
@@ -247,7 +243,7 @@ def found_heads(
     file = Path(direction) / "direction.safetensors" if Path(direction).is_dir() else Path(direction)
     along = Direction.load(file)
     recipe = _recipe(**options, site=_site_of(along))
-    read = _load_runs(runs)
+    read = load_runs(runs)
     shared = set(_names(read)) & set(along.about.get("questions", ()))
     if shared:
         typer.echo(
@@ -257,10 +253,7 @@ def found_heads(
     loaded = Model.load(model, device=device, dtype="float32")
     read.require(loaded)
     ranked = rank_heads(loaded, along, read, recipe, progress=not quiet)
-    inputs = {
-        "runs": {"ref": runs, "hash": _hash_of(_runs_file(runs))},
-        "direction": {"ref": direction, "hash": _hash_of(file)},
-    }
+    inputs = runs_input(runs) | {"direction": {"ref": direction, "hash": hash_of(file)}}
     return loaded, Found(along, ranked, recipe), inputs
 
 
@@ -328,7 +321,7 @@ def thinkedit(
         steering=(-0.08, -0.04, 0.04, 0.08) if steer else (), layerwise=(-1.0, 1.0) if steer else (),
     )  # fmt: skip
     heads, effects = done.found.heads(), done.frame()
-    record.inputs = _data_input(data)
+    record.inputs = data_input(data)
     record.results = {
         "heads": [str(s) for s in heads],
         "direction": {"file": "thinkedit/found/direction.safetensors", **dict(done.found.direction.about)},
@@ -418,27 +411,8 @@ def _questions(data: str, count: int | None, default: int, seed: int) -> list[Qu
     return tasks.load(data, count if count or from_file else default, seed=seed, side="all" if from_file else "test")
 
 
-def _runs_file(ref: str) -> Path:
-    return Path(ref) / _RUNS if Path(ref).is_dir() else Path(ref)
-
-
-def _load_runs(ref: str) -> Runs:
-    from surgery.runs import Runs
-
-    return Runs.load(_runs_file(ref))
-
-
 def _names(runs: Runs) -> list[str]:
     """The questions, each as a short hash."""
     import hashlib
 
     return sorted(hashlib.sha256(q.encode()).hexdigest()[:16] for q in runs.questions)
-
-
-def _inputs(model: Any, ref: str) -> dict[str, dict[str, str]]:
-    return {"model": {"ref": ref, "hash": model.checkpoint.hash()}}
-
-
-def _data_input(data: str) -> dict[str, dict[str, str]]:
-    """Of questions from a file, the file."""
-    return {"data": {"ref": data, "hash": _hash_of(Path(data))}} if Path(data).is_file() else {}

@@ -202,9 +202,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert same(run(model(), **kept, callbacks=[Stop(9, 0)]).skill, usual().skill)
     assert not begun  # every stage was there
     for other in ({"skill_lr": 1e-4}, {"seed": 1}, {"batch_size": 1}):
-        with pytest.raises(ValueError, match=f"stage of another run.*{next(iter(other))} was"):
+        with pytest.raises(ValueError, match=f"checkpoint of another run.*{next(iter(other))} was"):
             run(model(), **kept, **other)
-    with pytest.raises(ValueError, match=r"stage of another run.*start was"):
+    with pytest.raises(ValueError, match=r"checkpoint of another run.*start was"):
         run(model("llama", seed=9), **kept)
 
 
