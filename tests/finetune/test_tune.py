@@ -361,7 +361,7 @@ def interrupted(folder: Path, method: Any, **options: Any) -> Model:
     def stop(model: Model, step: int) -> dict[str, float]:
         if step == 4:
             raise KeyboardInterrupt
-        return {"step": float(step)}
+        return {"reached": float(step)}
 
     m = model()
     watch = {"watch": [every(1, stop)], "log": folder / "log.jsonl"}
