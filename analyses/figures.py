@@ -345,7 +345,9 @@ def _within(value: float, rows: Any) -> float:
     """The value, or the edge of what the rows' intervals span where it is further off than that is wide."""
     low, high = float(rows["low"].min()), float(rows["high"].max())
     span = high - low
-    return value if low - span <= value <= high + span else low - 0.1 * span if value < low else high + 0.1 * span
+    if low - span <= value <= high + span:
+        return value
+    return low - 0.1 * span if value < low else high + 0.1 * span
 
 
 def similarity(frame: Any, ax: Axes | None = None) -> Axes:

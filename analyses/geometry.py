@@ -28,6 +28,7 @@ from analyses.statistics import bootstrap
 from finetune.lift import budget, principal_indices
 from surgery.linalg import each_matrix, principal_angles, principal_subspace, singular_values
 from surgery.sites import Site, match
+from surgery.textfile import write_whole
 from surgery.weights import Delta, Weights, linear_sites
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ class Geometry:
 
     def save(self, path: str | Path) -> None:
         """Write everything to one JSON file."""
-        Path(path).write_text(json.dumps(asdict(self)) + "\n")
+        write_whole(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Geometry":

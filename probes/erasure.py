@@ -27,6 +27,7 @@ from surgery.model import Model
 from surgery.runs import fingerprint
 from surgery.sites import Site
 from surgery.tensorfile import save_whole
+from surgery.textfile import write_whole
 from surgery.transcript import Transcript
 
 if TYPE_CHECKING:
@@ -255,7 +256,7 @@ class Erased:
 
     def save(self, path: str | Path) -> None:
         """Write everything to one JSON file."""
-        Path(path).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Erased:

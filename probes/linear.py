@@ -27,6 +27,7 @@ from probes.held_out import Score, auc, auc_score, deal, mean_score, shuffled, u
 from surgery.linalg import each_matrix
 from surgery.model import Model
 from surgery.sites import Site, match
+from surgery.textfile import write_whole
 from surgery.transcript import Transcript, nobody_has, positions
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class ProbeTable:
 
     def save(self, path: str | Path) -> None:
         """Write everything to one JSON file."""
-        Path(path).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> ProbeTable:

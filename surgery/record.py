@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from surgery.headers import read_json
+from surgery.textfile import write_whole
 
 RECORD = "record.json"
 PACKAGES = (
@@ -80,11 +81,7 @@ class Record:
         self.seconds = round(time.monotonic() - self._clock, 3)
         self.outputs = hash_folder(folder)
         self.results.setdefault("reproducible", list(reproducible))
-        path = folder / RECORD
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-        return path
+        return write_whole(folder / RECORD, json.dumps(asdict(self), indent=2, default=str) + "\n")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Record:
