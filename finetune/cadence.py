@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 _ROUNDING = 1e-9  # of a step or of a cost, so that what fits exactly does fit
 _FORWARD = 1 / 3  # of a step, which is a forward pass and a backward pass of twice its work
+_DOUBT = 1.25  # times what a first measurement was said to take: a trial is short, and what it scales up is not exact
 _RECENT = 3  # measurements whose mean cost is expected of the next: the first may do work that is done once
 
 
@@ -83,8 +84,8 @@ def _level(ranges: Mapping[str, tuple[float, float]], seconds: float) -> dict[st
 class Account:
     """The time that measurements may take of one run, and have taken.
 
-    Nothing is measured that the rest of the time cannot pay: with costs known exactly, all together never take more than `seconds`; else
-    more by no more than what one of them took longer than expected.
+    Nothing is measured that the rest of the time cannot pay: where a first measurement takes no more than a quarter longer than was said,
+    and later ones what the last ones took, all together never take more than `seconds`; else more by no more than one of them took beyond that.
 
     share:    of the seconds that training itself takes, at least 0.
     steps:    optimizer steps of the whole run.
@@ -118,9 +119,10 @@ class Account:
 
     @property
     def costs(self) -> dict[str, float]:
-        """What one measurement is expected to take: the mean of the last ones made, before the first one what was said to `expect`."""
+        """What one measurement is taken to cost: the mean of the last ones made, before the first one a quarter more than was said to
+        `expect`."""
         unknown = _FORWARD * self.step_seconds
-        first = {name: unknown if said is None else said for name, said in self._expected.items()}
+        first = {name: _DOUBT * (unknown if said is None else said) for name, said in self._expected.items()}
         return first | {name: sum(some) / len(some) for name, some in self._costs.items()}
 
     def expect(self, name: str, seconds: float | None, spent: float = 0.0) -> None:

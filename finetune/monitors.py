@@ -89,9 +89,9 @@ class Recorder(TrainerCallback):
 
     How the budget is kept: a training step is timed, without its measurements. Before the first optimizer step acts, when forward and
     backward have been timed, each monitor's `trial` says what a measurement will take (without one, a third of a step is assumed: a forward
-    pass). The starting values are then taken, for half of the budget at most, and `finetune.cadence.plan` deals out the rest anew after
-    every step. Nothing is measured that what is left of the whole run's budget cannot pay, so that the budget is overdrawn by no more than one
-    measurement, or one trial, took longer than expected. A monitor that cannot be paid within the run is not measured; the ``plan`` line
+    pass), and a quarter more is set aside for the first. The starting values are then taken, for half of the budget at most, and
+    `finetune.cadence.plan` deals out the rest anew after every step. Nothing is measured that what is left of the whole run's budget cannot
+    pay, so that it is overdrawn by no more than one measurement, or one trial, took longer than was set aside. A monitor that cannot be paid within the run is not measured; the ``plan`` line
     names it, and what it would take, under ``no_time``. Watches with a cadence of their own cost what they cost.
 
     Steps are optimizer steps, however many micro-batches they have. A resumed run continues the file: lines from after the checkpoint

@@ -119,11 +119,11 @@ def run(
     st.dictionaries(st.sampled_from(NAMES), st.just(0.0) | st.floats(0.01, 20), min_size=1),
     st.sampled_from([0.0, 0.01, 0.03, 0.2]),
     st.integers(1, 50),
-    st.lists(st.sampled_from([0.0, 0.1, 1.0, 3.0, None]), min_size=len(NAMES), max_size=len(NAMES)),
+    st.lists(st.sampled_from([0.0, 0.1, 0.8, 1.0, 3.0, None]), min_size=len(NAMES), max_size=len(NAMES)),
 )
 @settings(max_examples=50, deadline=None)
 def test_a_run_keeps_to_its_share(costs: dict[str, float], share: float, steps: int, known: list[float | None]) -> None:
-    """With costs known exactly it is never overdrawn; else by no more than one first measurement took longer than expected."""
+    """Where first measurements take up to a quarter more than was said it is never overdrawn; else by no more than one took beyond that."""
 
     def taken(made: dict[str, list[int]]) -> float:
         return sum(costs[name] * len(at) for name, at in made.items())
@@ -132,7 +132,7 @@ def test_a_run_keeps_to_its_share(costs: dict[str, float], share: float, steps: 
     made = run(share, steps, costs)
     assert taken(made) <= allowed
     expected = {name: None if of is None else of * costs[name] for name, of in zip(costs, known, strict=False)}
-    assumed = {name: 1 / 3 if said is None else said for name, said in expected.items()}
+    assumed = {name: 5 / 4 * (1 / 3 if said is None else said) for name, said in expected.items()}
     wrong = max(0.0, *(costs[name] - assumed[name] for name in costs), 0.0)
     assert taken(run(share, steps, costs, expected=expected)) <= allowed + wrong
     if not share:
@@ -140,11 +140,11 @@ def test_a_run_keeps_to_its_share(costs: dict[str, float], share: float, steps: 
 
 
 def test_what_nobody_can_pay_is_not_measured() -> None:
-    assert run(0.03, 40, {"dear": 1.3, "cheap": 0.1})["dear"] == []
-    assert run(0.03, 40, {"dear": 1.1})["dear"] == [
-        40
-    ]  # more than half of 1.2: not at the start, for the end is worth as much
-    assert run(0.03, 40, {"dear": 0.6})["dear"] == [0, 40]
+    """A first measurement is paid with a quarter to spare."""
+    assert run(0.03, 40, {"dear": 1.0, "cheap": 0.1})["dear"] == []
+    # more than half of 1.2: not at the start, for the end is worth as much
+    assert run(0.03, 40, {"dear": 0.9})["dear"] == [40]
+    assert run(0.03, 40, {"dear": 0.48})["dear"] == [0, 40]
 
 
 def test_an_unknown_cost_is_taken_for_a_forward_pass_until_it_is_known() -> None:
@@ -152,10 +152,10 @@ def test_an_unknown_cost_is_taken_for_a_forward_pass_until_it_is_known() -> None
     account.training, account.made = 6.0, 2
     account.expect("a", None)
     account.expect("b", 0.5, spent=0.125)
-    assert account.costs == {"a": 1.0, "b": 0.5}
+    assert account.costs == {"a": 1.25, "b": 0.625}
     assert account.used == 0.125
     account.training = 12.0
-    assert account.costs == {"a": 2.0, "b": 0.5}
+    assert account.costs == {"a": 2.5, "b": 0.625}
     account.charge("a", 7.0, 3)
     account.charge("b", 0.25, 3)
     assert account.costs == {"a": 7.0, "b": 0.25}
