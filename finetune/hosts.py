@@ -248,7 +248,7 @@ def _within(wrapper: nn.Module, compute: Callable[[], Predictions]) -> Predictio
 
     def forward() -> Tensor:
         found.append(compute())
-        return found[0].logits
+        return found[0].raw
 
     inner: Any = wrapper.module
     own = inner.__dict__.get("forward")
@@ -260,7 +260,7 @@ def _within(wrapper: nn.Module, compute: Callable[[], Predictions]) -> Predictio
             del inner.forward
         else:
             inner.forward = own
-    return replace(found[0], logits=logits)
+    return replace(found[0], raw=logits)
 
 
 def _adapted(module: nn.Module) -> bool:

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from finetune.examples import IGNORED
-from surgery.model import common_prefix, prefix_cache
+from surgery.decoding import common_prefix, prefix_cache
 
 _OWN = {"input_ids", "attention_mask", "labels", "token_weights", "sample", "group"}
+_STRIP = {"cpu": 1 << 21}  # logits in work at once: in float32 they stay in the cache
+_STRIP_ELSEWHERE = 1 << 24
 INPUTS = ("input_ids", "attention_mask", "pixel_values")
 
 
@@ -49,14 +52,15 @@ class Totals:
 class Predictions:
     """The labelled tokens of a batch, row by row, and what the model says of them.
 
-    logits:    before the softmax, float32, where each token is predicted.
+    raw:       logits before the softmax where each token is predicted, in the precision that the model gave them.
+    logits:    the same in float32 (float64 stays).
     targets:   the tokens. weights: of their losses. row: the sequence of the batch that each is in.
     rows:      how many sequences. sample, group: of each. columns: the other numbers that the data has, by name.
     totals:    of the whole optimizer step.
     reference: gives the logits of the frozen starting model at the same places, without gradient; None where nobody asked for it.
     """
 
-    logits: Float[Tensor, "token vocab"]
+    raw: Float[Tensor, "token vocab"]
     targets: Int[Tensor, " token"]
     weights: Float[Tensor, " token"]
     row: Int[Tensor, " token"]
@@ -68,9 +72,14 @@ class Predictions:
     reference: Callable[[], Float[Tensor, "token vocab"]] | None = None
 
     @cached_property
+    def logits(self) -> Float[Tensor, "token vocab"]:
+        return _wide(self.raw)
+
+    @cached_property
     def nll(self) -> Float[Tensor, " token"]:
         """Negative log-likelihood of each token, in nats."""
-        return torch.nn.functional.cross_entropy(self.logits, self.targets, reduction="none")
+        found: Any = _TokenNLL.apply(self.raw, self.targets)
+        return found
 
     def per_row(self, values: Float[Tensor, " token"]) -> Float[Tensor, " rows"]:
         """Sums over the tokens of each sequence."""
@@ -94,7 +103,7 @@ def predict(
         batch["token_weights"][:, 1:][wanted] if "token_weights" in batch else torch.ones(len(row), device=row.device)
     )
     return Predictions(
-        logits_at(module, batch, row, column, share),
+        _raw_logits_at(module, batch, row, column, share),
         labels[row, column + 1],
         weights,
         row,
@@ -115,6 +124,11 @@ def logits_at(
     share: bool = True,
 ) -> Float[Tensor, "token vocab"]:
     """Logits in float32 of the positions (row, column) of a batch."""
+    return _wide(_raw_logits_at(module, batch, row, column, share))
+
+
+def _raw_logits_at(module: Any, batch: Mapping[str, Tensor], row: Tensor, column: Tensor, share: bool) -> Tensor:
+    """`logits_at` in the precision of the computation; in float32 where they are capped."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     start, cache = 0, None
     # layers that are recomputed in the backward pass would drop the cache of the prompt
@@ -127,6 +141,39 @@ def logits_at(
     hidden = module.base_model(
         input_ids=ids[:, start:], attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **rest
     ).last_hidden_state
-    logits = module.get_output_embeddings()(hidden[row, column - start]).float()
+    logits = module.get_output_embeddings()(hidden[row, column - start])
     cap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
+    return torch.tanh(_wide(logits) / cap) * cap if cap else logits
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class _TokenNLL(torch.autograd.Function):
+    """``cross_entropy(logits.float(), targets, reduction="none")`` without a float32 copy of the logits, of their softmax or of their
+    gradient: the vocabulary is taken a strip of tokens at a time, in float32, and the exponentials are computed again backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        norms = torch.cat([_wide(strip).logsumexp(-1) for strip in logits.split(_strip(logits))])
+        ctx.save_for_backward(logits, targets, norms)
+        return norms - _wide(logits.gather(1, targets[:, None])[:, 0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None]:
+        logits, targets, norms = ctx.saved_tensors
+        found, step = torch.empty_like(logits), _strip(logits)
+        parts = (x.split(step) for x in (found, logits, targets, norms, weights))
+        for into, strip, target, norm, weight in zip(*parts, strict=True):
+            chances = (_wide(strip) - norm[:, None]).exp_()
+            chances.scatter_add_(1, target[:, None], chances.new_full((len(target), 1), -1.0))
+            torch.mul(chances, weight[:, None], out=chances)
+            into.copy_(chances)
+        return found, None
+
+
+def _strip(logits: Tensor) -> int:
+    """How many tokens' logits are in work at once."""
+    return max(1, _STRIP.get(logits.device.type, _STRIP_ELSEWHERE) // max(1, logits.shape[1]))

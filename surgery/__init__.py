@@ -24,6 +24,8 @@ linalg       low rank, principal subspaces and angles
 transcript   Transcript: prompt, thinking, answer, sentences, as token spans
 rows         rows_are(): where the prompts of a running batch end, said by whoever runs it
 runs         Runs: transcripts as a file, with the fingerprint of the model that wrote them
+room         a cache that tokens are written into
+decoding     decode(): what a module writes on, batch by batch; prefix_cache()
 model        Model: live module, tokenizer, anatomy; generate(), installed()
 windows      the same live weights in nnsight and TransformerLens, and what they call our sites
 record       Record, verify, replay

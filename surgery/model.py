@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint, load_module
-from surgery.rows import are_apart, rows_are
+from surgery.decoding import GumbelNoise, decode, pad_after_prefix, prefix_cache
+from surgery.rows import rows_are
 from surgery.sites import Site
 from surgery.transcript import THINK, Markers, Transcript, end_tokens, read_transcript
 from surgery.weights import Weights
@@ -210,7 +210,7 @@ class Model:
         cache = prefix_cache(self.module, prompts[0][:start], len(prompts)) if start else None
         if cache is None:
             ids, mask, _ = pad_after_prefix(prompts, self.pad_id, share=False)
-        return decode(self, ids, mask, length, cache, [_GumbelNoise(seeds, heat)] if heat else [])
+        return decode(self, ids, mask, length, cache, GumbelNoise(seeds, heat) if heat else None)
 
     @property
     def pad_id(self) -> int:
@@ -248,33 +248,6 @@ def _heat(samples: int, temperature: float | None) -> float:
             f"samples={samples} at temperature={heat}: ask for at least one sample, and for a temperature above 0 when they are to differ."
         )
     return heat
-
-
-def decode(
-    model: Model, ids: Tensor, mask: Tensor, length: int, past: Any = None, processors: Sequence[Any] = ()
-) -> list[list[int]]:
-    """What a model writes after each row of a batch, at most `length` tokens: the likeliest token each time.
-
-    ids, mask: ``[batch, token]``; padding anywhere, as long as every row ends in the last column. past: a cache of all columns but the
-    last ones, at least one of which it leaves. processors: change the logits first, as in transformers. Rows that end early are padded.
-    """
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=length,
-        eos_token_id=sorted(end_tokens(model.tokenizer)) or None,
-        pad_token_id=model.pad_id,
-        use_cache=True,
-    )
-    out: Any = model.module.generate(  # type: ignore[operator]
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=config,
-        logits_processor=list(processors),
-        **({} if past is None else {"past_key_values": past}),
-    )
-    return [row[ids.shape[1] :].tolist() for row in out]
 
 
 @contextmanager
@@ -317,16 +290,21 @@ def changed_parameters(weights: Weights, model: Model) -> dict[str, Tensor]:
 
 @contextmanager
 def swapped(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """A live model with other tensors under some of its parameters' names; its own come back on leaving, bit for bit."""
+    """A live model with other tensors under some of its parameters' names; its own come back on leaving, bit for bit.
+
+    What an autocast around it has cast already is forgotten, both times: it would go on computing with the weights it saw first.
+    """
     parameters = dict(model.module.named_parameters())
     originals = {name: parameters[name].data for name in tensors}
     try:
         for name, tensor in tensors.items():
             parameters[name].data = tensor
+        torch.clear_autocast_cache()
         yield
     finally:
         for name, tensor in originals.items():
             parameters[name].data = tensor
+        torch.clear_autocast_cache()
 
 
 def find(ref: str | os.PathLike[str]) -> Path:
@@ -383,61 +361,3 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"{dtype!r} is not a dtype of weights. Choose float32, bfloat16, float16 or auto.")
     return found
-
-
-def prefix_cache(module: PreTrainedModel, prefix: Sequence[int], rows: int) -> Any:
-    """The KV cache of a prefix with which every row of a batch begins: computed once, repeated for `rows` rows.
-
-    Differentiable where gradients are on. None for models some of whose layers do not keep a plain cache (sliding windows), and
-    where rows are to be treated unlike (`surgery.rows.rows_apart`).
-    """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    cache = DynamicCache(config=module.config)
-    if are_apart() or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return None
-    ids = torch.tensor([list(prefix)], device=next(module.parameters()).device)
-    module.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(rows)
-    return cache
-
-
-def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with in common, leaving each at least one token of its own."""
-    shortest = min(map(len, rows))
-    return next((i for i in range(shortest - 1) if len({row[i] for row in rows}) > 1), shortest - 1)
-
-
-def pad_after_prefix(rows: Sequence[Sequence[int]], pad: int, share: bool = True) -> tuple[Tensor, Tensor, int]:
-    """Ids and attention mask ``[batch, longest]``, the padding between the rows' common prefix and the rest, and the prefix's length.
-
-    At least one token of each row lies after the prefix. Without `share` the prefix is empty: plain left padding.
-    """
-    width = max(map(len, rows))
-    start = common_prefix(rows) if share else 0
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, :start], mask[i, :start] = torch.tensor(row[:start]), 1
-        tail = len(row) - start
-        ids[i, width - tail :], mask[i, width - tail :] = torch.tensor(row[start:]), 1
-    return ids, mask, start
-
-
-class _GumbelNoise:
-    """Gumbel-max sampling: the arg max of ``logits / T + g`` with Gumbel noise g is a sample of ``softmax(logits / T)``.
-
-    Each row draws from its own generator, so a sample does not depend on what else is in the batch.
-    """
-
-    def __init__(self, seeds: Sequence[tuple[int, int, int]], heat: float):
-        self._heat = heat
-        self._rows = [
-            torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0])) for seed in seeds
-        ]
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self._rows])
-        gumbel = -torch.log(-torch.log(uniform.clamp_min(1e-300)))
-        return scores.double() / self._heat + gumbel.to(scores.device)

@@ -14,7 +14,8 @@ from analyses.scoring import quiet
 from analyses.seeing.learning import collate, taught
 from analyses.seeing.pictures import pixels_of
 from analyses.tasks import Question, grade
-from surgery.model import Model, pad_after_prefix
+from surgery.decoding import pad_after_prefix
+from surgery.model import Model
 from surgery.transcript import Transcript, read_transcript
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from finetune.examples import Example
 from finetune.predictions import logits_at
 from finetune.recipes.retelling import Grader, noted, require_some
-from surgery.model import Model, decode, pad_after_prefix, prefix_cache
+from surgery.decoding import decode, pad_after_prefix, prefix_cache
+from surgery.model import Model
 from surgery.transcript import Transcript, end_tokens, positions, read_transcript
 
 Trial = tuple[int, int]  # the position replaced, and the token put there

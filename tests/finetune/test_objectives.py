@@ -70,7 +70,7 @@ def case(
     logits, base = spread * draw(count, VOCABULARY), draw(count, VOCABULARY)
     weights = torch.rand(count, generator=generator, dtype=torch.float64) + 0.5 if weighted else torch.ones(count)
     p = Predictions(
-        logits=logits.requires_grad_(),
+        raw=logits.requires_grad_(),
         targets=torch.randint(VOCABULARY, (count,), generator=generator),
         weights=weights.double(),
         row=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
@@ -93,7 +93,7 @@ def part(p: Predictions, rows: Sequence[int]) -> Predictions:
     base = p.reference()[kept]
     return replace(
         p,
-        logits=p.logits[kept],
+        raw=p.raw[kept],
         targets=p.targets[kept],
         weights=p.weights[kept],
         row=torch.tensor([number[r] for r in p.row[kept].tolist()]),
@@ -193,7 +193,7 @@ def finite_differences(of: Objective, p: Predictions, step: float = 1e-6) -> Ten
         for sign in (1, -1):
             moved = start.clone()
             moved.view(-1)[i] += sign * step
-            ends.append(value(of, replace(p, logits=moved)))
+            ends.append(value(of, replace(p, raw=moved)))
         found.view(-1)[i] = (ends[0] - ends[1]) / (2 * step)
     return found
 
@@ -471,7 +471,7 @@ def test_a_sum_remembers_what_its_parts_do() -> None:
     first(c.p)
     again = nll + 0.5 * Glow() + Glow(beta=5.0)
     again.load_state_dict(first.state_dict())
-    moved = replace(c.p, logits=c.p.logits * 1.1)
+    moved = replace(c.p, raw=c.p.raw * 1.1)
     assert value(again, moved) == value(first, moved)
     assert value(again, moved) != value(nll + 0.5 * Glow() + Glow(beta=5.0), moved)
     with pytest.raises(ValueError, match=r"The state has parts \['1', '2'\]"):
@@ -520,3 +520,23 @@ def test_asft_without_an_anchor_is_dft() -> None:
     assert asft(0.0) is dft
     expected = gradient(dft, c.p) + 0.2 * gradient(kl_to_base, c.p)
     torch.testing.assert_close(gradient(asft(0.2), c.p), expected)
+
+
+# --- the likelihood itself ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_nll_of_a_large_vocabulary_is_cross_entropy_in_float32(dtype: torch.dtype) -> None:
+    """In strips, whatever they leave over; from bf16 logits with the gradient in bf16, as a cast and torch's own loss give it."""
+    generator = torch.Generator().manual_seed(0)
+    raw = (5 * torch.randn(29, 50_021, generator=generator)).to(dtype).requires_grad_()
+    targets, one = torch.randint(50_021, (29,), generator=generator), torch.zeros(29, dtype=torch.long)
+    weights = torch.randn(29, generator=generator)
+    p = Predictions(raw, targets, torch.ones(29), one, 1, one[:1], one[:1], Totals(29, 1, 1))
+    wide = raw if dtype == torch.float64 else raw.float()
+    expected = torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+    assert p.nll.dtype == p.logits.dtype == wide.dtype
+    torch.testing.assert_close(p.nll, expected)
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), raw)[0] for x in (p.nll, expected))
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, theirs)

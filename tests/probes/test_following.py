@@ -8,7 +8,8 @@ import torch
 
 from analyses.controls import planted_tokenizer
 from probes.following import following
-from surgery.model import Model, pad_after_prefix, prefix_cache
+from surgery.decoding import pad_after_prefix, prefix_cache
+from surgery.model import Model
 from surgery.rows import rows_apart, rows_are
 from surgery.transcript import positions, read_transcript
 from tests.families import FAMILIES, tiny

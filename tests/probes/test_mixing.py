@@ -5,8 +5,9 @@ import torch
 
 from probes.mixing import mix_logits, mixed
 from probes.steering import steered
+from surgery.decoding import prefix_cache
 from surgery.edits import Scale
-from surgery.model import Model, prefix_cache
+from surgery.model import Model
 from surgery.rows import rows_are
 from surgery.weights import apply
 from tests.families import FAMILIES, tiny

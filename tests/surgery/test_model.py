@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from surgery.decoding import pad_after_prefix, prefix_cache
 from surgery.edits import Scale
-from surgery.model import Model, as_dtype, find, pad_after_prefix, pick_device, prefix_cache
+from surgery.model import Model, as_dtype, find, pick_device
 from surgery.weights import apply
 from surgery.writing import write
 from tests.families import FAMILIES, save_tiny, tiny
@@ -44,6 +45,26 @@ def test_installed_is_what_is_written_and_is_given_back(family, tied, tmp_path):
     other = Model(*tiny("llama" if family == "gpt2" else "gpt2", tied=tied))
     with pytest.raises(ValueError, match="do not have the same anatomy"), model.installed(other.weights):
         pass
+
+
+def test_an_autocast_around_several_weights_computes_with_each():
+    """Its casts are kept by parameter, and would outlive what was in the parameter."""
+    model = Model(*tiny("llama"))
+    edited = apply(Scale(0.5), model.weights, ["*.mlp.up"])
+
+    def seen():
+        with torch.autocast("cpu", torch.bfloat16):
+            return logits(model)
+
+    plain = seen()
+    with model.installed(edited):
+        inside = seen()
+    assert not torch.equal(plain, inside)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(model), plain)
+        with model.installed(edited):
+            assert torch.equal(logits(model), inside)
+        assert torch.equal(logits(model), plain)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
