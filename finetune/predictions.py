@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -156,7 +156,7 @@ class _TokenNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        norms = torch.cat([_wide(strip).logsumexp(-1) for strip in logits.split(_strip(logits))])
+        norms = torch.cat([_norms(work.copy_(strip)) for strip, work in _strips(logits)])
         ctx.save_for_backward(logits, targets, norms)
         return norms - _wide(logits.gather(1, targets[:, None])[:, 0])
 
@@ -164,16 +164,24 @@ class _TokenNLL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None]:
         logits, targets, norms = ctx.saved_tensors
-        found, step = torch.empty_like(logits), _strip(logits)
-        parts = (x.split(step) for x in (found, logits, targets, norms, weights))
-        for into, strip, target, norm, weight in zip(*parts, strict=True):
-            chances = (_wide(strip) - norm[:, None]).exp_()
-            chances.scatter_add_(1, target[:, None], chances.new_full((len(target), 1), -1.0))
-            torch.mul(chances, weight[:, None], out=chances)
-            into.copy_(chances)
+        found, start = torch.empty_like(logits), 0
+        for strip, work in _strips(logits):
+            now = slice(start, start := start + len(strip))
+            chances = work.copy_(strip).sub_(norms[now, None]).exp_()
+            chances.scatter_add_(1, targets[now, None], chances.new_full((len(strip), 1), -1.0))
+            found[now] = chances.mul_(weights[now, None])
         return found, None
 
 
-def _strip(logits: Tensor) -> int:
-    """How many tokens' logits are in work at once."""
-    return max(1, _STRIP.get(logits.device.type, _STRIP_ELSEWHERE) // max(1, logits.shape[1]))
+def _norms(logits: Tensor) -> Tensor:
+    """The log of the sum of the exponentials of each row, which are left in place of the logits."""
+    top = logits.amax(-1, keepdim=True)
+    return (logits.sub_(top).exp_().sum(-1, keepdim=True).log_() + top)[:, 0]
+
+
+def _strips(logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some tokens' logits at a time, and room for them in the precision of the work, the same room each time."""
+    step = max(1, _STRIP.get(logits.device.type, _STRIP_ELSEWHERE) // max(1, logits.shape[1]))
+    room = torch.empty_like(_wide(logits[:step]))
+    for strip in logits.split(step):
+        yield strip, room[: len(strip)]
