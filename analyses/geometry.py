@@ -26,7 +26,7 @@ from torch import Tensor
 
 from analyses.statistics import bootstrap
 from finetune.lift import budget, principal_indices
-from surgery.linalg import each_matrix, principal_angles, principal_subspace, singular_values
+from surgery.linalg import each_matrix, principal_angles, singular_system, singular_values
 from surgery.sites import Site, match
 from surgery.textfile import write_whole
 from surgery.weights import Delta, Weights, linear_sites
@@ -64,10 +64,10 @@ def decompose(W: Float[Tensor, "out in"], *, density: float = 0.05, filter_rank:
     k            dimension of the principal subspaces; at most the matrix's short side is taken
     """
     count = budget(W.shape, density)
-    U, V = _subspaces(W, k)
+    spectrum, U, V = singular_system(W, min(k, *W.shape))
     # ties (many in bf16) go to the lowest positions
     low = W.detach().float().abs().flatten().argsort(stable=True)[:count].sort().values
-    return Decomposition(W.float(), singular_values(W), U, V, principal_indices(W, filter_rank, count).long(), low)
+    return Decomposition(W.float(), spectrum, U, V, principal_indices(W, filter_rank, count).long(), low)
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,14 @@ def change(base: Decomposition, W: Float[Tensor, "out in"]) -> Change:
     if size:
         d = singular_values(moved.view_as(W))
         p = d / d.sum()
+        after, *subspaces = singular_system(W, k)
         ranks = {
             "spectral_ratio": _ratio(float(d[0]), float(s[0])),
             "effective_rank": float(torch.special.entr(p).sum().exp()),
             "stable_rank": size / float(d[0]) ** 2,
-            "spectral_drift": _ratio(float((singular_values(W) - s).norm()), length),
+            "spectral_drift": _ratio(float((after - s).norm()), length),
         }
-        pairs = zip((base.U, base.V), _subspaces(W, k), strict=True)
+        pairs = zip((base.U, base.V), subspaces, strict=True)
         turned = [torch.rad2deg(principal_angles(before, after)) for before, after in pairs]
     rotation = {f"angle_{side}_mean": float(t.mean()) for side, t in zip("uv", turned, strict=True)}
     rotation |= {f"angle_{side}_max": float(t.max()) for side, t in zip("uv", turned, strict=True)}
@@ -295,11 +296,6 @@ def geometry(
         found = each_matrix(look, sites)
     by_arm = [rows[i] for i in range(len(arms)) for rows in found]
     return Geometry(tuple(by_arm), filter_rank, k)
-
-
-def _subspaces(W: Float[Tensor, "out in"], k: int) -> tuple[Float[Tensor, "out k"], Float[Tensor, "in k"]]:
-    V = principal_subspace(W, min(k, *W.shape), side="in")
-    return torch.linalg.qr(W.detach().to(V) @ V).Q, V
 
 
 def _energy(moved: Float[Tensor, " n"], at: Int[Tensor, " count"]) -> float:

@@ -1,4 +1,4 @@
-"""Two routines of BLAS and LAPACK that let other threads run.
+"""Routines of BLAS and LAPACK that let other threads run.
 
 scipy's own wrappers of them hold the interpreter's lock, so a pool of threads gains nothing by them; here the same compiled
 routines are called through `ctypes`, which releases it. scipy publishes their addresses for exactly such callers
@@ -68,6 +68,54 @@ def top_eigenvectors(symmetric: NDArray[Any], count: int) -> NDArray[Any]:
     if info[0] or found[0] != count:
         raise ArithmeticError(f"the eigenvectors of a {n}x{n} matrix did not converge (LAPACK says {info[0]})")
     return vectors
+
+
+def eigensystem(symmetric: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """All eigenvalues `[n]`, ascending, and the eigenvectors `[n, count]` of the `count` largest, in the order of those.
+
+    symmetric: as for `top_eigenvectors`. The reduction to tridiagonal form, which is nearly all of the work, is done once for both.
+    Raises ArithmeticError where LAPACK does not converge.
+    """
+    n, dtype = len(symmetric), symmetric.dtype
+    assert symmetric.shape == (n, n)
+    assert symmetric.flags.f_contiguous
+    assert 1 <= count <= n
+    values, beside, scales = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
+    vectors, top = np.empty((n, count), dtype, order="F"), np.empty(n, dtype)
+    found, info, support, exact = (
+        np.zeros(1, np.intc),
+        np.zeros(1, np.intc),
+        np.empty(2 * n, np.intc),
+        np.ones(1, np.intc),
+    )
+
+    def worked(name: str, *arguments: Any) -> None:
+        """Ask for the room, then work in it."""
+        work = np.empty(1, dtype)
+        _call(cython_lapack, name, dtype, *arguments, work, -1, info)
+        work = np.empty(int(work[0]), dtype)
+        _call(cython_lapack, name, dtype, *arguments, work, len(work), info)
+        _converged(info)
+
+    worked("sytrd", "L", n, symmetric, n, values, beside, scales)
+    diagonal, off = values.copy(), beside.copy()
+    _call(cython_lapack, "sterf", dtype, n, values, beside, info)
+    _converged(info)
+    work, whole = np.empty(18 * n, dtype), np.empty(10 * n, np.intc)
+    _call(
+        cython_lapack, "stemr", dtype, "V", "I", n, diagonal, off, 0.0, 0.0, n - count + 1, n, found, top, vectors, n, count,
+        support, exact, work, len(work), whole, len(whole), info,
+    )  # fmt: skip
+    _converged(info)
+    if found[0] != count:
+        raise ArithmeticError(f"{found[0]} of {count} eigenvectors of a {n}x{n} matrix were found")
+    worked("ormtr", "L", "L", "N", n, count, symmetric, n, scales, vectors, n)
+    return values, vectors
+
+
+def _converged(info: NDArray[Any]) -> None:
+    if info[0]:
+        raise ArithmeticError(f"the eigenvalues of a matrix did not converge (LAPACK says {info[0]})")
 
 
 def _call(library: Any, name: str, dtype: np.dtype[Any], *arguments: Any) -> None:

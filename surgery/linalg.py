@@ -80,6 +80,29 @@ def singular_values(W: Float[Tensor, "out in"]) -> Float[Tensor, " short"]:
     return torch.linalg.eigvalsh(gram, UPLO="L").flip(0).clamp_min(0).sqrt()
 
 
+def singular_system(
+    W: Float[Tensor, "out in"], rank: int
+) -> tuple[Float[Tensor, " short"], Float[Tensor, "out rank"], Float[Tensor, "in rank"]]:
+    """All singular values, largest first, and orthonormal bases of the leading `rank` left and right singular subspaces.
+
+    From one decomposition, in float64 whatever the size; values as accurate as those of `singular_values`. rank: 1 up to the short side.
+    Raises ValueError as `principal_subspace` does.
+    """
+    X = _tall(W)
+    _check_rank(W, rank)
+    gram = gram_matrix(X, torch.float64)
+    if gram.device.type == "cpu":
+        from surgery._blas import eigensystem
+
+        squares, vectors = map(torch.from_numpy, eigensystem(gram.numpy(), rank))
+    else:
+        squares, vectors = torch.linalg.eigh(gram, UPLO="L")
+    short = vectors[:, vectors.shape[1] - rank :].flip(1)
+    long = torch.linalg.qr(torch.cat([strip @ short for strip in _strips(X, torch.float64)])).Q
+    values = squares.flip(0).clamp_min(0).sqrt()
+    return (values, long, short) if W.shape[1] <= W.shape[0] else (values, short, long)
+
+
 def project_out(
     W: Float[Tensor, "out in"],
     u: Float[Tensor, " dim"],
@@ -154,9 +177,13 @@ def _factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _short_subspace(W: Tensor, rank: int) -> Tensor:
     X = _tall(W)
-    if not 1 <= rank <= X.shape[1]:
-        raise ValueError(f"rank {rank} asked of a {_shape(W)} matrix: it has ranks 1 to {X.shape[1]}")
+    _check_rank(W, rank)
     return leading_eigenvectors(gram_matrix(X, work_precision(W)), rank)
+
+
+def _check_rank(W: Tensor, rank: int) -> None:
+    if not 1 <= rank <= min(W.shape):
+        raise ValueError(f"rank {rank} asked of a {_shape(W)} matrix: it has ranks 1 to {min(W.shape)}")
 
 
 def _tall(W: Tensor) -> Tensor:

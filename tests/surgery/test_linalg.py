@@ -4,7 +4,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from surgery.linalg import each_matrix, low_rank, principal_angles, principal_subspace, project_out, singular_values
+from surgery.linalg import (
+    each_matrix,
+    low_rank,
+    principal_angles,
+    principal_subspace,
+    project_out,
+    singular_system,
+    singular_values,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +60,27 @@ def test_subspace_of_every_side(shape):
         assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_subspaces_from_one_decomposition(shape):
+    W = matrix(*shape)
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    for rank in {1, min(3, *shape), min(shape)}:
+        values, left, right = singular_system(W, rank)
+        torch.testing.assert_close(values, singular_values(W))
+        torch.testing.assert_close(values, S, atol=1e-7, rtol=1e-9)
+        for basis, expected in ((left, U), (right, Vh.T)):
+            assert basis.shape == expected[:, :rank].shape
+            torch.testing.assert_close(basis.T @ basis, torch.eye(rank, dtype=torch.float64))
+            for k in range(rank):
+                assert abs(float(basis[:, k] @ expected[:, k])) == pytest.approx(1, abs=1e-9)
+    with pytest.raises(ValueError, match="has ranks 1 to"):
+        singular_system(W, min(shape) + 1)
+
+
 def test_the_matrix_given_is_not_written_to():
     W = matrix(6, 6).double()
     before = W.clone()
+    singular_system(W, 2)
     low_rank(W, 6).zero_()
     low_rank(W, 2).zero_()
     assert torch.equal(W, before)
