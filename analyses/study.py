@@ -35,7 +35,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "lift": {"method": "lift", "lr": 1e-3, "density": 0.05, "filter_rank": 16},
     "full": {"method": "full", "lr": 1e-4},
 }
-STRENGTHS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+STRENGTHS = (-0.5, 0.0, 0.5, 1.0, 1.5)
 _PLAN = "study.json"
 
 
