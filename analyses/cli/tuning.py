@@ -32,7 +32,13 @@ if TYPE_CHECKING:
     from surgery.model import Model
     from surgery.record import Record
 
+# written out, so that a name mistyped is told before libraries are loaded for seconds
+METHODS = ("lift", "full", "lora", "shira", "grpo")
 OBJECTIVES = ("nll", "dft", "asft", "coverage", "glow")
+SELECTS = (
+    "largest", "smallest", "random", "magnitude", "gradient", "movement", "hybrid", "random-triplets", "smallest-triplets",
+)  # fmt: skip
+RULES = ("absolute", "norm", "adaptive", "project", "aligned")
 
 
 @app.command(rich_help_panel=CHANGE)
@@ -107,9 +113,12 @@ def tune(
         "--alpha": (alpha, prior, "--prior"),
         "--rule": (rule, prior, "--prior"),
     }
+    for what, given, choices in (
+        ("method", method, METHODS), ("objective", objective, OBJECTIVES), ("select", select, SELECTS), ("rule", rule or "adaptive", RULES),
+    ):  # fmt: skip
+        if given not in choices:
+            raise ValueError(f"There is no {what} {given!r}. Choose {', '.join(choices)}.")
     _refuse_idle(method, reinforced if method != "grpo" else taught, led)
-    if objective not in OBJECTIVES:
-        raise ValueError(f"There is no objective {objective!r}. Choose {', '.join(OBJECTIVES)}.")
     from analyses import tasks
     from analyses.general_text import GENERAL_TEXT
     from analyses.watch import watches

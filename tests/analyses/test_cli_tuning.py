@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from analyses.cli.tuning import OBJECTIVES, tune
+from analyses.cli.tuning import METHODS, OBJECTIVES, RULES, SELECTS, tune
 from finetune.lift.selection import Select
 from finetune.rules import Rule
 from finetune.tune import Method
@@ -99,6 +99,10 @@ def test_bad_usage_is_one_clear_error(
     assert done.code == 2
     assert message in " ".join(done.err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_choices_are_those_of_the_library() -> None:
+    assert (get_args(Method), get_args(Select), get_args(Rule)) == (METHODS, SELECTS, RULES)
 
 
 def test_the_help_names_every_choice(surgery) -> None:
