@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from analyses import study as module
 from analyses.plan import Plan
-from analyses.study import study
+from analyses.study import STRENGTHS, study
 from surgery.record import Record, verify
 from tests.families import save_tiny
 
@@ -103,7 +103,7 @@ def test_strength_zero_is_the_base_and_intervals_hold_their_value(finished: Path
         assert row["low"] <= row["value"] <= row["high"]
         assert row["n"] > 0
     nats = {(row["arm"], row["strength"]): row["value"] for row in rows if row["measure"] == "text_nll"}
-    assert len(nats) == 16
+    assert len(nats) == 2 * len(STRENGTHS)
     assert nats["full", 1.0] != nats["full", 0.0]
 
 
