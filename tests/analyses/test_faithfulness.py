@@ -3,6 +3,7 @@ from collections import Counter
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from analyses.controls import items
 from analyses.faithfulness import (
@@ -189,7 +190,7 @@ def test_numbers_follow_from_the_readings(tmp_path):
     assert back.aoc == result.aoc
     assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "early.json"]
     assert "AOC" in result._repr_html_()
-    assert len(back.plot().lines) == frame["T"].nunique()
+    assert len(back.plot(Figure().subplots()).lines) == frame["T"].nunique()
 
 
 def test_questions_transcripts_and_gold():
