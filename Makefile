@@ -30,7 +30,7 @@ lint: $(READY) ## style, types and the direction of imports
 	$(VENV)/bin/lint-imports
 
 test: lint ## lint, then every test
-	$(VENV)/bin/python -m pytest -n logical --dist loadfile
+	$(VENV)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 benchmarks: $(READY) ## the figures of tests/benchmarks/RESULTS.md, measured again
 	$(VENV)/bin/python -m tests.benchmarks

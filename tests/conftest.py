@@ -24,6 +24,21 @@ torch.set_num_threads(1)
 jaxtyping.install_import_hook(["surgery", "probes", "finetune", "analyses"], "tests.shapes.check")
 
 
+# files of few but long tests: handed out last, as those with few tests are, one process would be left alone with them in the end
+LONG = [
+    "test_notebooks.py",
+    "test_killed.py",
+    "test_specimen.py",
+    "test_cli.py",
+    "test_distributed.py",
+    "test_flight_recorder.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def little_to_collect():
     """Modules, tests and what else is there to stay are not looked through at each collection of garbage, which ends every training: it took a
