@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -27,6 +26,7 @@ from analyses.scoring import keeping, quiet
 from analyses.statistics import Estimate, bootstrap, percentile, resamples
 from analyses.tasks import Question, grade, read
 from surgery.model import Model
+from surgery.textfile import write_whole
 from surgery.transcript import Transcript, end_tokens
 
 if TYPE_CHECKING:
@@ -235,15 +235,7 @@ class EarlyAnswers:
 
     def save(self, path: str | Path) -> Path:
         """Write everything as one JSON file; :meth:`load` needs no model. Appears whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps({"kind": "early answers", **asdict(self)}, ensure_ascii=False) + "\n", "utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-        return path
+        return write_whole(path, json.dumps({"kind": "early answers", **asdict(self)}, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> EarlyAnswers:

@@ -18,9 +18,10 @@ import jaxtyping
 import pytest
 import torch
 
-import tests.shapes  # noqa: F401 - the hook below looks it up by name
+import tests.shapes
 
 torch.set_num_threads(1)
+jaxtyping.jaxtyped = tests.shapes.checked
 jaxtyping.install_import_hook(["surgery", "probes", "finetune", "analyses"], "tests.shapes.check")
 
 
