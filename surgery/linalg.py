@@ -155,13 +155,29 @@ def each_matrix(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """
     from threadpoolctl import threadpool_limits
 
-    items, threads = list(items), torch.get_num_threads()
+    items = list(items)
+    if torch.get_num_threads() == 1 or len(items) < 2:
+        return [function(item) for item in items]
+    with threadpool_limits(1):
+        return side_by_side(function, items)
+
+
+def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """`[function(item) for item in items]`, with as many items at once as torch has threads, and one of torch's threads for each.
+
+    For work on the CPU that torch itself would do on one thread. Gradients are recorded where they are recorded for the caller.
+    """
+    items, threads, recorded = list(items), torch.get_num_threads(), torch.is_grad_enabled()
     if threads == 1 or len(items) < 2:
         return [function(item) for item in items]
+
+    def one(item: T) -> R:
+        with torch.set_grad_enabled(recorded):
+            return function(item)
+
     try:
-        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-        with threadpool_limits(1), pool:
-            return list(pool.map(function, items))
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(one, items))
     finally:
         torch.set_num_threads(threads)  # a worker's setting is also the default of threads that are yet to start
 

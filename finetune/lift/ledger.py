@@ -10,6 +10,7 @@ from torch import Tensor
 
 from finetune.distributed import local_part
 from finetune.lift.halves import LOW, joined, split
+from surgery.linalg import side_by_side
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _AT_ONCE = 1 << 16  # entries on the CPU that are updated together: they stay in the cache
@@ -90,7 +91,8 @@ class Ledger:
         """AdamW on every parameter that got a gradient; uses the gradients up."""
         # Where nothing scales a weight, its step can be added to it: memory is gone through once, not twice.
         added = self.params[0].dtype == torch.float32 and not group["weight_decay"]
-        for members in self._together():
+
+        def together(members: list[int]) -> None:
             run, ages = self._run(members), self.ages[members[0]]
             start = (lambda i: torch.zeros_like(self.views["grad"][i])) if added else self.values
             values = torch.cat([start(i) for i in members])
@@ -105,11 +107,18 @@ class Ledger:
                 else:
                     self.set_values_(i, part)
                 self.ages[i] = grown
+
+        runs = list(self._together())
+        if self._on_cpu:  # where adding at positions is done on one thread
+            side_by_side(together, runs)
+        else:
+            for members in runs:
+                together(members)
         self.gathered = [False] * len(self.params)
 
     def _together(self) -> Iterator[list[int]]:
         """Neighbours that got a gradient and whose entries have the same ages; on the CPU as many as fit its cache."""
-        limit = _AT_ONCE if self.params[0].device.type == "cpu" else float("inf")
+        limit = _AT_ONCE if self._on_cpu else float("inf")
         common = [(here, ages) for here, ages in zip(self.gathered, self.ages, strict=True)]
         for (here, _), members in groupby(range(len(self.params)), key=common.__getitem__):
             if not here:
@@ -121,6 +130,10 @@ class Ledger:
                     run = []
                 run.append(i)
             yield run
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.params[0].device.type == "cpu"
 
     def _run(self, members: list[int]) -> slice:
         return slice(self._starts[members[0]], self._starts[members[-1] + 1])

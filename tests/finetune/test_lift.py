@@ -177,6 +177,25 @@ def test_equals_the_dense_restatement_bit_for_bit(dtype, refresh):
         assert any(r.overlap < 1 for r in lift.refreshes)  # or nothing was remapped and this test shows little
 
 
+@pytest.mark.parametrize(("dtype", "decay"), [(torch.float32, 0.0), (torch.float32, 0.1), (torch.bfloat16, 0.0)])
+def test_the_number_of_threads_changes_no_bit(dtype, decay):
+    # each of more entries than are updated together, so that there is something for each thread
+    shapes, told = [(300, 300), (280, 310), (270, 330)], []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        params = [nn.Parameter(matrix(*shape, seed=i).to(dtype)) for i, shape in enumerate(shapes)]
+        lift = LIFT(params, lr=1e-2, density=0.8, select="magnitude", refresh=2, weight_decay=decay)
+        for step in range(4):
+            backward(params, [matrix(*shape, seed=1000 * step + i) for i, shape in enumerate(shapes)])
+            lift.step()
+            lift.zero_grad()
+        assert torch.get_num_threads() == threads
+        told.append([*params, *(lift.state[p][key] for p in params for key in ("exp_avg", "exp_avg_sq", "age"))])
+    assert len(told[0][-1].unique()) > 1  # of several ages
+    for a, b in zip(*told, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_overlap_is_intersection_over_union():
     params = parameters()
     lift = LIFT([(f"m{i}", p) for i, p in enumerate(params)], lr=0.3, density=0.1, filter_rank=3, refresh=2)
