@@ -155,11 +155,9 @@ def each_matrix(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """
     from threadpoolctl import threadpool_limits
 
-    items = list(items)
-    if torch.get_num_threads() == 1 or len(items) < 2:
-        return [function(item) for item in items]
+    threads = torch.get_num_threads()  # which the limit changes
     with threadpool_limits(1):
-        return side_by_side(function, items)
+        return _at_once(function, list(items), threads)
 
 
 def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -167,7 +165,11 @@ def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
     For work on the CPU that torch itself would do on one thread. Gradients are recorded where they are recorded for the caller.
     """
-    items, threads, recorded = list(items), torch.get_num_threads(), torch.is_grad_enabled()
+    return _at_once(function, list(items), torch.get_num_threads())
+
+
+def _at_once(function: Callable[[T], R], items: list[T], threads: int) -> list[R]:
+    recorded = torch.is_grad_enabled()
     if threads == 1 or len(items) < 2:
         return [function(item) for item in items]
 

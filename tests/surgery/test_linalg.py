@@ -1,4 +1,5 @@
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +11,7 @@ from surgery.linalg import (
     principal_angles,
     principal_subspace,
     project_out,
+    side_by_side,
     singular_system,
     singular_values,
 )
@@ -150,6 +152,9 @@ def test_each_matrix_changes_nothing_and_gives_threads_back():
         torch.set_num_threads(3)
         together = each_matrix(lambda W: low_rank(W, 4), items)
         inside = each_matrix(lambda _: torch.get_num_threads(), items)
+        meeting = threading.Barrier(3, timeout=60)  # which those that are not at work at once never reach together
+        each_matrix(lambda _: meeting.wait(), items)
+        side_by_side(lambda _: meeting.wait(), items)
         with ThreadPoolExecutor(1) as later:
             assert torch.get_num_threads() == later.submit(torch.get_num_threads).result() == 3
     finally:
