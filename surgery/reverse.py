@@ -37,28 +37,21 @@ class Reverse:
         self._size = 0
         self.refused: str | None = None if limit else "it was asked not to keep a way back"
 
-    def differing(self, name: str, at: int, after: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
-        """Where entries ``at, at + 1, ...`` of a stored tensor will be others once they are `after`, bit for bit, and what they are now.
-
-        None where a way back is refused, and where it is from now on. May be asked from several threads; `add` is for one at a time.
-        """
+    def add(self, name: str, at: int, after: Tensor) -> None:
+        """Entries ``at, at + 1, ...`` of a stored tensor will be `after`: keep those of the original that differ, bit for bit."""
         if self.refused:
-            return None
+            return
         before = self._layout.stored(name)
         if after.dtype != before.dtype:
             self.refuse(f"it was stored as {after.dtype} where the original has {before.dtype}")
-            return None
-        was = _bits(before.reshape(-1)[at : at + after.numel()])
-        places = np.flatnonzero(was != _bits(after.reshape(-1)))
-        narrow = np.int32 if at + len(was) < 2**31 else np.int64
-        return (places + at).astype(narrow), was[places]
-
-    def add(self, name: str, differing: tuple[np.ndarray, np.ndarray] | None) -> None:
-        """Keep what `differing` found of a tensor, piece after piece."""
-        if self.refused or differing is None or not len(differing[0]):
             return
-        self._pieces.setdefault(name, []).append(differing)
-        self._size += sum(part.nbytes for part in differing)
+        was = _bits(before.reshape(-1)[at : at + after.numel()])
+        differing = np.flatnonzero(was != _bits(after.reshape(-1)))
+        if not len(differing):
+            return
+        narrow = np.int32 if at + len(was) < 2**31 else np.int64
+        self._pieces.setdefault(name, []).append(((differing + at).astype(narrow), was[differing]))
+        self._size += len(differing) * (np.dtype(narrow).itemsize + was.itemsize)
         if self._size > self._limit:
             self.refuse(f"the original of what changed takes more than {self._limit / 2**20:.0f} MiB")
 
@@ -70,9 +63,7 @@ class Reverse:
         if self.refused:
             return f"no undo: {self.refused}"
         tensors = {}
-        for name in self._layout.tensors:
-            if not (pieces := self._pieces.get(name)):
-                continue
+        for name, pieces in self._pieces.items():
             tensors[f"index:{name}"] = torch.from_numpy(np.concatenate([i for i, _ in pieces]))
             tensors[f"value:{name}"] = torch.from_numpy(np.concatenate([v for _, v in pieces]).view(np.uint8))
         for file in self._layout.files:

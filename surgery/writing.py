@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import json
 import math
 import os
+import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,12 +27,11 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint import INDEX, RECORD, Checkpoint, point_hash, read_headers
-from surgery.linalg import side_by_side
 from surgery.proof import Loops, prove
 from surgery.reverse import UNDO_LIMIT, Reverse
 from surgery.rounding import generator, stochastic
 from surgery.sites import Site
-from surgery.tensorfile import Stored, header_bytes, raw_bytes, read_header
+from surgery.tensorfile import Stored, TensorFile, header_bytes, raw_bytes, read_header
 from surgery.weights import Weights
 
 Rounding = Literal["nearest", "stochastic"]
@@ -140,6 +140,7 @@ def write(
         raise ValueError(f"rounding={rounding!r}: choose nearest or stochastic.")
     to = Path(to)
     job = _Job(weights, layout, dtype, seed if rounding == "stochastic" else None, Reverse(layout, undo_limit))
+    hashing: list[Future[dict[str, str]]] = []
     flushing: list[Future[None]] = []
     from tqdm.auto import tqdm
 
@@ -148,12 +149,18 @@ def write(
         tqdm(total=layout.nbytes, unit="B", unit_scale=True, desc=f"writing {to.name}", disable=not progress) as bar,
         ThreadPoolExecutor(1) as aside,
     ):
-        for file in layout.files:
-            job.write_file(partial / file, bar)
-            flushing.append(aside.submit(_flush, partial / file))
+        with _one_core_free():
+            for file in layout.files:
+                # while the cache still holds it; what nothing changes has the hash of its copy
+                hashing.append(aside.submit(TensorFile(layout.folder / file).hashes, job.altered))
+                job.write_file(partial / file, bar)
+                flushing.append(aside.submit(_flush, partial / file))
         _copy_side_files(layout.folder, partial, dtype)
         checks = prove(partial, job.hashes, layout, dtype, loops)
-        base_hash, point = point_hash(layout.tensors, job.read), point_hash(read_headers(partial)[0], job.hashes)
+        base_hashes = dict(job.hashes)
+        for read in hashing:
+            base_hashes |= read.result()
+        base_hash, point = point_hash(layout.tensors, base_hashes), point_hash(read_headers(partial)[0], job.hashes)
         checks.append(job.reverse.save(partial, base_hash, point))
         written = Written(to, point, base_hash, job.hashes, job.kept, checks)
         if seal is not None:
@@ -188,6 +195,17 @@ def new_folder(to: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def _one_core_free() -> Iterator[None]:
+    """Arithmetic on all cores but one, which hashes and writes: two kinds of threads on one core would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _flush(path: Path) -> None:
     """The file's bytes are on the disk when this returns."""
     with path.open("rb") as written:
@@ -213,73 +231,31 @@ class _Job:
     dtype: torch.dtype | None
     seed: int | None  # of stochastic rounding
     reverse: Reverse
-    read: dict[str, str] = field(default_factory=dict)  # hashes of the layout's tensors
-    hashes: dict[str, str] = field(default_factory=dict)  # of those written
+    hashes: dict[str, str] = field(default_factory=dict)
     kept: dict[Site, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._changed, self._homes = self.weights.changed_from(self.layout), self.layout.anatomy.stored_in()
-        self._altered = {n for n, t in self.layout.tensors.items() if self._touched(n) or self._out(t) != t.dtype}
-        self._lock = threading.Lock()
+        self.altered = {n for n, t in self.layout.tensors.items() if self._touched(n) or self._out(t) != t.dtype}
 
     def write_file(self, path: Path, bar: Any) -> None:
-        """One safetensors file of the layout.
-
-        What is computed a strip at a time is computed on all cores, a tensor on each; what has to be computed whole comes first, one after
-        another: a rule or an edit may use all cores, takes memory, and may be anybody's function, which is not called from two threads.
-        """
+        """One safetensors file of the layout, its tensors in their order, a chunk at a time."""
         stored = sorted((t for t in self.layout.tensors.values() if t.file == path.name), key=lambda t: t.begin)
-        planned = [(t.name, self._out(t), t.shape) for t in stored]
+        planned = ((t.name, self._out(t), t.shape) for t in stored)
         text, size = header_bytes(planned, self.layout.metadata[path.name])
-        ends = accumulate((shape.numel() * dtype.itemsize for _, dtype, shape in planned), initial=len(text))
-        begins = {t.name: begin for t, begin in zip(stored, ends, strict=False)}
         with path.open("wb", buffering=0) as sink:
             if hasattr(os, "posix_fallocate"):  # a disk too small is known before the work, and writing is faster
                 os.posix_fallocate(sink.fileno(), 0, size)
             sink.write(text)
-
-            def write(tensor: Stored) -> _Tensor:
-                done = self._write_tensor(tensor, sink.fileno(), begins[tensor.name])
-                with self._lock:
+            with _Worker(self.hashes, sink) as worker:
+                for tensor in stored:
+                    at = 0
+                    for piece in self._pieces(tensor, self._touched(tensor.name)):
+                        worker.put(tensor.name, raw_bytes(piece))
+                        if tensor.name in self.altered:
+                            self.reverse.add(tensor.name, at, piece)
+                        at += piece.numel()
                     bar.update(tensor.end - tensor.begin)
-                return done
-
-            strips = [t for t in stored if self._by_strips(t.name)]
-            done = {t.name: write(t) for t in stored if not self._by_strips(t.name)}
-            done |= zip((t.name for t in strips), side_by_side(write, strips), strict=True)
-        for tensor in stored:
-            found = done[tensor.name]
-            self.read[tensor.name], self.hashes[tensor.name] = found.read, found.written
-            self.kept |= found.kept
-
-    def _write_tensor(self, tensor: Stored, sink: int, at: int) -> _Tensor:
-        """One tensor to its place in the file. Its bytes are hashed, and those it comes from, while the cache holds them."""
-        altered, read, written = tensor.name in self._altered, hashlib.sha256(), hashlib.sha256()
-        kept: dict[Site, Kept] = {}
-        entries = 0
-        for before, after in self._pieces(tensor, self._touched(tensor.name), kept):
-            data = raw_bytes(after)
-            written.update(data)
-            if altered:
-                read.update(raw_bytes(before))
-                differing = self.reverse.differing(tensor.name, entries, after)
-                with self._lock:
-                    self.reverse.add(tensor.name, differing)
-            entries += after.numel()
-            while len(data):
-                count = os.pwrite(sink, data, at)
-                at, data = at + count, data[count:]
-        digest = written.hexdigest()
-        return _Tensor(read.hexdigest() if altered else digest, digest, kept)
-
-    def _by_strips(self, name: str) -> bool:
-        """Whether some rows of a stored tensor can be computed without the others."""
-        changed = self._touched(name)
-        if not changed:
-            return True
-        return (
-            len(changed) == 1 and self.layout.anatomy.places[changed[0]].is_whole and self.weights.by_rows(changed[0])
-        )
 
     def _touched(self, name: str) -> list[Site]:
         return [site for site in self._homes[name] if site in self._changed]
@@ -287,8 +263,8 @@ class _Job:
     def _out(self, tensor: Stored) -> torch.dtype:
         return tensor.dtype if self.dtype is None or not tensor.dtype.is_floating_point else self.dtype
 
-    def _pieces(self, tensor: Stored, changed: list[Site], kept: dict[Site, Kept]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of one stored tensor as it is and as it will be stored, in order. Fills in what is kept of each change."""
+    def _pieces(self, tensor: Stored, changed: list[Site]) -> Iterator[Tensor]:
+        """Pieces of one stored tensor as it will be stored, in order."""
         before, out, places = self.layout.stored(tensor.name), self._out(tensor), self.layout.anatomy.places
         rows = max(1, _CHUNK // max(1, tensor.shape[1:].numel())) if tensor.shape else 1
         pieces = [slice(i, i + rows) for i in range(0, tensor.shape[0], rows)] if tensor.shape else [slice(None)]
@@ -302,34 +278,25 @@ class _Job:
                 was = before[piece] if tensor.shape else before
                 if out.is_floating_point and not bool(torch.isfinite(was.sum(dtype=torch.float32))):
                     _require_finite(was, self._homes[tensor.name])
-                yield was, was if was.dtype == out else rounded(was)
+                yield was if was.dtype == out else rounded(was)
             return
         if len(changed) == 1 and places[changed[0]].is_whole:
             tally = _Tally(changed[0])
             for piece, wish in zip(pieces, self.weights.strips(changed[0], pieces), strict=True):
                 after = rounded(wish)
                 tally.add(before[piece], wish, after)
-                yield before[piece], after
-            kept[changed[0]] = tally.kept()
+                yield after
+            self.kept[changed[0]] = tally.kept()
             return
         after = before if before.dtype == out else rounded(before)
         for site in changed:  # pieces of one fused tensor, or a transposed one: put together whole
             wish = self.weights[site]
-            got = rounded(wish)
+            kept = rounded(wish)
             tally = _Tally(site)
-            tally.add(places[site].take(before), wish, got)
-            kept[site] = tally.kept()
-            after = places[site].put(after, got)
-        yield before, after
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """What writing one tensor told: SHA-256 of the bytes read and written, and what is kept of each change."""
-
-    read: str
-    written: str
-    kept: dict[Site, Kept]
+            tally.add(places[site].take(before), wish, kept)
+            self.kept[site] = tally.kept()
+            after = places[site].put(after, kept)
+        yield after
 
 
 class _Tally:
@@ -367,6 +334,48 @@ def _require_finite(tensor: Tensor, sites: list[Site]) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise ValueError(f"{sites[0]} has {bad} values that are NaN or infinite; nothing was written.")
+
+
+class _Worker:
+    """SHA-256 of tensors that arrive in pieces, one tensor after another, on a thread of its own, which also writes them to `sink`.
+
+    A few pieces wait at most. What goes wrong on the thread (a full disk) is raised by the next `put`, or on leaving.
+    """
+
+    def __init__(self, into: dict[str, str], sink: io.FileIO) -> None:
+        self._into, self._sink = into, sink
+        self._queue: queue.Queue[tuple[str, memoryview] | None] = queue.Queue(maxsize=4)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> _Worker:
+        self._thread.start()
+        return self
+
+    def put(self, name: str, data: memoryview) -> None:
+        if self._error:
+            raise self._error
+        self._queue.put((name, data))
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if self._error and kind is None:
+            raise self._error
+
+    def _work(self) -> None:
+        digests: dict[str, Any] = {}
+        while (item := self._queue.get()) is not None:
+            if self._error:
+                continue  # drained, so that nobody waits
+            name, data = item
+            try:
+                digests.setdefault(name, hashlib.sha256()).update(data)
+                while len(data):
+                    data = data[self._sink.write(data) :]
+            except (OSError, ValueError) as error:  # ValueError: an interrupt closed the file meanwhile
+                self._error = error
+        self._into.update({name: digest.hexdigest() for name, digest in digests.items()})
 
 
 def _copy_side_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:
