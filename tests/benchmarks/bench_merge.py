@@ -1,7 +1,6 @@
 """Three checkpoints merged from disk to disk, verification included, beside mergekit's `run_merge`, and beside a plain copy."""
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -34,7 +33,7 @@ def ours(method: str, base: str, models: list[str], folder: str) -> Callable[[],
     """Our side; what it writes is reloaded and checked."""
     from surgery.merging import merge
 
-    to = Path(tempfile.mkdtemp(dir=folder, prefix="ours-")) / "out"
+    to = measure.fresh(folder, "ours")
     return partial(merge, recipe(method, base, models), to)
 
 
@@ -46,7 +45,7 @@ def mergekit(method: str, base: str, models: list[str], folder: str) -> Callable
 
     config = MergeConfiguration.model_validate(recipe(method, base, models))
     options = MergeOptions(copy_tokenizer=True, lazy_unpickle=False, write_model_card=False, quiet=True)
-    return partial(run_merge, config, str(Path(tempfile.mkdtemp(dir=folder, prefix="mergekit-")) / "out"), options)
+    return partial(run_merge, config, str(measure.fresh(folder, "mergekit")), options)
 
 
 def copy(method: str, base: str, models: list[str], folder: str) -> Callable[[], object]:
@@ -163,36 +162,15 @@ def _rows(
     made: list[measure.Row] = []
     for method in methods:
         arguments = {"method": method, "base": models[0], "models": models, "folder": here}
-        a, b = _measured("mergekit", arguments, repeats)
+        a, b = measure.beside(f"{__name__}:ours", f"{__name__}:mergekit", arguments, repeats)
         outputs = [next(Path(here).glob(f"{side}-*/out")) for side in ("ours", "mergekit")]
         note = f"arithmetic in float32, bf16 stored; {disagreement(*outputs)}"
         made += measure.rows(f"{method}, {what}", a, b, seconds=seconds, peak=0.5, note=note)
-        _clear(here)
     arguments = {"method": METHODS[0], "base": models[0], "models": models, "folder": here}
-    a, b = _measured("copy", arguments, repeats)
+    a, b = measure.beside(f"{__name__}:ours", f"{__name__}:copy", arguments, repeats)
     note = "the peer reads and writes the bytes of one checkpoint"
     made += [
         row | {"limit": None}
         for row in measure.rows(f"linear against a plain copy, {what}", a, b, seconds=1, peak=None, note=note)
     ]  # type: ignore[misc]
-    _clear(here)
     return made
-
-
-def _measured(peer: str, arguments: dict[str, Any], repeats: int) -> tuple[list[measure.Run], list[measure.Run]]:
-    """`measure.beside`, with what each pair wrote removed before the next, but for the last: large outputs fill the disk."""
-    here = str(arguments["folder"])
-    sides = (f"{__name__}:ours", f"{__name__}:{peer}")
-    imports = [measure.once(side, arguments).imported for side in sides]
-    runs: tuple[list[measure.Run], list[measure.Run]] = ([], [])
-    for _ in range(repeats):
-        _clear(here)
-        for found, side, known in zip(runs, sides, imports, strict=True):
-            found.append(measure.once(side, arguments, known))
-    return runs
-
-
-def _clear(here: str) -> None:
-    for kind in ("ours", "mergekit", "copy"):
-        for path in Path(here).glob(f"{kind}-*"):
-            shutil.rmtree(path)

@@ -18,7 +18,7 @@ def ours(base: str, tuned: str, folder: str) -> Callable[[], object]:
     """Our side; `write` reloads and checks what it wrote."""
     from surgery import Checkpoint, write
 
-    to = Path(tempfile.mkdtemp(dir=folder, prefix="ours-")) / "out"
+    to = measure.fresh(folder, "ours")
 
     def call() -> object:
         start, end = Checkpoint(base), Checkpoint(tuned)
@@ -43,24 +43,24 @@ def _mergekit(base: str, tuned: str, folder: str, name: str, **dtypes: str) -> C
     )
     # low_cpu_memory keeps intermediate tensors on the accelerator: on a CPU it says the same as the default
     options = MergeOptions(copy_tokenizer=True, lazy_unpickle=False, write_model_card=False, quiet=True)
-    return partial(run_merge, recipe, str(Path(tempfile.mkdtemp(dir=folder, prefix=name)) / "out"), options)
+    return partial(run_merge, recipe, str(measure.fresh(folder, name)), options)
 
 
 def mergekit_float32(base: str, tuned: str, folder: str) -> Callable[[], object]:
     """mergekit computing in float32 and storing bfloat16: the same arithmetic as ours."""
-    return _mergekit(base, tuned, folder, "mergekit-float32-", dtype="float32", out_dtype="bfloat16")
+    return _mergekit(base, tuned, folder, "mergekit-float32", dtype="float32", out_dtype="bfloat16")
 
 
 def mergekit_bfloat16(base: str, tuned: str, folder: str) -> Callable[[], object]:
     """mergekit computing in bfloat16: its fastest way, less exact than ours."""
-    return _mergekit(base, tuned, folder, "mergekit-bfloat16-", dtype="bfloat16")
+    return _mergekit(base, tuned, folder, "mergekit-bfloat16", dtype="bfloat16")
 
 
 def head_edit(base: str, tuned: str, folder: str) -> Callable[[], object]:
     """An edit of 4 % of the heads (11 of the specimen's 270): their columns of attn.o, written like any other change."""
     from surgery import Checkpoint, RemoveDirection, apply, write
 
-    to = Path(tempfile.mkdtemp(dir=folder, prefix="head-")) / "out"
+    to = measure.fresh(folder, "head")
 
     def call() -> object:
         weights = Checkpoint(base)
@@ -73,7 +73,7 @@ def head_edit(base: str, tuned: str, folder: str) -> Callable[[], object]:
 
 def copy(base: str, tuned: str, folder: str) -> Callable[[], object]:
     """The bytes of the checkpoint, read and written again, and on the disk when it returns."""
-    to = Path(tempfile.mkdtemp(dir=folder, prefix="copy-")) / "out"
+    to = measure.fresh(folder, "copy")
 
     def call() -> object:
         to.mkdir()

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import select
+import shutil
 import statistics
 import subprocess
 import sys
@@ -112,6 +113,16 @@ def once(job: str, arguments: Mapping[str, object], imports: Iterable[str] = ())
         raise RuntimeError(f"{job} failed with exit status {process.returncode}:\n" + words[-4000:])
     told = json.loads(answer)
     return Run(told["seconds"], peak, peak - before, tuple(told["imported"]))
+
+
+def fresh(folder: str, prefix: str) -> Path:
+    """A place to write to, for a job to ask for while it prepares. What its last run left in the folder is gone then.
+
+    Otherwise the memory for files fills up as runs go by, and pages that the machine has yet to find cost a run as much as its work does.
+    """
+    for last in Path(folder).glob(f"{prefix}-*"):
+        shutil.rmtree(last)
+    return Path(tempfile.mkdtemp(dir=folder, prefix=f"{prefix}-")) / "out"
 
 
 def beside(ours: str, peer: str, arguments: Mapping[str, object], repeats: int = 5) -> tuple[list[Run], list[Run]]:
