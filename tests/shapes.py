@@ -1,6 +1,6 @@
 """What checks types and shapes in tests.
 
-jaxtyping binds arguments anew and keeps a memo at each call of each function, which took a quarter of all tests' time; most functions name
+jaxtyping binds arguments anew and keeps a memo at each call of each function, which took a fifth of all tests' time; most functions name
 no shape. `checked` stands in its place: those that name one go to jaxtyping, the others to beartype alone.
 """
 
