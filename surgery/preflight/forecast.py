@@ -5,7 +5,7 @@ writer has changed. What they describe (private memory, that is without pages of
 
 * the libraries are most of it: `IMPORTS`, and `MERGEKIT` where a recipe runs;
 * the writer computes in chunks, so that the models' size does not matter; inputs are memory-mapped;
-* a rule that needs a whole tensor holds `RULE_COPIES` fp32 copies of it for each model;
+* a rule that needs a whole tensor holds `RULE_COPIES` fp32 copies of it for each model, and more where they are small (`SCATTERED`);
 * the way back holds every changed entry and its position until it is found to exceed `UNDO_LIMIT`; below that it is put together;
 * the proof maps the written model too; it adds the code of the architecture, and logits.
 """
@@ -37,6 +37,8 @@ RULE_COPIES = {
     "dare_linear": 3.6, "dare_ties": 3.9, "della_linear": 6.2, "della": 6.2, "breadcrumbs": 3.9, "breadcrumbs_ties": 3.9,
 }  # fmt: skip
 OTHER_COPIES = 5.0
+MAPPED = 32 * MIB  # from this size on, memory that is let go of returns to the system at once
+SCATTERED = 1.3  # below, the allocator keeps as much as is in use, or two thirds more, from one run to the next: the middle
 FUSED_COPIES = 5.0  # of a tensor that holds several sites, or lies transposed: put together whole
 STARTUP = 5.0  # s: imports, and the fixed part of the proof
 THROUGHPUT = 250e6  # bytes a second of one input read, hashed, computed, written, read back and proved
@@ -84,7 +86,8 @@ def peak_memory(
     rule = FUSED_COPIES * 4 * fused
     if method is not None:
         copies = RULE_COPIES.get(method, OTHER_COPIES)
-        rule += RULE if method in IN_CHUNKS else copies * 4 * largest * models
+        spread = SCATTERED if 4 * largest < MAPPED else 1.0
+        rule += RULE if method in IN_CHUNKS else spread * copies * 4 * largest * models
     libraries = IMPORTS + (MERGEKIT if method else 0)
     writing = CHUNKS + max(held, rule)  # the largest tensor, an embedding, comes first: little is held by then
     proof = PROOF + 3 * PROBES * 4 * vocabulary + (held + patch if kept else 0)
