@@ -38,7 +38,7 @@ RULE_COPIES = {
 }  # fmt: skip
 OTHER_COPIES = 5.0
 MAPPED = 32 * MIB  # from this size on, memory that is let go of returns to the system at once
-SCATTERED = 1.3  # below, the allocator keeps as much as is in use, or two thirds more, from one run to the next: the middle
+SCATTERED = 1.3  # below, the allocator keeps between as much as is in use and two thirds more: the middle
 FUSED_COPIES = 5.0  # of a tensor that holds several sites, or lies transposed: put together whole
 STARTUP = 5.0  # s: imports, and the fixed part of the proof
 THROUGHPUT = 250e6  # bytes a second of one input read, hashed, computed, written, read back and proved
