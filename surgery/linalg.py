@@ -155,9 +155,11 @@ def each_matrix(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """
     from threadpoolctl import threadpool_limits
 
-    threads = torch.get_num_threads()  # which the limit changes
+    items, threads = list(items), torch.get_num_threads()  # before the limit, which changes it
+    if len(items) < 2:  # one alone may use all
+        return [function(item) for item in items]
     with threadpool_limits(1):
-        return _at_once(function, list(items), threads)
+        return _at_once(function, items, threads)
 
 
 def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:

@@ -152,6 +152,7 @@ def test_each_matrix_changes_nothing_and_gives_threads_back():
         torch.set_num_threads(3)
         together = each_matrix(lambda W: low_rank(W, 4), items)
         inside = each_matrix(lambda _: torch.get_num_threads(), items)
+        assert each_matrix(lambda _: torch.get_num_threads(), items[:1]) == [3]  # one alone may use all
         meeting = threading.Barrier(3, timeout=60)  # which those that are not at work at once never reach together
         each_matrix(lambda _: meeting.wait(), items)
         side_by_side(lambda _: meeting.wait(), items)
