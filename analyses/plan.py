@@ -23,7 +23,7 @@ class Plan:
     held_out: int = 128
     sweep_items: int = 32
     sweep_texts: int = 16
-    faith_items: int = 40
+    faith_items: int = 32
     drift_items: int = 16
     max_new_tokens: int = 60
     device: str = "auto"
