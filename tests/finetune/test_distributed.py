@@ -307,6 +307,29 @@ def switched(rank: int, world: int) -> Any:
     return {"weights": snapshot(m.module), "norms": norms, "shard": lift.param_groups[0]["shard"]}
 
 
+def accelerated(rank: int, world: int) -> Any:
+    """accelerate's own FSDP2 prepares model and optimizer. It does so on several accelerators only, so it is told that these are."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    m = model()
+    lift = LIFT(named(m.module), **OPTIONS)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    host = Accelerator(cpu=True)
+    host.state.distributed_type, host.state.fsdp_plugin = DistributedType.FSDP, plugin
+    prepared, stepper = host.prepare(m.module, lift)
+    norms = []
+    for step in range(STEPS):
+        host.backward(world * loss(prepared, IDS[step].chunk(world)[rank]))
+        norms.append(float(lift.clip_grad_norm_(0.5)))
+        stepper.step()
+        stepper.zero_grad()
+    return {"weights": snapshot(m.module), "norms": norms, "shard": lift.param_groups[0]["shard"]}
+
+
 def hybrid(rank: int, world: int) -> Any:
     """Weights sharded over some processes and replicated over others: here two replicas of one shard each."""
     m = model()
@@ -356,11 +379,13 @@ TUNED: dict[str, dict[str, Any]] = {
     "lift": {"batch_size": 8, "accumulate": 2, "steps": 3, "refresh": 2, "density": 0.1, "save_every": 2},
     "full": {"batch_size": 4, "steps": 2, "method": "full", "lr": 1e-3, "save_every": 1},
     "lora": {"batch_size": 8, "accumulate": 2, "steps": 2, "method": "lora", "lora_rank": 2},
+    "shira": {"batch_size": 8, "accumulate": 2, "steps": 2, "method": "shira", "lora_rank": 2},
 }
 FAR = {
     "lift": 2e-5,
     "full": 2e-4,
     "lora": 2e-4,
+    "shira": 2e-4,
 }  # Adam divides gradients by their size: near 0 the order of a sum shows
 
 
@@ -420,6 +445,7 @@ JOBS = (
     overlaid,
     by_gradient,
     switched,
+    accelerated,
     hybrid,
 )
 THREE = (choices, sharded)
@@ -696,7 +722,7 @@ def test_sharded_resume_is_bit_identical(world: str, request: pytest.FixtureRequ
         assert "shard was" in mine["another's state"]
 
 
-@pytest.mark.parametrize("job", ["switched", "hybrid"])
+@pytest.mark.parametrize("job", ["switched", "accelerated", "hybrid"])
 def test_other_ways_to_shard_train_alike(job: str, two: dict[str, list[Any]], one: dict[str, Any]) -> None:
     for rank, mine in enumerate(agree(two[job])):
         torch.testing.assert_close(mine["norms"], one["norms"], rtol=1e-4, atol=0)
