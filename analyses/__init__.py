@@ -16,10 +16,10 @@ donors          what reinforcement changed in a model, and what that does in a s
 controls        planted models whose true score is known
 seeing          a vision-language model that learns sums: training, DRIFT and merges, side by side
 watch           these measures as monitors for the training loop
-flight          flight_recorder(): all of them within a share of the training time, and the page of the run
 style, figures  one function a figure
+report          a page of tables and figures
+flight          flight_recorder(): all of them within a share of the training time, and the page of the run
 plan, study     the main job
-report          its page
 cli             the command line
 """
 

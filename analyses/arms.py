@@ -23,9 +23,10 @@ from analyses.scoring import nll, text_nll
 from analyses.shelf import Shelf
 from analyses.statistics import Estimate, crossed_bootstrap
 from analyses.tasks import Question, grade
+from surgery.borrowing import give_back_memory
 from surgery.model import Model
-from surgery.textfile import write_whole
 from surgery.transcript import Transcript
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,8 +144,6 @@ def arms(
 
     Raises ValueError for no ways, no seeds, a way named "untuned", options that `tune` does not take, and questions that cannot be judged.
     """
-    from analyses.study import give_back_memory
-
     if not ways or seeds < 1 or UNTUNED in ways:
         raise ValueError(
             f"{len(ways)} ways and {seeds} seeds: at least 1 of each is needed, and {UNTUNED!r} is not a way."

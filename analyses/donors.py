@@ -33,10 +33,9 @@ from surgery.delta import save_delta
 from surgery.drawn import Noise, Permuted
 from surgery.model import Model
 from surgery.runs import fingerprint
-from surgery.textfile import write_whole
 from surgery.transcript import Transcript
 from surgery.weights import Delta
-from surgery.writing import new_folder
+from surgery.whole import new_folder, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

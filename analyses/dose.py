@@ -30,13 +30,14 @@ from analyses.scoring import Likelihood, quiet
 from analyses.shelf import Shelf
 from analyses.statistics import Estimate, Significance, bootstrap, followed, page, restricted_mean, wilson
 from analyses.tasks import Question, grade
+from probes.capture import pad_right
 from probes.steering import Steering
 from surgery.model import Model
 from surgery.proof import loops_at_end
 from surgery.rows import rows_are
-from surgery.textfile import write_whole
 from surgery.transcript import Transcript
 from surgery.weights import Delta, Weights
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -589,10 +590,7 @@ class _Bench:
         """Of the next token, at every place of each passage but the last; passage by passage."""
         for first in range(0, len(self._ids), _PASSAGES):
             batch = self._ids[first : first + _PASSAGES]
-            ids = torch.full((len(batch), max(map(len, batch))), self.model.pad_id)
-            mask = torch.zeros_like(ids)
-            for row, passage in enumerate(batch):  # padded on the right, where causal attention does not look
-                ids[row, : len(passage)], mask[row, : len(passage)] = torch.tensor(passage), 1
+            ids, mask = pad_right(batch, self.model.pad_id)  # where causal attention does not look
             inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
             with rows_are([0] * len(batch)):  # nobody asked: all of it is as if the model said it
                 logits = self.model.module(**inputs, use_cache=False).logits

@@ -26,8 +26,8 @@ from analyses.scoring import keeping, quiet
 from analyses.statistics import Estimate, bootstrap, percentile, resamples
 from analyses.tasks import Question, grade, read
 from surgery.model import Model
-from surgery.textfile import write_whole
 from surgery.transcript import Transcript, end_tokens
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

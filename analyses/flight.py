@@ -24,7 +24,7 @@ from analyses import figures
 from analyses.report import document, html_table, pair, picture
 from analyses.watch import WATCHES, watches
 from finetune.monitors import RECORDER, TRAINING, Recorder, read_log
-from surgery.textfile import write_whole
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -28,8 +28,8 @@ from analyses.statistics import bootstrap
 from finetune.lift import budget, principal_indices
 from surgery.linalg import each_matrix, principal_angles, singular_system, singular_values
 from surgery.sites import Site, match
-from surgery.textfile import write_whole
 from surgery.weights import Delta, Weights, linear_sites
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -268,7 +268,7 @@ def geometry(
     k            dimension of the principal subspaces
 
     Errors: ValueError for a pattern that matches nothing or a site that is not a matrix, for a density out of range, for
-    arms of another shape; KeyError for a site that an arm's weights lack.
+    arms of another shape, and for weights that lack a site.
     """
     from tqdm.auto import tqdm
 
@@ -278,6 +278,19 @@ def geometry(
         raise ValueError("no change to look at: give tuned weights, a Delta, or a dict of them")
     if flat := [str(s) for s in sites if len(base.shape(s)) != 2]:
         raise ValueError(f"geometry is about matrices; {', '.join(flat[:3])} {'is' if len(flat) == 1 else 'are'} not")
+    for name, arm in arms.items():
+        shapes = {s: tuple(arm.shapes()[s]) if s in arm else None for s in sites}
+        wrong = [
+            s
+            for s, shape in shapes.items()
+            if shape not in (tuple(base.shape(s)), None) or (shape is None and isinstance(arm, Weights))
+        ]
+        if wrong:
+            there = f"has shape {shapes[wrong[0]]}" if shapes[wrong[0]] else "is not there"
+            raise ValueError(
+                f"The arm {name!r} is of another model: in it {wrong[0]} {there}, in the base it has shape {tuple(base.shape(wrong[0]))} "
+                f"({len(wrong)} such). Compare models of one architecture."
+            )
     with tqdm(total=len(sites), desc="geometry", disable=not progress, leave=False) as bar:
 
         def look(site: Site) -> list[GeometryRow]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analyses import figures
-from surgery.textfile import write_whole
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

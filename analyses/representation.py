@@ -1,6 +1,6 @@
 """Drift: how far a model's representations, and its output distributions, have moved from another's on the same tokens.
 
-Four measures compare rows ``X`` (base) with rows ``Y`` (tuned), one row a token:
+Five measures compare rows ``X`` (base) with rows ``Y`` (tuned), one row a token:
 
 mean_shift       how far the average state has moved, in units of the base's own spread. 0 is no move; no upper end
 relative_change  how far the states have moved one by one, same units. At least ``mean_shift``, up to (n - 1)/n
@@ -26,12 +26,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.statistics import Estimate, bootstrap, percentile, resamples
-from probes.activations import Activations, collect
+from probes.activations import Activations, as_spans, collect
+from probes.capture import pad_right
 from surgery.linalg import each_matrix, principal_angles, principal_subspace
 from surgery.model import Model
 from surgery.rows import rows_are
 from surgery.sites import Site
-from surgery.transcript import Transcript
+from surgery.transcript import Transcript, nobody_has, positions
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -149,12 +151,12 @@ class Drift:
 
     def save(self, path: str | Path) -> None:
         """Write everything to one JSON file."""
-        Path(path).write_text(json.dumps(asdict(self)) + "\n")
+        write_whole(Path(path), json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Drift":
         """What `save` wrote."""
-        found: dict[str, Any] = json.loads(Path(path).read_text())
+        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(**{**found, "rows": tuple(DriftRow(**row) for row in found["rows"])})
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
@@ -182,7 +184,7 @@ def drift(
     """Compare two models' residual streams on the same tokens: every layer, every span, five measures.
 
     base, tuned  models, or Activations already collected from these transcripts
-    over         spans: "thinking", "answer", "completion", "prompt", "all". A transcript without one adds nothing to it
+    over         spans, or tokens of them (`surgery.transcript.positions`). A transcript without one adds nothing to it
     layers       residual streams, 0 to n_layers; all (that the Activations have) by default
     k            principal components whose span is compared
     draws        bootstrap samples, and split halves, of the two mean measures
@@ -206,19 +208,19 @@ def drift(
     """
     from tqdm.auto import tqdm
 
-    spans = (over,) if isinstance(over, str) else tuple(over)
-    if not spans:
-        raise ValueError("no span to measure drift over: name at least one, for example 'thinking'")
+    spans = as_spans(over)
     a, b = (_activations(m, transcripts, spans, layers, progress) for m in (base, tuned))
     if not (torch.equal(a.transcript, b.transcript) and torch.equal(a.position, b.position)):
         raise ValueError(
             "the two sets of activations are not from the same tokens: collect both over the same transcripts"
         )
-    sites = [s for s in a.sites if s.part == "resid" and (layers is None or s.layer in layers)]
-    absent = [s for s in sites if s not in b.sites] or (set(layers or ()) - {s.layer for s in sites})
+    streams = [[s for s in acts.sites if s.part == "resid"] for acts in (a, b)]
+    sites = streams[0] if layers is None else [Site(layer, "resid") for layer in sorted(set(layers))]
+    absent = [s for s in sites if not all(s in side for side in streams)]
     if absent or not sites:
+        there = [", ".join(map(str, side)) or "none" for side in streams]
         raise ValueError(
-            f"no residual stream to compare at {sorted(map(str, absent))}; there are {list(map(str, b.sites))}"
+            f"No residual stream to compare at {', '.join(map(str, absent)) or 'any layer'}: the base's activations have {there[0]}; the tuned one's {there[1]}."
         )
     where = {span: _span_rows(a, transcripts, span, k) for span in spans}
     cells = [(span, site) for span in spans for site in sites]
@@ -258,7 +260,7 @@ def output_kl(
     Source: the exact form of what Huan et al. (2025), arXiv 2507.00432, estimate from sampled tokens.
     Differs: no absolute value, no skipped token.
     """
-    spans = (over,) if isinstance(over, str) else tuple(over)
+    spans = as_spans(over)
     order = sorted(range(len(transcripts)), key=lambda i: len(transcripts[i].ids))
     divergence: list[np.ndarray] = [np.empty(0)] * len(transcripts)
     for first in range(0, len(order), batch_size):
@@ -273,11 +275,11 @@ def output_kl(
     for span in spans:
         values, owners = [], []
         for i, transcript in enumerate(transcripts):
-            start, end = transcript.spans.get(span, (0, 0))
-            values.append(divergence[i][max(start, 1) - 1 : max(end, 1) - 1])  # entry j is for token j + 1
+            at = [p - 1 for p in positions(transcript, span) if p > 0]  # entry j is for token j + 1
+            values.append(divergence[i][at])
             owners.append(np.full(len(values[-1]), i))
         if not sum(map(len, values)):
-            raise ValueError(f"none of the {len(transcripts)} transcripts has tokens in the span {span!r}")
+            raise ValueError(nobody_has(transcripts, span))
         found[span] = bootstrap(np.concatenate(values), clusters=np.concatenate(owners), draws=draws, seed=seed)
     return found
 
@@ -285,10 +287,7 @@ def output_kl(
 def _logits(model: Model, transcripts: list[Transcript]) -> list[Float[Tensor, "token vocab"]]:
     """Each text's logits, all positions but the last. Padded on the right, where causal attention cannot see it."""
     texts = [t.ids for t in transcripts]
-    ids = torch.full((len(texts), max(map(len, texts))), model.pad_id)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
+    ids, mask = pad_right(texts, model.pad_id)
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     with rows_are([t.spans.get("prompt", (0, 0))[1] for t in transcripts]):
         logits = model.module(**inputs, use_cache=False).logits
@@ -312,10 +311,12 @@ def _span_rows(
     acts: Activations, transcripts: Sequence[Transcript], span: str, k: int
 ) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
     """Which rows lie in the span, the first token never, and which of the contributing transcripts each is from."""
-    bounds = torch.tensor([t.spans.get(span, (0, 0)) for t in transcripts]).reshape(-1, 2)
+    inside = torch.zeros(len(transcripts), max((len(t.ids) for t in transcripts), default=1), dtype=torch.bool)
+    for i, transcript in enumerate(transcripts):
+        inside[i, positions(transcript, span)] = True
+    inside[:, 0] = False
     owner = acts.transcript.long()
-    inside = (acts.position >= bounds[owner, 0]) & (acts.position < bounds[owner, 1]) & (acts.position > 0)
-    keep = inside.nonzero().squeeze(1)
+    keep = inside[owner, acts.position.long()].nonzero().squeeze(1)
     if not len(keep):
         raise ValueError(f"no activations in the span {span!r}: they were collected over {', '.join(acts.over)}")
     width = min(acts[site].shape[1] for site in acts.sites)

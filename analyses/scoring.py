@@ -15,10 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.statistics import Estimate, percentile, resamples
+from probes.capture import pad_right
 from surgery.borrowing import evaluating
 from surgery.model import Model
 from surgery.rows import rows_are
-from surgery.transcript import Transcript
+from surgery.transcript import Transcript, nobody_has, positions
 
 # log-probabilities at some places, and the tokens that stand there -> nats a token
 Reading = Callable[[Float[Tensor, "token vocab"], Int[Tensor, " token"]], Float[Tensor, " token"]]
@@ -58,8 +59,8 @@ def nll(
 ) -> Likelihood:
     """Negative log-likelihood of one span of every transcript, given everything before it.
 
-    ``over``: a span name ("answer", "thinking", "completion", ...). Transcripts without it are counted as missing;
-    none with it is a ValueError. No padding enters: a batch of 8 is eight batches of 1.
+    ``over``: a span, or tokens of one ("answer", "answer[0]", "sentence[2]", ...; see `surgery.transcript.positions`). Transcripts
+    without it are counted as missing; none with it is a ValueError. No padding enters: a batch of 8 is eight batches of 1.
     """
     return _over(model, transcripts, over, batch_size, seed, _surprise)
 
@@ -77,7 +78,7 @@ def entropy(
 def text_nll(model: Model, texts: Sequence[str], *, batch_size: int = 16, seed: int = 0) -> Likelihood:
     """Negative log-likelihood of plain texts, without a chat template. The first token has nothing before it and is
     not scored, unless the tokenizer begins every text with a token of its own."""
-    rows = [(ids, 1, len(ids)) for ids in model.tokenizer(list(texts))["input_ids"] if len(ids) > 1]
+    rows = [(ids, range(1, len(ids))) for ids in model.tokenizer(list(texts))["input_ids"] if len(ids) > 1]
     if not rows:
         raise ValueError(f"none of {len(texts)} texts is longer than one token")
     return _likelihood(model, rows, [0] * len(rows), batch_size, seed, len(texts) - len(rows), _surprise)
@@ -86,13 +87,12 @@ def text_nll(model: Model, texts: Sequence[str], *, batch_size: int = 16, seed: 
 def _over(
     model: Model, transcripts: Sequence[Transcript], over: str, batch_size: int, seed: int, read: Reading
 ) -> Likelihood:
-    spans = [transcript.spans.get(over) for transcript in transcripts]
-    kept = [(t, span) for t, span in zip(transcripts, spans, strict=True) if span and span[1] > max(span[0], 1)]
-    rows = [(t.ids, *span) for t, span in kept]
-    if not rows:
-        there = sorted({name for transcript in transcripts for name in transcript.spans})
-        raise ValueError(f"none of {len(transcripts)} transcripts has a span {over!r}; there are {there}")
+    places = [[p for p in positions(t, over) if p > 0] for t in transcripts]  # nothing predicts the first token
+    kept = [(t, at) for t, at in zip(transcripts, places, strict=True) if at]
+    if not kept:
+        raise ValueError(nobody_has(transcripts, over))
     prompts = [t.spans.get("prompt", (0, 0))[1] for t, _ in kept]
+    rows = [(t.ids, at) for t, at in kept]
     return _likelihood(model, rows, prompts, batch_size, seed, len(transcripts) - len(rows), read)
 
 
@@ -115,13 +115,14 @@ def keeping(module: torch.nn.Module, positions: Sequence[int]) -> tuple[dict[str
 
 def _likelihood(
     model: Model,
-    rows: Sequence[tuple[Sequence[int], int, int]],
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
     prompts: Sequence[int],
     batch_size: int,
     seed: int,
     missing: int,
     read: Reading,
 ) -> Likelihood:
+    """rows: token ids, and which of them are scored. prompts: how many tokens of each row are its prompt."""
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: must be at least 1")
     module, device = model.module, next(model.module.parameters()).device
@@ -130,15 +131,9 @@ def _likelihood(
     with quiet(module):
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
-            width = max(rows[row][2] for row in batch)
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            mask = torch.zeros(len(batch), width, dtype=torch.long)
-            for line, row in enumerate(batch):
-                end = rows[row][2]
-                ids[line, :end] = torch.tensor(rows[row][0][:end])
-                mask[line, :end] = 1
             # padding is on the right and attention looks left: no row sees it
-            wanted = sorted({p - 1 for row in batch for p in range(max(rows[row][1], 1), rows[row][2])})
+            ids, mask = pad_right([rows[row][0][: rows[row][1][-1] + 1] for row in batch], model.pad_id)
+            wanted = sorted({p - 1 for row in batch for p in rows[row][1]})
             keep, places = keeping(module, wanted)
             where = dict(zip(wanted, places, strict=True))
             with rows_are([prompts[row] for row in batch], batch):
@@ -146,12 +141,10 @@ def _likelihood(
                     input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep
                 ).logits
             for line, row in enumerate(batch):
-                start, end = max(rows[row][1], 1), rows[row][2]
-                chosen = logits[line, [where[p - 1] for p in range(start, end)]].float().log_softmax(-1)
-                target = ids[line, start:end].to(device)
-                nats[row] = read(chosen, target).sum().item()
-    tokens = [end - max(start, 1) for _, start, end in rows]
-    return Likelihood(tuple(nats), tuple(tokens), missing, seed)
+                scored = list(rows[row][1])
+                chosen = logits[line, [where[p - 1] for p in scored]].float().log_softmax(-1)
+                nats[row] = read(chosen, ids[line, scored].to(device)).sum().item()
+    return Likelihood(tuple(nats), tuple(len(at) for _, at in rows), missing, seed)
 
 
 def _surprise(log_p: Float[Tensor, "token vocab"], target: Int[Tensor, " token"]) -> Float[Tensor, " token"]:

@@ -7,9 +7,6 @@ Stages write whole files and are skipped when their file is there, so an interru
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import json
 import resource
 import time
@@ -22,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 from analyses.plan import Plan
 from analyses.statistics import Estimate
 from analyses.tasks import accuracy, chained_sums
+from surgery.borrowing import give_back_memory
 from surgery.checkpoint import Checkpoint
 from surgery.model import Model, find
 from surgery.record import RECORD, Record, typed
-from surgery.textfile import write_whole
 from surgery.weights import Delta
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -83,7 +81,8 @@ class _Study:
         self.plan, self.folder, self.progress = plan, folder, progress
         self._models: dict[str, Model] = {}
         self.train = chained_sums(plan.steps * plan.batch_size, seed=plan.seed, side="train")
-        self.test = chained_sums(plan.held_out, seed=plan.seed + 1, side="test")
+        wanted = max(plan.held_out, plan.sweep_items, plan.faith_items, plan.drift_items)
+        self.test = chained_sums(wanted, seed=plan.seed + 1, side="test")
         self.watched = chained_sums(plan.watch_items, seed=plan.seed + 2, side="test")
 
     def stages(self) -> list[tuple[str, Callable[[], Any]]]:
@@ -163,8 +162,6 @@ class _Study:
             seed=self.plan.seed,
             watch=watched,
             log=home / "log.jsonl",
-            checkpoints=home / "checkpoints",
-            save_every=None,
             progress=self.progress,
             **ARMS[arm],
         )
@@ -178,16 +175,16 @@ class _Study:
 
     def accuracy(self) -> dict[str, Any]:
         """Held-out accuracy of the base and of each arm as stored; the answers are kept."""
-        rows, answers = [], {}
+        rows, answers, questions = [], {}, self.test[: self.plan.held_out]
         for arm in ("base", *ARMS):
             with self.arm(arm, stored=True) as model:
                 given = model.generate(
-                    [q.question for q in self.test],
+                    [q.question for q in questions],
                     max_new_tokens=self.plan.max_new_tokens,
                     batch_size=64,
                     progress=self.progress,
                 )
-            found = accuracy(self.test, given)
+            found = accuracy(questions, given)
             rows.append({"arm": arm, **_numbers(found.overall), "missing": found.missing})
             answers[arm] = [t.completion for t in given]
         return {"rows": rows, "answers": answers}
@@ -263,7 +260,7 @@ class _Study:
                     rows += [{"arm": arm, "text": name, **row} for row in _rows(found.frame())]
                 for name, (ts, over) in texts.items():
                     found_kl = output_kl(
-                        self.untouched, model, ts[: self.plan.drift_items // 3], over, seed=self.plan.seed
+                        self.untouched, model, ts[: max(1, self.plan.drift_items // 3)], over, seed=self.plan.seed
                     )
                     divergence += [
                         {"arm": arm, "text": name, "span": span, **_numbers(kl)} for span, kl in found_kl.items()
@@ -331,13 +328,6 @@ def _rows(frame: DataFrame) -> list[dict[str, Any]]:
     return json.loads(str(frame.to_json(orient="records", double_precision=15)))
 
 
-def give_back_memory() -> None:
-    """To the system, what a finished stage held: a trainer is full of cycles, and glibc keeps freed blocks (3 GB after two arms)."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to ask
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def frames(results: Mapping[str, Any]) -> dict[str, DataFrame]:
     """The study's tables as DataFrames, by the name of the figure that draws them."""
     import pandas as pd
@@ -350,6 +340,7 @@ def frames(results: Mapping[str, Any]) -> dict[str, DataFrame]:
             logs += [
                 {"arm": arm, "step": line["step"], "measure": measure, "value": line[key]}
                 for measure, key in _watched(line)
+                if key in line  # a monitor that failed says so in place of numbers
             ]
     return {
         "before-after": pd.DataFrame(results["accuracy"]["rows"]),

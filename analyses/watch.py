@@ -20,7 +20,7 @@ from surgery.model import Model
 from surgery.sites import Site
 from surgery.transcript import Transcript, nobody_has, read_transcript
 
-# from cheap to dear: the order in which a budget of time is first spent
+# from cheap to dear: given in this order, a budget of time is first spent on the cheap ones
 WATCHES = ("nll", "entropy", "gradient", "change", "drift", "drift-general", "representation", "geometry", "accuracy")
 
 

@@ -8,6 +8,8 @@ predictions  what an objective looks at: logits at the tokens that are learnt
 rules        pull() and DRIFT: gradients bent toward a vector; controls, the effective merge coefficient and matched merges
 objectives   what a step minimises, one small function each
 retention    losses beside the objective that keep what a model knew
+checkpoints  whole, and of this very run
+learner      what a trainer is given to train, and what is given back
 hosts        Surgical: all of this inside transformers.Trainer and TRL's trainers
 cadence      how often to measure, from a share of the training time
 monitors     every(n, fn) and the Recorder: any callable, inside the training loop
@@ -16,8 +18,6 @@ rewards      verifiable rewards of a transcript: answer, format, length
 grpo         grpo() reinforces what is rewarded, through TRL's GRPOTrainer
 recipes      transcripts in, transcripts or examples out: rejection sampling, pairs, prefixes, disturbed steps, critical tokens
 prerequisite knowledge and skill in two adapters, and only the skill is kept
-learner      what a trainer is given to train, and what is given back
-checkpoints  whole, and of this very run
 tune         tune() puts it together: ``from finetune.tune import tune``
 """
 

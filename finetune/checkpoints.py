@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.textfile import write_whole
+from surgery.whole import write_whole
 
 _COMPLETE = "complete.json"
 

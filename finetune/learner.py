@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from finetune.lift import LIFT, Select, budget
-from surgery.borrowing import own_draws
+from finetune.lift import LIFT, budget
+from finetune.lift.selection import check_select
+from surgery.borrowing import own_draws, own_modes
 from surgery.model import Model
 from surgery.weights import linear_sites
 
@@ -93,8 +94,7 @@ def check_budget(
     refresh, select = options.get("refresh"), options.get("select", "largest")
     if refresh is not None and refresh < 1:
         raise ValueError(f"refresh={refresh}: choose anew every 1 or more steps, or None to keep the first choice.")
-    if select not in get_args(Select):
-        raise ValueError(f"There is no select {select!r}. Choose {', '.join(get_args(Select))}.")
+    check_select(select)
     if trains != "lift" and any(p.dtype != torch.float32 for p in model.module.parameters()):
         raise ValueError(
             f"{trains} tuning needs fp32 weights, or its steps vanish in rounding. Load the model with dtype='float32'."
@@ -174,10 +174,10 @@ def _check_room(model: Model, layers: list[str], rank: int) -> None:
 def as_before(module: nn.Module) -> Iterator[nn.Module]:
     """Give back what a trainer puts on a module (its forward, its marks, settings of its config), the mode, what had a gradient, and
     the random state."""
-    training, free = module.training, [(p, p.requires_grad) for p in module.parameters()]
+    free = [(p, p.requires_grad) for p in module.parameters()]
     own, config = dict(module.__dict__), dict(vars(module.config))
     try:
-        with own_draws():
+        with own_draws(), own_modes(module):
             yield module
     finally:
         for name in module.__dict__.keys() - own.keys():
@@ -186,7 +186,6 @@ def as_before(module: nn.Module) -> Iterator[nn.Module]:
             module.forward = own["forward"]
         vars(module.config).clear()
         vars(module.config).update(config)
-        module.train(training)
         for parameter, needed in free:
             parameter.requires_grad_(needed)
             parameter.grad = None

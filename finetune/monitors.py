@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from finetune.cadence import Account
 from surgery.borrowing import evaluating, own_draws
 from surgery.model import Model
-from surgery.textfile import write_whole
+from surgery.whole import write_whole
 
 RECORDER, TRAINING = (
     "recorder",

@@ -36,8 +36,8 @@ from surgery.lowrank import factor_pair
 from surgery.model import LiveWeights, Model
 from surgery.sites import Site, match
 from surgery.tensorfile import raw_bytes
-from surgery.textfile import write_whole
 from surgery.weights import Delta, Indices, Weights, pieces, require_same_sites
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     from pandas import DataFrame

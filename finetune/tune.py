@@ -34,7 +34,7 @@ _DEFAULTS = {"filter_rank": 16, "refresh": None, "select": "largest"}
 class Tuned:
     """What a run did. losses: training loss of every optimizer step. trainable: how many numbers were free to move.
 
-    refreshes: for LIFT with a refresh interval, the mask overlap at each refresh. seconds: the training loop's own time.
+    refreshes: for LIFT with a refresh interval, what each refresh did, a `finetune.lift.Refresh`. seconds: the training loop's own time.
     shares: name -> a share in [0, 1] at every optimizer step, for an objective that names some (``improbable`` of `dft`).
     """
 

@@ -27,8 +27,8 @@ from surgery.model import Model
 from surgery.runs import fingerprint
 from surgery.sites import Site
 from surgery.tensorfile import save_whole
-from surgery.textfile import write_whole
 from surgery.transcript import Transcript
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -27,8 +27,8 @@ from probes.held_out import Score, auc, auc_score, deal, mean_score, shuffled, u
 from surgery.linalg import each_matrix
 from surgery.model import Model
 from surgery.sites import Site, match
-from surgery.textfile import write_whole
 from surgery.transcript import Transcript, nobody_has, positions
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

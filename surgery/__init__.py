@@ -2,16 +2,18 @@
 
 sites        Site: places have names; patterns match them
 anatomy      where each site is in a file, in a module, and which slice a head owns; families are data
+rounding     the dtypes of stored weights, and stochastic rounding to them
 weights      points and vectors: Weights, Delta, apply; lazy, exact
 headers      what safetensors headers and indices say; torch-free, believed no further than the files bear out
 tensorfile   one safetensors file, by memory map
-textfile     a text file, whole or not at all
-borrowing    evaluation mode and random states, given back
+whole        files and folders that are there whole or not at all
+borrowing    modes, random states and memory, given back
 checkpoint   Checkpoint reads a model folder by site
-rounding     stochastic rounding
-proof        a written model is loaded and compared before it appears
 reverse      the way back, as a compact patch
+proof        a written model is loaded and compared before it appears
 writing      write() streams, hashes, proves, is atomic
+linalg       low rank, principal subspaces and angles
+_blas        BLAS and LAPACK routines that let other threads run
 lowrank      Factored and Adapter: changes as factor pairs, PEFT's LoRA folders read and written
 delta        a vector as a file, dense, sparse or low-rank, with the hash of its base
 drawn        Noise, Permuted: vectors as large as another, and otherwise random
@@ -20,7 +22,6 @@ edits        Scale, RemoveDirection, AddDirection, TruncateRank: pure (site, W) 
 edit_lists   edits as a small YAML
 realign      SafeLoRA and SafeMERGE
 merging      mergekit's recipes and rules over our stream: read_recipe(), merge()
-linalg       low rank, principal subspaces and angles
 transcript   Transcript: prompt, thinking, answer, sentences, as token spans
 rows         rows_are(): where the prompts of a running batch end, said by whoever runs it
 runs         Runs: transcripts as a file, with the fingerprint of the model that wrote them

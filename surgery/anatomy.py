@@ -227,7 +227,7 @@ class Anatomy:
     def head_slice(self, site: Site) -> tuple[slice, ...]:
         """Index of one head in its whole tensor: rows of q, k, v; columns of o. Under GQA k and v count key/value heads."""
         count = self.heads(site)
-        if site.head is None or site.head >= count:
+        if site.head is None or not 0 <= site.head < count:
             raise ValueError(f"{site} does not exist: {site.whole} has heads h0 to h{count - 1}.")
         span = slice(site.head * self.head_dim, (site.head + 1) * self.head_dim)
         return (slice(None), span) if site.part == "attn.o" else (span,)

@@ -16,16 +16,15 @@ from torch import Tensor
 from surgery import headers
 from surgery.anatomy import Anatomy
 from surgery.headers import INDEX as INDEX
+from surgery.headers import RECORD as RECORD
 from surgery.headers import CheckpointError as CheckpointError
 from surgery.headers import read_folder
 from surgery.sites import Site
 from surgery.tensorfile import CODES, Stored, TensorFile, stored
-from surgery.weights import Weights
+from surgery.weights import Weights, some_rows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-RECORD = "record.json"
 
 
 class Checkpoint(Weights):
@@ -53,7 +52,7 @@ class Checkpoint(Weights):
 
     def _read(self, site: Site, rows: slice) -> Tensor:
         place = self.anatomy.places[site]
-        tensor = place.take(self.stored(place.name))[rows]
+        tensor = some_rows(place.take(self.stored(place.name)), rows)
         return tensor.clone() if rows == slice(None) else tensor  # whole, it is the caller's own, to write to as well
 
     def stored(self, name: str) -> Tensor:

@@ -22,8 +22,8 @@ from torch import Tensor
 from surgery.lowrank import CONFIG, Adapter, Factored, factor_pair
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError, Stored, TensorFile, TensorSink
-from surgery.weights import Delta, Origin, Weights
-from surgery.writing import new_folder
+from surgery.weights import Delta, Origin, Weights, some_rows
+from surgery.whole import new_folder
 
 FILE = "delta.safetensors"
 Form = Literal["auto", "dense", "sparse", "low-rank"]
@@ -106,7 +106,7 @@ class StoredDelta(Factored):
             case "sparse":
                 return scatter(self._index(site), self._part(site, "value"), self._shapes[site], rows)
             case "dense":
-                value = self._part(site, "value")[rows]
+                value = some_rows(self._part(site, "value"), rows)
                 return value.clone() if rows == slice(None) else value  # whole, it is the caller's own
 
     def _part(self, site: Site, what: str) -> Tensor:
@@ -183,12 +183,12 @@ def read_vector(folder: str | os.PathLike[str], base: Weights) -> Delta:
 
 def scatter(index: Int[Tensor, " k"], value: Float[Tensor, " k"], shape: torch.Size, rows: slice) -> Tensor:
     """Rows of the dense tensor that a sorted flat `index` and its values stand for."""
-    first, last, _ = rows.indices(shape[0])
+    first, last, _ = rows.indices(shape[0] if shape else 1)
     width = shape[1:].numel()
     begin, end = torch.searchsorted(index, torch.tensor([first * width, last * width], dtype=index.dtype)).tolist()
     dense = torch.zeros((last - first) * width)
     dense[index[begin:end].long() - first * width] = value[begin:end]
-    return dense.view(last - first, *shape[1:])
+    return dense.view(last - first, *shape[1:]) if shape else dense.view(shape)
 
 
 def _stored_as(

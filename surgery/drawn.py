@@ -10,7 +10,7 @@ from torch import Tensor
 
 from surgery.anatomy import Anatomy
 from surgery.sites import Site
-from surgery.weights import Delta, Origin
+from surgery.weights import Delta, Origin, some_rows
 
 
 class Alike(Delta):
@@ -49,7 +49,7 @@ class Noise(_Drawn):
     def _read(self, site: Site, rows: slice) -> Tensor:
         norm = torch.linalg.vector_norm(self._delta[site], dtype=torch.float64)
         noise = torch.randn(self.shapes()[site], generator=self._generator(site))
-        return (noise * float(norm / torch.linalg.vector_norm(noise, dtype=torch.float64)))[rows]
+        return some_rows(noise * float(norm / torch.linalg.vector_norm(noise, dtype=torch.float64)), rows)
 
 
 class Permuted(_Drawn):
@@ -58,4 +58,4 @@ class Permuted(_Drawn):
     def _read(self, site: Site, rows: slice) -> Tensor:
         value = self._delta[site]
         order = torch.randperm(value.numel(), generator=self._generator(site))
-        return value.reshape(-1)[order.to(value.device)].view(value.shape)[rows]
+        return some_rows(value.reshape(-1)[order.to(value.device)].view(value.shape), rows)

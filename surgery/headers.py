@@ -20,6 +20,7 @@ from typing import Any
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+RECORD = "record.json"  # of the command that made a folder
 SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1,
@@ -37,6 +38,10 @@ _AGAIN = "Download it again"
 
 class CheckpointError(ValueError):
     """A folder that is not a readable checkpoint: the message says what was looked for, what is there and what to do."""
+
+
+class PickleFoundError(CheckpointError):
+    """A pickle where a safetensors file was promised."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Folder:
 
 
 def read_folder(folder: Path) -> Folder:
-    """The headers of a checkpoint folder, single or sharded. Raises nothing: what is wrong is in `faults`, gravest first."""
+    """The headers of a checkpoint folder, single or sharded. What is wrong is in `faults`, in the order it was come upon."""
     faults = stray_links(folder)
     linked = {fault.where.name for fault in faults}
     present = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in linked)
@@ -111,7 +116,7 @@ def read_folder(folder: Path) -> Folder:
         try:
             entries, metadata[file] = read_header(folder / file)
         except CheckpointError as error:
-            faults.append(_as_fault("pickle" if "pickle" in str(error) else "file", error, folder / file))
+            faults.append(_as_fault("pickle" if isinstance(error, PickleFoundError) else "file", error, folder / file))
             broken.add(file)
             continue
         for entry in entries:
@@ -155,7 +160,7 @@ def read_header(path: Path) -> tuple[list[Entry], dict[str, str]]:
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and length > size):
-            raise CheckpointError(
+            raise PickleFoundError(
                 f"{path} is a pickle under a safetensors name, which can run code when opened and is refused. Convert the original "
                 "once, where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
             )

@@ -25,7 +25,7 @@ from surgery.linalg import low_rank_factors
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError, Stored, TensorFile, TensorSink, read_header
 from surgery.weights import Delta, Weights, pieces
-from surgery.writing import new_folder
+from surgery.whole import new_folder
 
 if TYPE_CHECKING:
     from surgery.anatomy import Anatomy

@@ -16,10 +16,11 @@ from torch import Tensor
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint, load_module
 from surgery.decoding import GumbelNoise, decode, pad_after_prefix, prefix_cache
+from surgery.rounding import as_dtype
 from surgery.rows import rows_are
 from surgery.sites import Site
 from surgery.transcript import THINK, Markers, Transcript, end_tokens, read_transcript
-from surgery.weights import Weights
+from surgery.weights import Weights, some_rows
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -47,7 +48,7 @@ class LiveWeights(Weights):
         return self._parameters[self.anatomy.places[self._existing(site)].name]
 
     def _read(self, site: Site, rows: slice) -> Tensor:
-        return self.anatomy.places[site].take(self.parameter(site).detach())[rows]
+        return some_rows(self.anatomy.places[site].take(self.parameter(site).detach()), rows)
 
 
 class Model:
@@ -206,6 +207,8 @@ class Model:
     def _generate_batch(
         self, prompts: list[list[int]], seeds: list[tuple[int, int, int]], heat: float, length: int
     ) -> list[list[int]]:
+        if not all(prompts):
+            raise ValueError("A prompt without a single token gives the model nothing to go on from: ask something.")
         ids, mask, start = pad_after_prefix(prompts, self.pad_id)
         cache = prefix_cache(self.module, prompts[0][:start], len(prompts)) if start else None
         if cache is None:
@@ -348,16 +351,3 @@ def pick_device(device: str) -> torch.device:
             f"There is no device {device!r} here. Use auto, cpu{', cuda' if torch.cuda.is_available() else ''}."
         ) from error
     return chosen
-
-
-def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """``"bfloat16"`` -> torch.bfloat16; None for ``auto`` and None. Raises ValueError listing the choices."""
-    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return None
-    found = getattr(torch, short.get(dtype, dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"{dtype!r} is not a dtype of weights. Choose float32, bfloat16, float16 or auto.")
-    return found

@@ -95,9 +95,11 @@ def free_memory() -> int:
 def _limits() -> Iterator[int]:
     import resource
 
+    import psutil
+
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     if limit != resource.RLIM_INFINITY:
-        yield limit
+        yield limit - psutil.Process().memory_info().data
     groups, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
     for line in own.read_text(encoding="ascii").splitlines() if own.exists() else ():
         _, kind, path = line.split(":", 2)
@@ -110,9 +112,15 @@ def _limits() -> Iterator[int]:
         )
         for place in (file, groups / kind / file.name):  # inside a container the path is another's view
             try:
-                yield int(place.read_text(encoding="ascii"))
+                yield int(place.read_text(encoding="ascii")) - _in_use(place.with_name("memory.stat"))
             except (OSError, ValueError):  # not there, or "max"
                 continue
+
+
+def _in_use(stat: Path) -> int:
+    """Bytes of a control group that nothing can take back from its processes; what files are cached in is not among them."""
+    counted = dict(line.split() for line in stat.read_text(encoding="ascii").splitlines())
+    return int(counted.get("anon", counted.get("total_rss", 0)))
 
 
 def loops_at_end(ids: Iterable[int], times: int = 4, longest: int = 8) -> list[int] | None:

@@ -18,10 +18,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from surgery.headers import RECORD as RECORD
 from surgery.headers import read_json
-from surgery.textfile import write_whole
+from surgery.whole import write_whole
 
-RECORD = "record.json"
 PACKAGES = (
     "model-surgery",
     "torch",

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgery.checkpoint import Checkpoint, point_hash
+from surgery.checkpoint import RECORD, Checkpoint, point_hash
 from surgery.tensorfile import DTYPES, CheckpointError, Stored, TensorFile, raw_bytes, save_tensors
+from surgery.whole import new_folder
 
 PATCH = "undo.patch"
 UNDO_LIMIT = 32 << 20  # bytes: an edit that needs more keeps no patch, and says so
 SIDE_LIMIT = 1 << 20  # bytes: larger side files are not the kind a write replaces
-_OURS = {PATCH, "record.json", "README.md"}  # a command puts its own in their place
+_OURS = {PATCH, RECORD, "README.md"}  # a command puts its own in their place
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FORMAT = "model-surgery reverse patch 1"
 
@@ -93,7 +94,6 @@ def undo(folder: str | os.PathLike[str], to: str | os.PathLike[str], *, progress
     its tensors are not those the patch was made for; nothing is left then.
     """
     from surgery.record import verify
-    from surgery.writing import new_folder
 
     folder, to = Path(folder), Path(to)
     path = folder / PATCH
@@ -106,20 +106,16 @@ def undo(folder: str | os.PathLike[str], to: str | os.PathLike[str], *, progress
     metadata = patch.metadata
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a reverse patch: its format is {metadata.get('format')!r}.")
-    names = [name.partition(":")[2] for name in patch.tensors if name.startswith(("header:", "side:"))]
-    outside = [name for name in names if Path(name).name != name or name in ("", "..") or "\0" in name]
+    outside = [name for name in _named(patch) if Path(name).name != name or name in ("", "..") or "\0" in name]
     if outside or not {"hash", "base_hash"} <= metadata.keys():
         wrong = f"names {outside[0]!r}, which is no file of its folder" if outside else "does not say what it leads to"
         raise CheckpointError(f"{path} {wrong}: it was not written by surgery, and is refused.")
-    outside = [n for n in _named(patch) if Path(n).name != n]
-    if outside:
-        raise CheckpointError(f"{path} names {outside[0]!r}: a patch speaks of files inside the folder only.")
     if metadata.get("sha256") != _digest(patch[name] for name in patch.tensors):
         raise CheckpointError(f"{path} is damaged: its content has another hash than it had when it was written.")
     written = Checkpoint(folder)
     hashes = written.hashes()
     if point_hash(written.tensors, hashes) != metadata["hash"]:
-        found = [p for p in verify(folder) if "tensor" in p] if (folder / "record.json").is_file() else []
+        found = [p for p in verify(folder) if "tensor" in p] if (folder / RECORD).is_file() else []
         raise CheckpointError(
             f"{folder} is not what was written any more{': ' + found[0] if found else ''}. Undo needs its exact bytes."
         )

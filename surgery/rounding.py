@@ -1,4 +1,4 @@
-"""Storing fp32 numbers in fewer bits, without a bias.
+"""The dtypes that weights are stored in, what rounding to them leaves of a change, and rounding without a bias.
 
 Rounding to nearest swallows a change smaller than half a step of the stored dtype, always and everywhere. Stochastic rounding
 keeps it on average: each number goes to one of its two neighbours, to the nearer one more often.
@@ -7,6 +7,7 @@ keeps it on average: each number goes to one of its two neighbours, to the neare
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,41 @@ from jaxtyping import Float
 from torch import Tensor
 
 _BITS = {1: torch.int8, 2: torch.int16}
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """``"bfloat16"`` -> torch.bfloat16; None for ``auto`` and None. Raises ValueError listing the choices."""
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    found = getattr(torch, short.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"{dtype!r} is not a dtype of weights. Choose float32, bfloat16, float16 or auto.")
+    return found
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Asked and kept: a change, and what rounding to the stored dtype leaves of it.
+
+    asked, kept: Frobenius norms before and after rounding. cosine: between the two; 1 is perfect, nan when either is zero.
+    unmoved: fraction in [0, 1] of the entries asked to move that stayed where they were. entries: how many were asked to move.
+    """
+
+    asked: float
+    kept: float
+    cosine: float
+    unmoved: float
+    entries: int
+
+    @classmethod
+    def of(cls, asked: float, kept: float, inner: float, stuck: float, entries: int) -> Kept:
+        """From sums over entries: the squares of both changes, their product, and counts of those that stayed and that were asked to move."""
+        norms = (asked * kept) ** 0.5
+        cosine = inner / norms if norms else float("nan")
+        return cls(asked**0.5, kept**0.5, cosine, stuck / entries if entries else 0.0, entries)
 
 
 def generator(seed: int, name: str) -> np.random.Generator:

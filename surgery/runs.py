@@ -21,6 +21,7 @@ import torch
 
 from surgery.tensorfile import raw_bytes
 from surgery.transcript import Transcript
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     from surgery.model import Model
@@ -81,20 +82,11 @@ class Runs(Sequence[Transcript]):
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file, whole or not at all. Raises ValueError for a `meta` or `about` that JSON would not give back."""
-        path = Path(path)
         head = {"runs": _FORMAT, "model": self.model, "about": _plain(self.about, "about"), "count": len(self)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.partial")
-        try:
-            with part.open("w", encoding="utf-8", newline="\n") as file:
-                for line in (head, *(_as_line(t) for t in self.transcripts)):
-                    file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            return part.replace(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+        lines = (head, *(_as_line(t) for t in self.transcripts))
+        return write_whole(
+            path, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Runs:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator

@@ -131,7 +131,7 @@ def save_whole(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes as they are stored."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _hash_range(source: BinaryIO, begin: int, end: int) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy import Anatomy
+from surgery.rounding import Kept, as_dtype
 from surgery.sites import Site, match
 
 if TYPE_CHECKING:
@@ -277,10 +278,8 @@ class Delta(_Tensors):
         walks = {site: [v.strips(site, pieces(self.shapes()[site])) for v in (self, other)] for site in shared}
         return {site: _angle(zip(*walk, strict=True)) for site, walk in walks.items()}
 
-    def survival(self, dtype: torch.dtype | str, base: Weights) -> dict[Site, Survival]:
+    def survival(self, dtype: torch.dtype | str, base: Weights) -> dict[Site, Kept]:
         """What storing ``base + self`` in `dtype` (``"bfloat16"``, or torch's own) keeps of the change, at each site."""
-        from surgery.model import as_dtype
-
         stored = as_dtype(dtype)
         if stored is None:
             raise ValueError(f"{dtype!r} is not one dtype: say which, as in survival('bfloat16', base).")
@@ -289,30 +288,10 @@ class Delta(_Tensors):
         def walk(site: Site) -> Iterable[tuple[Tensor, Tensor]]:
             return zip(*(point.strips(site, pieces(self.shapes()[site])) for point in (base, moved)), strict=True)
 
-        return {site: _survival(walk(site), stored) for site in self}
+        return {site: _kept(walk(site), stored) for site in self}
 
 
-@dataclass(frozen=True)
-class Survival:
-    """Asked and kept: a change, and what is left of it after rounding to the stored dtype.
-
-    asked, kept: Frobenius norms of the change before and after rounding.
-    cosine:      between the two; 1 is perfect, nan when either is zero.
-    unmoved:     fraction in [0, 1] of the entries asked to move that did not.
-    """
-
-    asked: float
-    kept: float
-    cosine: float
-    unmoved: float
-
-
-def survival(before: Tensor, after: Tensor, dtype: torch.dtype) -> Survival:
-    """Compare the change from `before` to `after` (any shape, fp32) with the one that remains once `after` is stored in `dtype`."""
-    return _survival([(before, after)], dtype)
-
-
-def _survival(strips: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Survival:
+def _kept(strips: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Kept:
     asked_square = kept_square = inner = 0.0
     moving = stuck = 0
     for before, after in strips:
@@ -322,9 +301,7 @@ def _survival(strips: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Su
         inner += float((asked.double() * kept.double()).sum())
         moving += int((asked != 0).sum())
         stuck += int(((kept == 0) & (asked != 0)).sum())
-    norms = (asked_square * kept_square) ** 0.5
-    cosine = inner / norms if norms else float("nan")
-    return Survival(asked_square**0.5, kept_square**0.5, cosine, stuck / moving if moving else 0.0)
+    return Kept.of(asked_square, kept_square, inner, stuck, moving)
 
 
 def pieces(shape: torch.Size) -> Iterator[slice]:
@@ -334,6 +311,11 @@ def pieces(shape: torch.Size) -> Iterator[slice]:
         return
     step = max(1, _PIECE // max(1, shape[1:].numel()))
     yield from (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+def some_rows(tensor: Tensor, rows: slice) -> Tensor:
+    """Some rows of a tensor. A single number has no rows, and is given whole."""
+    return tensor[rows] if tensor.ndim else tensor
 
 
 class Difference(Delta):
@@ -355,7 +337,7 @@ class Difference(Delta):
 
     def _read(self, site: Site, rows: slice) -> Tensor:
         if not any(site in leaf for _, leaf in self._terms):  # all that moved it has cancelled
-            return torch.zeros(self._shapes[site])[rows]
+            return some_rows(torch.zeros(self._shapes[site]), rows)
         return _sum(self._terms, site, rows)
 
     def by_rows(self, site: Site) -> bool:
@@ -427,7 +409,7 @@ class Edited(Weights):
                     f"The edit turned {place} from {tuple(tensor[index].shape)} into {tuple(edited.shape)}."
                 )
             tensor[index] = edited
-        return tensor[rows]
+        return some_rows(tensor, rows)
 
     def by_rows(self, site: Site) -> bool:
         return site not in self._at and self._start.by_rows(site)
@@ -615,7 +597,7 @@ class _Kept(Delta):
         kept = torch.zeros(self._delta.shapes()[site], dtype=torch.bool)
         for index in heads:
             kept[index] = True
-        return torch.where(kept[rows].to(value.device), value, 0.0)
+        return torch.where(some_rows(kept, rows).to(value.device), value, 0.0)
 
     def by_rows(self, site: Site) -> bool:
         return self._delta.by_rows(site)

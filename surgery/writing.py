@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import json
@@ -29,13 +28,16 @@ from torch import Tensor
 from surgery.checkpoint import INDEX, RECORD, Checkpoint, point_hash, read_headers
 from surgery.proof import Loops, prove
 from surgery.reverse import UNDO_LIMIT, Reverse
+from surgery.rounding import Kept as Kept
 from surgery.rounding import generator, stochastic
 from surgery.sites import Site
-from surgery.tensorfile import Stored, TensorFile, header_bytes, raw_bytes, read_header
-from surgery.weights import Weights
+from surgery.tensorfile import Stored, header_bytes, raw_bytes, read_header
+from surgery.weights import Weights, some_rows
+from surgery.whole import new_folder
 
 Rounding = Literal["nearest", "stochastic"]
-_CHUNK = 1 << 18  # entries computed at a time: fits the cache, and bounds memory for a huge embedding
+_PIECE = 1 << 18  # entries handed over at a time, to be hashed and written
+_CACHED = 1 << 16  # entries computed at a time: the half dozen arrays they take fit a core's own cache
 _WEIGHTS = {
     ".safetensors",
     ".bin",
@@ -47,21 +49,6 @@ _WEIGHTS = {
     ".msgpack",
     ".onnx",
 }  # a copy would be stale
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Asked and kept, for one site: what rounding to the stored dtype left of the change.
-
-    asked, kept: Frobenius norms. cosine: between the two changes (nan when either is zero). unmoved: fraction in [0, 1] of the
-    entries asked to move that stayed where they were. entries: how many were asked to move.
-    """
-
-    asked: float
-    kept: float
-    cosine: float
-    unmoved: float
-    entries: int
 
 
 @dataclass(frozen=True)
@@ -78,11 +65,9 @@ class Written:
     def total(self) -> Kept:
         """Asked and kept over all changed sites together."""
         rows = list(self.kept.values())
-        asked, kept = (sum(getattr(r, k) ** 2 for r in rows) ** 0.5 for k in ("asked", "kept"))
+        asked, kept = (sum(getattr(r, k) ** 2 for r in rows) for k in ("asked", "kept"))
         inner = sum(r.cosine * r.asked * r.kept for r in rows if r.asked and r.kept)
-        entries = sum(r.entries for r in rows)
-        unmoved = sum(r.unmoved * r.entries for r in rows) / entries if entries else 0.0
-        return Kept(asked, kept, inner / (asked * kept) if asked and kept else float("nan"), unmoved, entries)
+        return Kept.of(asked, kept, inner, sum(r.unmoved * r.entries for r in rows), sum(r.entries for r in rows))
 
     def __str__(self) -> str:
         if not self.kept:
@@ -140,7 +125,6 @@ def write(
         raise ValueError(f"rounding={rounding!r}: choose nearest or stochastic.")
     to = Path(to)
     job = _Job(weights, layout, dtype, seed if rounding == "stochastic" else None, Reverse(layout, undo_limit))
-    hashing: list[Future[dict[str, str]]] = []
     flushing: list[Future[None]] = []
     from tqdm.auto import tqdm
 
@@ -151,16 +135,13 @@ def write(
     ):
         with _one_core_free():
             for file in layout.files:
-                # while the cache still holds it; what nothing changes has the hash of its copy
-                hashing.append(aside.submit(TensorFile(layout.folder / file).hashes, job.altered))
                 job.write_file(partial / file, bar)
                 flushing.append(aside.submit(_flush, partial / file))
         _copy_side_files(layout.folder, partial, dtype)
         checks = prove(partial, job.hashes, layout, dtype, loops)
-        base_hashes = dict(job.hashes)
-        for read in hashing:
-            base_hashes |= read.result()
-        base_hash, point = point_hash(layout.tensors, base_hashes), point_hash(read_headers(partial)[0], job.hashes)
+        # what nothing changes has the hash of its copy
+        base_hash = point_hash(layout.tensors, job.hashes | job.base_hashes)
+        point = point_hash(read_headers(partial)[0], job.hashes)
         checks.append(job.reverse.save(partial, base_hash, point))
         written = Written(to, point, base_hash, job.hashes, job.kept, checks)
         if seal is not None:
@@ -168,31 +149,6 @@ def write(
         for flushed in flushing:
             flushed.result()
     return written
-
-
-@contextmanager
-def new_folder(to: Path) -> Iterator[Path]:
-    """A temporary folder beside `to` that becomes `to` when the block ends well and vanishes when it does not.
-
-    Leftovers of processes that were killed are removed. Raises FileExistsError when `to` exists.
-    """
-    if to.exists() or to.is_symlink():
-        raise FileExistsError(f"{to} exists already and is never overwritten. Choose another --to, or remove it.")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    for stale in to.parent.glob(f".{glob.escape(to.name)}.partial-*"):
-        pid = stale.name.rsplit("-", 1)[-1]
-        if pid.isdecimal() and not _alive(int(pid)):
-            shutil.rmtree(stale, ignore_errors=True)
-    partial = to.parent / f".{to.name}.partial-{os.getpid()}"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
-        yield partial
-        os.rename(partial, to)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -212,16 +168,6 @@ def _flush(path: Path) -> None:
         os.fsync(written.fileno())
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
-
-
 @dataclass
 class _Job:
     """One write: what goes in, and what is learnt on the way."""
@@ -232,6 +178,7 @@ class _Job:
     seed: int | None  # of stochastic rounding
     reverse: Reverse
     hashes: dict[str, str] = field(default_factory=dict)
+    base_hashes: dict[str, str] = field(default_factory=dict)  # of the tensors that are altered
     kept: dict[Site, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -247,13 +194,15 @@ class _Job:
             if hasattr(os, "posix_fallocate"):  # a disk too small is known before the work, and writing is faster
                 os.posix_fallocate(sink.fileno(), 0, size)
             sink.write(text)
-            with _Worker(self.hashes, sink) as worker:
+            with _Worker(self.hashes, self.base_hashes, sink) as worker:
                 for tensor in stored:
-                    at = 0
+                    at, before = 0, self.layout.stored(tensor.name).reshape(-1)
                     for piece in self._pieces(tensor, self._touched(tensor.name)):
-                        worker.put(tensor.name, raw_bytes(piece))
                         if tensor.name in self.altered:
+                            worker.put(tensor.name, raw_bytes(piece), raw_bytes(before[at : at + piece.numel()]))
                             self.reverse.add(tensor.name, at, piece)
+                        else:
+                            worker.put(tensor.name, raw_bytes(piece))
                         at += piece.numel()
                     bar.update(tensor.end - tensor.begin)
 
@@ -266,8 +215,7 @@ class _Job:
     def _pieces(self, tensor: Stored, changed: list[Site]) -> Iterator[Tensor]:
         """Pieces of one stored tensor as it will be stored, in order."""
         before, out, places = self.layout.stored(tensor.name), self._out(tensor), self.layout.anatomy.places
-        rows = max(1, _CHUNK // max(1, tensor.shape[1:].numel())) if tensor.shape else 1
-        pieces = [slice(i, i + rows) for i in range(0, tensor.shape[0], rows)] if tensor.shape else [slice(None)]
+        pieces = _strips(tensor.shape, slice(None), _PIECE)
         draws = None if self.seed is None else generator(self.seed, tensor.name)
 
         def rounded(x: Tensor) -> Tensor:
@@ -275,22 +223,26 @@ class _Job:
 
         if not changed:
             for piece in pieces:
-                was = before[piece] if tensor.shape else before
+                was = some_rows(before, piece)
                 if out.is_floating_point and not bool(torch.isfinite(was.sum(dtype=torch.float32))):
                     _require_finite(was, self._homes[tensor.name])
                 yield was if was.dtype == out else rounded(was)
             return
         if len(changed) == 1 and places[changed[0]].is_whole:
-            tally = _Tally(changed[0])
-            for piece, wish in zip(pieces, self.weights.strips(changed[0], pieces), strict=True):
-                after = rounded(wish)
-                tally.add(before[piece], wish, after)
-                yield after
+            tally, walk = _Tally(changed[0]), [_strips(tensor.shape, piece, _CACHED) for piece in pieces]
+            wishes = self.weights.strips(changed[0], [strip for strips in walk for strip in strips])
+            for strips in walk:
+                done: list[Tensor] = []
+                for strip in strips:
+                    wish = next(wishes).cpu()  # of a model on an accelerator
+                    done.append(rounded(wish))
+                    tally.add(some_rows(before, strip), wish, done[-1])
+                yield torch.cat(done) if len(done) > 1 else done[0]
             self.kept[changed[0]] = tally.kept()
             return
         after = before if before.dtype == out else rounded(before)
         for site in changed:  # pieces of one fused tensor, or a transposed one: put together whole
-            wish = self.weights[site]
+            wish = self.weights[site].cpu()
             kept = rounded(wish)
             tally = _Tally(site)
             tally.add(places[site].take(before), wish, kept)
@@ -299,13 +251,20 @@ class _Job:
         yield after
 
 
+def _strips(shape: torch.Size, within: slice, entries: int) -> list[slice]:
+    """Rows of a tensor, those `within` some of them, so many that about `entries` come together; one slice at least."""
+    first, last, _ = within.indices(shape[0] if shape else 1)
+    step = max(1, entries // max(1, shape[1:].numel()))
+    return [slice(i, min(i + step, last)) for i in range(first, max(last, first + 1), step)]
+
+
 class _Tally:
     """Sums behind `Kept`, over the chunks of a tensor. Raises ValueError at the first value that is not finite."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
         self._asked = self._kept = self._inner = 0.0
-        self._moving = self._moved = 0
+        self._moving = self._stuck = 0
 
     def add(self, before: Tensor, wish: Tensor, after: Tensor) -> None:
         was = before.float()
@@ -319,15 +278,12 @@ class _Tally:
         self._kept += kept
         self._inner += float(asked.dot(got))
         # numpy compares and counts several times as fast as torch
-        self._moving += int(np.count_nonzero(asked.numpy() != 0))
-        self._moved += int(np.count_nonzero(got.numpy() != 0))
+        moving = asked.numpy() != 0
+        self._moving += int(np.count_nonzero(moving))
+        self._stuck += int(np.count_nonzero(moving & (got.numpy() == 0)))
 
     def kept(self) -> Kept:
-        norms = (self._asked * self._kept) ** 0.5
-        cosine = self._inner / norms if norms else float("nan")
-        # Rounding may also move an entry that was asked to stay, when the stored dtype changes: never count below none.
-        unmoved = max(0.0, 1 - self._moved / self._moving) if self._moving else 0.0
-        return Kept(self._asked**0.5, self._kept**0.5, cosine, unmoved, self._moving)
+        return Kept.of(self._asked, self._kept, self._inner, self._stuck, self._moving)
 
 
 def _require_finite(tensor: Tensor, sites: list[Site]) -> None:
@@ -337,14 +293,15 @@ def _require_finite(tensor: Tensor, sites: list[Site]) -> None:
 
 
 class _Worker:
-    """SHA-256 of tensors that arrive in pieces, one tensor after another, on a thread of its own, which also writes them to `sink`.
+    """SHA-256 of tensors that arrive in pieces, one tensor after another, on a thread of its own, which also writes them to `sink`; and
+    of what they were before, while the processor's cache still has it.
 
     A few pieces wait at most. What goes wrong on the thread (a full disk) is raised by the next `put`, or on leaving.
     """
 
-    def __init__(self, into: dict[str, str], sink: io.FileIO) -> None:
-        self._into, self._sink = into, sink
-        self._queue: queue.Queue[tuple[str, memoryview] | None] = queue.Queue(maxsize=4)
+    def __init__(self, into: dict[str, str], before: dict[str, str], sink: io.FileIO) -> None:
+        self._into, self._before, self._sink = into, before, sink
+        self._queue: queue.Queue[tuple[str, memoryview, memoryview | None] | None] = queue.Queue(maxsize=4)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, daemon=True)
 
@@ -352,10 +309,10 @@ class _Worker:
         self._thread.start()
         return self
 
-    def put(self, name: str, data: memoryview) -> None:
+    def put(self, name: str, data: memoryview, before: memoryview | None = None) -> None:
         if self._error:
             raise self._error
-        self._queue.put((name, data))
+        self._queue.put((name, data, before))
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._queue.put(None)
@@ -365,17 +322,21 @@ class _Worker:
 
     def _work(self) -> None:
         digests: dict[str, Any] = {}
+        befores: dict[str, Any] = {}
         while (item := self._queue.get()) is not None:
             if self._error:
                 continue  # drained, so that nobody waits
-            name, data = item
+            name, data, before = item
             try:
+                if before is not None:
+                    befores.setdefault(name, hashlib.sha256()).update(before)
                 digests.setdefault(name, hashlib.sha256()).update(data)
                 while len(data):
                     data = data[self._sink.write(data) :]
             except (OSError, ValueError) as error:  # ValueError: an interrupt closed the file meanwhile
                 self._error = error
-        self._into.update({name: digest.hexdigest() for name, digest in digests.items()})
+        for into, found in ((self._into, digests), (self._before, befores)):
+            into.update({name: digest.hexdigest() for name, digest in found.items()})
 
 
 def _copy_side_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:

@@ -180,7 +180,7 @@ def merge(
 
     from surgery.card import CARD, model_card
     from surgery.merging import MergedModel, merge, plan, read_recipe
-    from surgery.model import as_dtype
+    from surgery.rounding import as_dtype
 
     read = read_recipe(recipe)
     if dry_run:

@@ -339,7 +339,7 @@ def _save_measure(
     record: Record, to: Path, inputs: dict[str, tuple[str, Any]], save: Callable[[Path], object], tables: dict[str, Any]
 ) -> None:
     """A measure's folder: its own file, its tables as CSV, its record; whole or not at all."""
-    from surgery.writing import new_folder
+    from surgery.whole import new_folder
 
     with new_folder(to) as folder:
         save(folder)

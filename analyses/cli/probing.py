@@ -57,7 +57,7 @@ def probe(
     from analyses.labels import labels_of
     from probes.linear import probe
     from surgery.model import Model
-    from surgery.writing import new_folder
+    from surgery.whole import new_folder
 
     read = load_runs(runs)
     labels = labels_of(read, of, length=length or "thinking")

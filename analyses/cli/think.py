@@ -108,7 +108,7 @@ def generate(
     if to.suffix == ".jsonl":
         runs.save(to)
     else:
-        from surgery.writing import new_folder
+        from surgery.whole import new_folder
 
         record.inputs = model_input(loaded, model) | data_input(data)
         with new_folder(to) as folder:
@@ -148,7 +148,7 @@ def direction(
     require_new(to)
     read = load_runs(runs)
     from surgery.model import Model
-    from surgery.writing import new_folder
+    from surgery.whole import new_folder
 
     loaded = Model.load(model, device=device, dtype="float32")
     read.require(loaded)
@@ -196,7 +196,7 @@ def heads(
 ) -> None:
     """Which heads of MODEL write the brief side of a length direction; and `edits.yml`, with which `surgery edit` takes it out of them."""
     record = begin_record("heads", {k: v for k, v in locals().items() if k not in ("to", "quiet")})
-    from surgery.writing import new_folder
+    from surgery.whole import new_folder
 
     require_new(to)
     recipe = {

@@ -41,7 +41,7 @@ def write_model(
     reproducible: what a replay will compare.
     """
     from surgery.card import CARD, model_card
-    from surgery.model import as_dtype
+    from surgery.rounding import as_dtype
     from surgery.writing import write
 
     def seal(folder: Path, written: Written) -> None:

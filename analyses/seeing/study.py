@@ -19,7 +19,7 @@ from analyses.seeing.pictures import pictured, stream, written_sums
 from analyses.shelf import Shelf
 from surgery.model import Model
 from surgery.sites import Site
-from surgery.textfile import write_whole
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

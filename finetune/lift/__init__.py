@@ -1,8 +1,8 @@
 """LIFT: fine-tune only the principal weights, those that are largest after rank reduction.
 
+warm       the filter begun from that of the last refresh
 selection  principal_indices(), which says which entries those are, and what they are compared with
 shards     the same choice where every process has some rows of each matrix
-warm       the filter begun from that of the last refresh
 halves     float32 numbers whose upper half is a 16-bit weight
 ledger     the compact state of the chosen entries
 optimizer  LIFT, the optimizer that trains them and nothing else

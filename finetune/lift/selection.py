@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from finetune.lift.warm import GUARDS, warm_subspace
-from surgery.linalg import FLOAT64_UP_TO, STRIP, each_matrix, low_rank_factors
+from surgery.linalg import STRIP, each_matrix, low_rank_factors, work_precision
 
 R = TypeVar("R")
 
@@ -30,7 +30,6 @@ Select = Literal[
     "smallest-triplets",
 ]
 OF_GRADIENTS = ("gradient", "movement")
-_FILTERED = ("largest", "smallest")
 _TRIPLETS = ("hybrid", "random-triplets", "smallest-triplets")
 _SAMPLE = 1 << 15  # scores of a matrix that are looked at for a first bound of the threshold
 
@@ -303,12 +302,12 @@ def _scored(m: Matrix, select: Select, rank: int, block: int, agreement: float, 
         _require_finite(m.gradient, "gradient")
         G = m.gradient.detach()
         if select == "gradient":
-            return _Scored(_by_size(lambda rows: _wide(G[rows]), G, block, 1.0, comparable))
-        return _Scored(_as_it_is(lambda rows: -_wide(G[rows]) * _wide(W[rows]), W, block, comparable))
+            return _Scored(_by_size(lambda rows: wide(G[rows]), G, block, 1.0, comparable))
+        return _Scored(_as_it_is(lambda rows: -wide(G[rows]) * wide(W[rows]), W, block, comparable))
     sign = -1.0 if select == "smallest" else 1.0
     if select == "magnitude" or rank >= min(W.shape):
         _require_finite(W)
-        return _Scored(_by_size(lambda rows: _wide(W[rows]), W, block, sign, comparable))
+        return _Scored(_by_size(lambda rows: wide(W[rows]), W, block, sign, comparable))
     left, across, basis, warm = _filtered(W, select, rank, m.start, agreement, m.seed)
     scores = _by_size(lambda rows: left[rows] @ across, W, block, sign, comparable)
     return _Scored(scores, basis, warm)
@@ -328,8 +327,8 @@ def _filtered(
         and agreement < 1
         and (basis := warm_subspace(W, start, rank, (1 - agreement) / 2)) is not None
     ):
-        wide, inner = _wide(W), basis[:, :rank]
-        left, across = (wide @ inner, inner.T) if tall else (inner, inner.T @ wide)
+        whole, inner = wide(W), basis[:, :rank]
+        left, across = (whole @ inner, inner.T) if tall else (inner, inner.T @ whole)
         return left, across.contiguous(), basis, True
     held = min(rank + GUARDS, min(W.shape)) if agreement < 1 else rank
     left, right = low_rank_factors(W, held)
@@ -339,9 +338,7 @@ def _filtered(
 
 def _other_triplets(W: Tensor, rank: int, select: Select, seed: int) -> tuple[Tensor, Tensor]:
     _require_finite(W)
-    U, S, Vh = torch.linalg.svd(
-        W.to(torch.float64 if min(W.shape) <= FLOAT64_UP_TO else torch.float32), full_matrices=False
-    )
+    U, S, Vh = torch.linalg.svd(W.to(work_precision(W)), full_matrices=False)
     short = len(S)
     if select == "hybrid":
         kept = torch.cat([torch.arange((rank + 1) // 2), torch.arange(short - rank // 2, short)])
@@ -406,7 +403,8 @@ def _as_units(indices: Tensor, shape: torch.Size, block: int) -> Tensor:
     return (indices // shape[1] // block * (shape[1] // block) + indices % shape[1] // block).unique()
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """At least fp32: what scores are computed in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -14,10 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from finetune.distributed import Shards, local_part
-from finetune.lift.selection import OF_GRADIENTS, Choice, Matrix, Select
+from finetune.lift.selection import OF_GRADIENTS, Choice, Matrix, Select, wide
 from surgery.linalg import gram_matrix, leading_eigenvectors, work_precision
 
 SHARDED: tuple[Select, ...] = ("largest", "smallest", "magnitude", "random", *OF_GRADIENTS)  # what can be chosen by
+_FILTERED = ("largest", "smallest")  # of these, by what a filter leaves of the matrix
 _DIGIT = 12  # bits of a score that are counted at once: tables of 4096 counts go between the processes
 
 
@@ -62,7 +63,7 @@ def choose_shards(matrices: Sequence[Matrix], select: Select, rank: int, *, toge
 
 
 def _is_filtered(m: Matrix, select: Select, rank: int, shared: bool) -> bool:
-    return select in ("largest", "smallest") and rank < min(m.W.shape) and (shared or m.count < m.W.numel())
+    return select in _FILTERED and rank < min(m.W.shape) and (shared or m.count < m.W.numel())
 
 
 def _require_finite(what: str, parts: Sequence[Tensor], matrices: Sequence[Matrix], at: Shards) -> None:
@@ -92,10 +93,10 @@ def _score(
         drawn = torch.rand(tuple(m.W.shape), generator=torch.Generator().manual_seed(m.seed))
         return drawn[first : first + len(mine)].reshape(-1).to(mine.device)
     if gradient is not None:
-        G = _wide(gradient)
-        return (G.abs() if select == "gradient" else -G * _wide(mine)).reshape(-1)
+        G = wide(gradient)
+        return (G.abs() if select == "gradient" else -G * wide(mine)).reshape(-1)
     if basis is None:
-        values = _wide(mine)
+        values = wide(mine)
     elif m.W.shape[1] <= m.W.shape[0]:
         values = mine.to(basis.dtype) @ basis @ basis.T
     else:
@@ -180,10 +181,6 @@ def _ordered(score: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
     kind = torch.int64 if score.element_size() == 8 else torch.int32
     bits = score.add(0.0).view(kind)  # there is one zero
     return bits ^ ((bits >> (8 * score.element_size() - 1)) & torch.iinfo(kind).max)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _narrow(positions: Tensor, shape: torch.Size) -> Tensor:

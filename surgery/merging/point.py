@@ -11,7 +11,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.merging.planning import Plan
 from surgery.merging.rules import Rule, Source
 from surgery.sites import Site
-from surgery.weights import Delta, Weights
+from surgery.weights import Delta, Weights, some_rows
 
 
 class Merged(Weights):
@@ -78,7 +78,7 @@ class Merged(Weights):
         if rule is None:
             return self._base.rows(site, rows)
         by_rows = rule.by_rows and place.is_whole
-        tensor = rule.rows(rows) if by_rows else place.take(self._whole(place.name, rule))[rows]
+        tensor = rule.rows(rows) if by_rows else some_rows(place.take(self._whole(place.name, rule)), rows)
         return tensor.clone() if rows == slice(None) else tensor  # whole, it is the caller's own
 
     def _whole(self, name: str, rule: Rule) -> Tensor:

@@ -27,7 +27,8 @@ from surgery.merging.recipe import DTYPES, Recipe, RecipeError, read_recipe
 from surgery.proof import Loops, VerificationError, judge_generation, prove
 from surgery.record import hash_folder
 from surgery.tensorfile import CheckpointError, Stored, TensorFile, header_bytes
-from surgery.writing import Written, new_folder, write
+from surgery.whole import new_folder
+from surgery.writing import Written, write
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration

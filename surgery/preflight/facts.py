@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.headers import (
     MAX_JSON,
+    RECORD,
     SIZES,
     CheckpointError,
     Entry,
@@ -628,7 +629,7 @@ def _recorded_base(folder: Path) -> str | None:
 
 def _record(folder: Path) -> dict[str, Any]:
     try:
-        found = read_json(folder / "record.json")
+        found = read_json(folder / RECORD)
     except CheckpointError:
         return {}
     return found if isinstance(found, dict) else {}

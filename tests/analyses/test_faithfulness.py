@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -266,8 +267,12 @@ def test_likelihood_is_the_bare_forward_pass_whatever_the_batch(family):
     assert result.mean.value == pytest.approx(sum(result.nats) / sum(result.tokens))
     one = nll(model, transcripts, "completion", batch_size=1)
     assert one.nats == pytest.approx(result.nats, rel=1e-4)
-    with pytest.raises(ValueError, match="span 'moral'"):
+    with pytest.raises(ValueError, match="'moral' is not a span"):
         nll(model, transcripts, "moral")
+    first = [
+        replace(t, spans={**t.spans, "first": (t.spans["answer"][0], t.spans["answer"][0] + 1)}) for t in transcripts
+    ]
+    assert nll(model, transcripts, "answer[0]").nats == nll(model, first, "first").nats
     text = text_nll(model, ["abcd", "e", "k7"])
     assert (text.tokens, text.missing) == ((3, 1), 1)
     assert math.isfinite(text.mean.value)

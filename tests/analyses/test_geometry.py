@@ -265,5 +265,11 @@ def test_bad_input_is_named(base, delta, options, says):
 def test_no_arms_and_other_shapes_are_named(base, delta):
     with pytest.raises(ValueError, match="no change"):
         geometry(base, {}, at="*.attn.q")
+    wide = Vector({Site.parse("0.attn.q"): matrix((24, 25))})
+    with pytest.raises(ValueError, match=r"The arm 'w' is of another model: in it 0\.attn\.q has shape \(24, 25\)"):
+        geometry(base, {"w": wide}, at="*.attn.q")
+    fewer = Point({site: base[site] for site in base if site.layer != 2})
+    with pytest.raises(ValueError, match=r"in it 2\.attn\.q is not there, in the base it has shape \(24, 24\)"):
+        geometry(base, fewer, at="*.attn.q")
     with pytest.raises(ValueError, match="cannot have changed"):
         change(decompose(matrix((6, 4))), matrix((4, 6)))

@@ -308,9 +308,9 @@ def test_bad_input_is_named(unchecked):
     rows = torch.arange(len(base)) % 10 == 2
     for call, says in [
         (lambda: drift(base, other, texts(20)), "same tokens"),
-        (lambda: drift(base, base, texts(20), over="nowhere"), "no activations in the span 'nowhere'"),
-        (lambda: drift(base, base, texts(20), over=()), "no span"),
-        (lambda: drift(base, base, texts(20), layers=[7]), "7"),
+        (lambda: drift(base, base, texts(20), over="nowhere"), "'nowhere' is not a span"),
+        (lambda: drift(base, base, texts(20), over=()), "No span"),
+        (lambda: drift(base, base, texts(20), layers=[7]), r"at 7.resid: the base's activations have"),
         (lambda: drift(base.where(rows), base.where(rows), texts(20), over="thinking", k=12), "20 rows of width 12"),
         (lambda: drift(base, base, texts(20), k=0), "another k"),
         (lambda: linear_cka(gaussian(4, 2), gaussian(5, 2)), "4 and 5"),
@@ -408,3 +408,17 @@ def test_output_kl_is_its_formula_over_the_spans_tokens(models):
     assert output_kl(base, base, transcripts)["answer"].value == 0
     with pytest.raises(ValueError, match="'nowhere'"):
         output_kl(base, tuned, transcripts, "nowhere")
+
+
+def test_tokens_of_a_span_can_be_compared(models):
+    base, tuned = models
+    transcripts = told(base, [12, 9, 14, 11, 10, 13])
+    picked = drift(base, tuned, transcripts, over="thinking[:6]", k=2)
+    assert {row.n_rows for row in picked.rows} == {36}
+    whole = drift(base, tuned, [replace(t, spans={**t.spans, "early": (3, 9)}) for t in transcripts], over="early", k=2)
+    assert [row.value for row in picked.rows] == [row.value for row in whole.rows]
+    few, all_of = (output_kl(base, tuned, transcripts, over=o)[o].value for o in ("answer[0]", "answer"))
+    named = [
+        replace(t, spans={**t.spans, "first": (t.spans["answer"][0], t.spans["answer"][0] + 1)}) for t in transcripts
+    ]
+    assert few == output_kl(base, tuned, named, over="first")["first"].value != all_of

@@ -165,3 +165,25 @@ def test_an_interrupted_study_goes_on_after_the_last_whole_stage(
         again = load_file(folder / path.relative_to(finished))
         for name, tensor in load_file(path).items():
             assert torch.equal(again[name], tensor), (path, name)
+
+
+def test_a_monitor_that_failed_costs_its_numbers_and_not_the_page(unfinished: Path, plan: Plan) -> None:
+    log = unfinished / "arms" / "lift" / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    keep = ("monitor", "step")
+    failed = [
+        {**{k: line[k] for k in keep}, "failed": "ValueError: no"}
+        if line["monitor"] == "nll" and line["step"] == 2
+        else line
+        for line in lines
+    ]
+    assert failed != lines
+    log.write_text("".join(json.dumps(line) + "\n" for line in failed))
+    study(plan, unfinished, progress=False)
+    drawn = [row for row in (unfinished / "tables" / "training.csv").read_text().splitlines() if "answer NLL" in row]
+    assert len(drawn) == 3  # two of full tuning, one that LIFT has left
+
+
+def test_every_stage_has_the_questions_that_its_caption_counts(tmp_path: Path, plan: Plan) -> None:
+    few = module._Study(replace(plan, held_out=3, sweep_items=8, faith_items=5, drift_items=6), tmp_path, False)
+    assert len(few.test) == 8

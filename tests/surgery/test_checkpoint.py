@@ -19,12 +19,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from surgery.checkpoint import Checkpoint, load_module
+from surgery.delta import StoredDelta, save_delta
 from surgery.edits import Scale
+from surgery.headers import read_folder
 from surgery.model import Model
 from surgery.reverse import PATCH
-from surgery.tensorfile import CheckpointError, read_header
+from surgery.tensorfile import CheckpointError, raw_bytes, read_header
 from surgery.weights import apply
-from surgery.writing import new_folder, write
+from surgery.whole import new_folder
+from surgery.writing import write
 from tests.families import FAMILIES, TEMPLATE, save_tiny, tiny
 
 SIDE = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
@@ -177,6 +180,46 @@ def test_names_in_files_are_not_names_in_modules(tmp_path):
     assert bytes_of(tmp_path / "out").keys() == bytes_of(source).keys()
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor as on an accelerator: in no arithmetic with those of the processor, until it is brought over."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        assert func is not torch.Tensor.numpy, "can't convert device type tensor to numpy"
+        assert not any(type(a) is torch.Tensor and a.ndim for a in args), "tensors on different devices"
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # whole tensors, and pieces of fused ones
+def test_a_live_model_on_an_accelerator_is_written(family, tmp_path):
+    model = Model.load(str(save_tiny(family, tmp_path / "model")))
+    live = model.weights
+    live._parameters = {name: p.detach().as_subclass(Elsewhere) for name, p in live._parameters.items()}
+    write(apply(Scale(0.5), live, "*.attn.o"), tmp_path / "out")
+    assert torch.equal(Checkpoint(tmp_path / "out")["1.attn.o"], 0.5 * Checkpoint(tmp_path / "model")["1.attn.o"])
+    assert bytes(raw_bytes(torch.ones(1).as_subclass(Elsewhere))) == bytes.fromhex("0000803f")
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3)], ids=["a number", "no rows"])
+def test_tensors_without_rows_are_read_and_written(shape, tmp_path):
+    folder, name = (
+        save_tiny("gpt-neox", tmp_path / "model"),
+        "gpt_neox.layers.0.attention.masked_bias",
+    )  # of the older files
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), name: torch.full(shape, 3.0)}, file, metadata={"format": "pt"})
+    base = Checkpoint(folder)
+    written = write(apply(Scale(0.5), base, "0.attn.o"), tmp_path / "out")
+    assert written.hashes[name] == Checkpoint(tmp_path / "out").hashes()[name]
+    assert load_file(tmp_path / "out" / "model.safetensors")[name].shape == shape
+    assert torch.equal(base[f"file:{name}"], torch.full(shape, 3.0))
+    if shape == ():
+        save_delta(base - apply(lambda _, W: W - 1, base, f"file:{name}"), tmp_path / "vector", base_hash="x")
+        assert torch.equal(StoredDelta(tmp_path / "vector")[f"file:{name}"], torch.ones(shape))
+
+
 def test_a_live_model_without_files(tmp_path):
     module, tokenizer = tiny("llama")
     with pytest.raises(ValueError, match=r"no checkpoint behind it.*Use module\.save_pretrained"):
@@ -299,6 +342,15 @@ def test_pickles_are_refused_with_the_way_out(folder):
         path.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"never opened")
     refuse(folder, "holds pickles (pytorch_model.bin)", "can run code", "save_pretrained(NEW_FOLDER)")
+
+
+def test_what_a_folder_is_called_says_nothing_of_its_files(folder):
+    jar = folder.rename(folder.with_name("pickles"))
+    shard = min(jar.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:20])
+    assert [fault.kind for fault in read_folder(jar).faults] == ["file"]
+    shard.write_bytes(b"PK\x03\x04" + bytes(40))
+    assert [fault.kind for fault in read_folder(jar).faults] == ["pickle"]
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

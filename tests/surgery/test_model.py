@@ -5,7 +5,8 @@ import torch
 
 from surgery.decoding import pad_after_prefix, prefix_cache
 from surgery.edits import Scale
-from surgery.model import Model, as_dtype, find, pick_device
+from surgery.model import Model, find, pick_device
+from surgery.rounding import as_dtype
 from surgery.weights import apply
 from surgery.writing import write
 from tests.families import FAMILIES, save_tiny, tiny

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 
 import pytest
 import torch
@@ -181,3 +182,18 @@ def test_a_model_without_attention_and_mlp_does_loop(tmp_path):
     silent = apply(Scale(0.0), base, ["*.attn.o", "*.mlp.down"])
     written = write(silent, tmp_path / "out", loops="report")
     assert any("a loop" in check for check in written.checks)
+
+
+def test_what_may_still_be_taken_is_less_what_is_in_use(tmp_path):
+    import psutil
+
+    limits, used = resource.getrlimit(resource.RLIMIT_DATA), psutil.Process().memory_info().data
+    room = 300 << 20
+    resource.setrlimit(resource.RLIMIT_DATA, (used + room, limits[1]))
+    try:
+        assert 0 < proof.free_memory() <= room + (8 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+    for said, used in (("cache 700\nrss 20\ntotal_rss 30\n", 30), ("anon 40\nfile 900\n", 40)):
+        (tmp_path / "memory.stat").write_text(said)
+        assert proof._in_use(tmp_path / "memory.stat") == used

@@ -15,8 +15,9 @@ from surgery.checkpoint import Checkpoint
 from surgery.delta import StoredDelta, save_delta
 from surgery.edits import Scale
 from surgery.model import Model
+from surgery.rounding import Kept
 from surgery.sites import Site, match
-from surgery.weights import apply, linear_sites, pieces, survival
+from surgery.weights import apply, linear_sites, pieces
 from surgery.writing import write
 from tests.families import FAMILIES, save_tiny
 
@@ -201,6 +202,8 @@ def test_keep_by_head_site(pairs):
         delta.keep("*.attn.o.h1", heads=2)
     with pytest.raises(ValueError, match=r"0\.attn\.k\.h2 does not exist: 0\.attn\.k has heads h0 to h1"):
         delta.keep("*.attn.k", heads=2)
+    with pytest.raises(ValueError, match=r"0\.attn\.o\.h-1 does not exist"):
+        delta.keep("*.attn.o", heads=-1)
     with pytest.raises(ValueError, match=r"There is no layer 7, 9 among 0, 1, 2: nothing would be kept"):
         delta.keep(layers=[9, 7])
     with pytest.raises(ValueError, match=r"There is no layer 1 among none"):
@@ -286,6 +289,15 @@ def test_norms_cosines_survival(pairs):
         assert 0 < s.unmoved < 1 or site.part == "norm" or "norm" in site.part
 
 
+def _rounded(before, after):
+    """Kept, by its definition."""
+    asked, kept = after.double() - before.double(), after.bfloat16().double() - before.double()
+    stuck, moving = ((kept == 0) & (asked != 0)).sum(), (asked != 0).sum()
+    norms = float(asked.norm()), float(kept.norm())
+    cosine = float((asked * kept).sum()) / (norms[0] * norms[1]) if norms[0] * norms[1] else math.nan
+    return *norms, cosine, float(stuck / moving) if moving else 0.0, int(moving)
+
+
 def test_long_tensors_are_walked_in_pieces(pairs, monkeypatch):
     """Sums over pieces are sums over the whole, whatever the size of a piece."""
     base, tuned = pairs("qwen2")
@@ -302,7 +314,7 @@ def test_long_tensors_are_walked_in_pieces(pairs, monkeypatch):
     assert list(pieces(torch.Size(()))) == [slice(None)]
     for site in delta:
         direct, against = delta[site].double(), other[site].double()
-        whole = survival(base[site], (base + delta)[site], torch.bfloat16)
+        whole = Kept(*_rounded(base[site], (base + delta)[site]))
         for norms, cosines, kept in seen:
             assert norms[site] == pytest.approx(float(direct.norm()), rel=1e-9)
             assert cosines[site] == pytest.approx(
@@ -331,14 +343,17 @@ def test_cosines_need_equal_shapes(pairs):
         (a[1] - a[0]).cosines(b[1] - b[0])
 
 
-def test_survival_by_hand():
-    before = torch.tensor([1.0, 1.0, 1.0, 1.0])
-    after = torch.tensor([1.0, 1.0 + 2**-9, 1.0 + 2**-7, 2.0])  # bf16 keeps steps of 2**-7 above 1
-    s = survival(before, after, torch.bfloat16)
+def test_survival_by_hand(tmp_path):
+    folder = save_tiny("llama", tmp_path / "model")
+    base = apply(lambda _, W: torch.ones_like(W), Checkpoint(folder), "norm")
+    after = torch.ones(base.shape("norm"))
+    after[1:4] = torch.tensor([1.0 + 2**-9, 1.0 + 2**-7, 2.0])  # bf16 keeps steps of 2**-7 above 1
+    (s,) = (apply(lambda _, W: after, base, "norm") - base).keep("norm").survival("bfloat16", base).values()
     assert s.unmoved == pytest.approx(1 / 3)
     assert s.asked == pytest.approx(math.sqrt(2**-18 + 2**-14 + 1))
     assert s.kept == pytest.approx(math.sqrt(2**-14 + 1))
-    nothing = survival(before, before, torch.bfloat16)
+    assert s.entries == 3
+    (nothing,) = (0.0 * (base - Checkpoint(folder))).keep("norm").survival("bfloat16", base).values()
     assert nothing.asked == nothing.kept == nothing.unmoved == 0
     assert math.isnan(nothing.cosine)
 
