@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -166,7 +168,25 @@ def _bytes(thing: Any) -> Iterator[bytes]:
         for value in thing:
             yield from _bytes(value)
             yield b","
+    elif isinstance(thing, partial):
+        yield from _bytes([thing.func, thing.args, thing.keywords])
     elif callable(thing):
+        yield from _code(getattr(thing, "__code__", None))
+        yield from _bytes([*(getattr(thing, "__defaults__", None) or ())])
+        held = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+        yield from _bytes(
+            [value for value in held if isinstance(value, str | int | float | tuple | list | dict | Tensor)]
+        )
         yield f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__name__)}".encode()
     else:
         yield repr(thing).encode()
+
+
+def _code(code: CodeType | None) -> Iterator[bytes]:
+    """What a function does, for telling it from another of its name."""
+    if code is not None:
+        yield code.co_code
+        yield repr([c for c in code.co_consts if not isinstance(c, CodeType)]).encode()
+        yield repr(code.co_names).encode()
+        for inner in code.co_consts:
+            yield from _code(inner if isinstance(inner, CodeType) else None)

@@ -320,7 +320,8 @@ def figure(table: DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot(
             drawn["alpha"], drawn["accuracy"], "_", color="#999999", markersize=9, label=f"{len(drawn)} random vectors"
         )
-        swept = [a for a in table["arm"].unique() if (table["arm"] == a).sum() > 1 and a not in ("random", "untouched")]
+        apart = ("random", "untouched", "prompt", f"{VECTOR} + prompt")
+        swept = [a for a in table["arm"].unique() if a not in apart]
         for colour, arm in zip(CYCLE * len(swept), swept, strict=False):
             own: Any = table[table["arm"].isin([arm, "untouched"])]
             own = own.sort_values("alpha")

@@ -218,8 +218,8 @@ class Sweep:
         return {line: sorted(cells, key=lambda c: c.strength) for line, cells in (lines or {base.line: [base]}).items()}
 
     @cached_property
-    def _until(self) -> float:
-        """What mean lengths are restricted to."""
+    def until(self) -> float:
+        """What mean lengths are restricted to: as far as all were followed that were followed half as far as the untouched model's."""
         known: list[tuple[float, float]] = []  # how far followed, and the longest
         for cell in sorted(self.cells, key=lambda c: c.strength != 0):  # the untouched model first
             if "length" in cell.answers and len(seen := cell.present("length")[1]):
@@ -253,11 +253,11 @@ class Sweep:
             return Estimate(math.nan, math.nan, math.nan, 0, None, "no answer has it"), missing
         if measure == "length":
             ended = cell.present("ended")[1]
-            if (reach := followed(values, ended)) < self._until:
+            if (reach := followed(values, ended)) < self.until:
                 return Estimate(
                     math.nan, math.nan, math.nan, len(set(question)), None, f"followed to {reach:g} only"
                 ), missing
-            return restricted_mean(values, ended, until=self._until, clusters=question, seed=self.seed), missing
+            return restricted_mean(values, ended, until=self.until, clusters=question, seed=self.seed), missing
         if measure != "target" and len(set(question)) == len(question):
             return wilson(int(values.sum()), len(values)), missing
         return bootstrap(values, clusters=question, seed=self.seed), missing
@@ -292,7 +292,7 @@ class Sweep:
             }
         of: dict[int, list[float]] = {}
         for question, value in zip(*cell.present(column), strict=True):
-            of.setdefault(question, []).append(min(float(value), self._until) if measure == "length" else float(value))
+            of.setdefault(question, []).append(min(float(value), self.until) if measure == "length" else float(value))
         return {question: sum(values) / len(values) for question, values in of.items()}
 
 
@@ -561,11 +561,16 @@ class _Bench:
         with quiet(self.model.module):
             for i, logs in enumerate(self._log_probabilities()):
                 nats.append(
-                    -float(logs.gather(-1, torch.tensor(self._ids[i][1:], device=logs.device)[:, None]).double().sum())
+                    -float(
+                        logs.gather(-1, torch.tensor(self._ids[i][1:], device=logs.device)[:, None])
+                        .cpu()
+                        .double()
+                        .sum()
+                    )
                 )
                 if "kl" in self.measures:
                     before = logs if untouched is None else untouched[i].to(logs.device)
-                    divergence.append(float((logs.exp() * (logs - before)).sum(-1).clamp_min(0).double().sum()))
+                    divergence.append(float((logs.exp() * (logs - before)).sum(-1).clamp_min(0).cpu().double().sum()))
         columns = {"tokens": [len(ids) - 1 for ids in self._ids], "kl": divergence, "nats": nats}
         kept = {"tokens", *(COLUMNS[m] for m in self.measures)}
         return {name: tuple(column) for name, column in columns.items() if name in kept}

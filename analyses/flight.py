@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _OWN = ("step", "monitor", "seconds", "failed", "undefined")
 _PLACE = re.compile(r"(?:(?P<span>[\w-]+)\.)?L(?P<layer>\d+)(?:\.(?P<measure>[\w-]+))?")
 _SITE = re.compile(
-    r"(?P<site>(?P<layer>\d+)(?:\.[a-z]+)+?)(?:\.(?P<measure>\w*_\w+|relative|principal|absorbed|lost|norm))?"
+    r"(?P<site>(?P<layer>\d+)(?:\.[a-z][a-z0-9]*)+?)(?:\.(?P<measure>\w*_\w+|relative|principal|absorbed|lost|norm))?"
 )
 _WIDE, _NARROW = {"width": 5.0}, {"width": 4.0, "ratio": 0.7}
 

@@ -265,12 +265,12 @@ def output_kl(
     divergence: list[np.ndarray] = [np.empty(0)] * len(transcripts)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        logits = [_logits(model, [transcripts[i] for i in batch]) for model in (tuned, base)]
+        logits = [_logits(model, transcripts, batch) for model in (tuned, base)]
         for i, (p, q) in zip(batch, zip(*logits, strict=True), strict=True):
             if p.shape != q.shape:
                 raise ValueError(f"vocabularies differ: {p.shape[-1]} tokens against {q.shape[-1]}")
             p, q = p.float().log_softmax(dim=-1), q.float().log_softmax(dim=-1)
-            divergence[i] = (p.exp() * (p - q)).sum(dim=-1).clamp_min(0).double().cpu().numpy()
+            divergence[i] = (p.exp() * (p - q)).sum(dim=-1).clamp_min(0).cpu().double().numpy()
     found: dict[str, Estimate] = {}
     for span in spans:
         values, owners = [], []
@@ -284,12 +284,14 @@ def output_kl(
     return found
 
 
-def _logits(model: Model, transcripts: list[Transcript]) -> list[Float[Tensor, "token vocab"]]:
+def _logits(
+    model: Model, transcripts: Sequence[Transcript], batch: Sequence[int]
+) -> list[Float[Tensor, "token vocab"]]:
     """Each text's logits, all positions but the last. Padded on the right, where causal attention cannot see it."""
-    texts = [t.ids for t in transcripts]
+    texts = [transcripts[i].ids for i in batch]
     ids, mask = pad_right(texts, model.pad_id)
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-    with rows_are([t.spans.get("prompt", (0, 0))[1] for t in transcripts]):
+    with rows_are([transcripts[i].spans.get("prompt", (0, 0))[1] for i in batch], batch):
         logits = model.module(**inputs, use_cache=False).logits
     return [logits[row, : len(text) - 1] for row, text in enumerate(texts)]
 

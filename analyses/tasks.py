@@ -239,7 +239,7 @@ _NUMBER = re.compile(
 )
 _LETTER = re.compile(
     r"\((?P<a>[A-Za-z])\)|(?<!\w)(?P<b>[A-Z])[).:](?=\s|$)"
-    r"|(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\(?(?P<c>[A-Za-z])(?!\w)"
+    r"|(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\(?(?P<c>[A-Z](?!\w)|[a-z](?=\s*(?:$|[.,;:!?)\]])))"
 )
 
 

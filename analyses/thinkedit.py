@@ -274,6 +274,10 @@ def _contrast(found: Contributions, short: Sequence[bool]) -> Contributions:
     for row, (question, is_short) in enumerate(zip(found.question, short, strict=True)):
         members.setdefault(question, ([], []))[0 if is_short else 1].append(row)
     pairs = {q: (a, b) for q, (a, b) in members.items() if a and b}
+    if not pairs:
+        raise ValueError(
+            "No question has both a shorter and a longer answer with a token to read: give more samples a question."
+        )
     scores = torch.stack([found.scores[a].mean(0) - found.scores[b].mean(0) for a, b in pairs.values()])
     return replace(
         found, scores=scores, transcript=tuple(found.transcript[a[0]] for a, _ in pairs.values()), question=tuple(pairs)
@@ -326,19 +330,17 @@ class Judged:
     def effects(self) -> DataFrame:
         """What the edit, as the recipe has it, changed: a row a measure.
 
-        Columns: measure, before, after, difference, low, high (95 %, questions resampled in pairs; of lengths the restricted mean), n,
+        Columns: measure, before, after, difference, low, high (95 %, questions resampled in pairs; of lengths the restricted mean, see
+        `Sweep.frame`; NaN where no answer has the span, or none was followed that far), n,
         heads_low, heads_high (smallest and largest difference of the random heads), heads_p, and so for random directions. A p is the share
         of controls, the edit counted among them, that change the measure as much either way: with 19 controls it cannot be below 0.05.
         """
         import pandas as pd
 
         before, after = self._compared()
-        seen = [cell for cell in (before, *after.values()) if cell.answers.get("length")]
-        reach = [followed(*_lengths(cell)[1:]) for cell in seen if any(n is not None for n in cell.answers["length"])]
-        longest = max((n for cell in seen for n in cell.answers["length"] if n is not None), default=1)
-        seed = self.sweeps["strengths"].seed
+        strengths = self.sweeps["strengths"]
         rows = [
-            _effect(measure, before, after, min([*reach, longest]), seed)
+            _effect(measure, before, after, strengths.until, strengths.seed)
             for measure in ("length", "accuracy", "text_nll", "kl")
         ]
         return pd.DataFrame([row for row in rows if row is not None])
@@ -459,9 +461,11 @@ def _panel(name: str, table: Any) -> DataFrame:
 
 def _effect(measure: str, before: Cell, after: Mapping[str, Cell], until: float, seed: int) -> dict[str, Any] | None:
     """A row of `Judged.effects`; None where the measure was not taken."""
-    change = _difference(measure, before, after["edit"], until, seed)
-    if change is None:
+    taken = "length" in before.answers if measure == "length" else bool(_numbers(measure, before))
+    if not taken:
         return None
+    nothing = Estimate(math.nan, math.nan, math.nan, 0, None, "no answer has it")
+    change = _difference(measure, before, after["edit"], until, seed) or nothing
     start = _value(measure, before, until)
     row: dict[str, Any] = {
         "measure": measure,
@@ -485,14 +489,15 @@ def _effect(measure: str, before: Cell, after: Mapping[str, Cell], until: float,
 
 def _value(measure: str, cell: Cell, until: float) -> float:
     if measure == "length":
-        return restricted_mean(*_lengths(cell)[1:], until=until, draws=1).value
+        _, lengths, ended = _lengths(cell)
+        return restricted_mean(lengths, ended, until=until, draws=1).value if _reaches(cell, until) else math.nan
     return float(np.mean(list(_numbers(measure, cell).values())))
 
 
 def _difference(measure: str, before: Cell, after: Cell, until: float, seed: int) -> Estimate | None:
     """How a measure changed, question by question (of general text, passage by passage); None where it was not taken."""
     if measure == "length":
-        if "length" not in before.answers:
+        if not (_reaches(before, until) and _reaches(after, until)):
             return None
         (asked, *base), (answered, *edited) = _lengths(before), _lengths(after)
         return restricted_difference(
@@ -501,6 +506,14 @@ def _difference(measure: str, before: Cell, after: Cell, until: float, seed: int
     base, edited = _numbers(measure, before), _numbers(measure, after)
     shared = sorted(base.keys() & edited.keys())
     return paired_bootstrap([base[k] for k in shared], [edited[k] for k in shared], seed=seed) if shared else None
+
+
+def _reaches(cell: Cell, until: float) -> bool:
+    """Whether there are lengths, followed as far as means of them are restricted to."""
+    if not any(n is not None for n in cell.answers.get("length", ())):
+        return False
+    _, lengths, ended = _lengths(cell)
+    return followed(lengths, ended) >= until
 
 
 def _lengths(cell: Cell) -> tuple[list[int], list[int], list[bool]]:

@@ -40,6 +40,7 @@ def last_complete(folder: Path, settings: Mapping[str, Any]) -> Path | None:
 
 def require_same_run(folder: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise ValueError, naming what differs, where the settings kept in a folder are not these."""
+    settings = json.loads(json.dumps(settings))  # as they were kept: a tuple has become a list
     differing = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in settings.items() if saved.get(k) != v]
     if differing:
         raise ValueError(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from finetune.checkpoints import last_complete
 from finetune.hosts import Surgical
-from finetune.learner import Adapter, Trains, bar, check_budget, learner, require_versions
+from finetune.learner import Adapter, Trains, bar, check_budget, learner, one_device, require_versions
 from finetune.predictions import logits_at
 from finetune.rewards import Reward, Weighted, described
 from finetune.tune import Tuned, course
@@ -135,7 +135,7 @@ def grpo(
                 "bnpo" tokens of the micro-batch, "dr_grpo" all places up to max_new_tokens.
     scale_rewards: advantages are divided by the standard deviation of the "group", of the "batch", or by nothing ("none").
     temperature: of sampling, above 0, and of the probabilities in the loss.
-    patience:   after so many steps without one group whose rewards differ, the run stops with an error; at the end of a shorter run too.
+    patience:   where in the first so many steps no group's rewards have differed, the run stops with an error; at the end of a shorter run too.
     vllm:       whether vLLM samples; by default where it is installed, on a GPU, for a model that was loaded from a folder. Its samples
                 depend on the batch.
     log:        a file for every completion, a JSON line each: step, question, sample, text, completion, tokens, finished, reward, parts.
@@ -196,6 +196,7 @@ def grpo(
             save_steps=save_every or steps, save_total_limit=2, report_to=[], disable_tqdm=not progress,
             dataloader_pin_memory=model.device.type == "cuda", use_vllm=served, vllm_mode="colocate",
         )  # fmt: skip
+        one_device(args, model)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*rollout_func.*")  # TRL calls them experimental
             trainer = _trainer_class()(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
+from transformers import PreTrainedModel
 
 from finetune.checkpoints import checkpoints, mark_complete
 from finetune.distributed import exempt_from_ddp
@@ -122,7 +123,10 @@ class Surgical(_Host):
         if self._terms and model.training and not return_outputs and self._begun != step:
             self._begun = step
             module = self._bare()
-            loss = loss + sum(term(module, step) for term in self._terms)
+            # some of TRL's trainers leave the division by the number of micro-batches to the step; a term counts once
+            divided = getattr(self, "loss_is_scaled_for_ga", True) is False
+            times = self.current_gradient_accumulation_steps if divided and self._objective is None else 1
+            loss = loss + times * sum(term(module, step) for term in self._terms)
         return loss
 
     def _count(self, p: Predictions) -> None:
@@ -225,7 +229,8 @@ class Surgical(_Host):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if self._settings is not None and self.state.global_step >= self.state.max_steps:
             return
-        super()._save_checkpoint(*args, **kwargs)
+        with _own_names(self.model):
+            super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()  # each process has put its random state there
         if not self.args.should_save:
             return
@@ -235,11 +240,35 @@ class Surgical(_Host):
         if self._settings is not None:
             mark_complete(checkpoint, self._settings)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if load_result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint holds {len(load_result.unexpected_keys)} tensors that the model has no place for, first "
+                f"{load_result.unexpected_keys[0]}: it is of another model, or of an older version. Begin anew in another folder."
+            )
+        super()._issue_warnings_after_load(load_result)
+
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         load: Callable[[Any], None] | None = getattr(self._objective, "load_state_dict", None)
         if checkpoint and load:
             load(torch.load(Path(checkpoint) / _STATE, weights_only=True))
+
+
+@contextmanager
+def _own_names(model: Any) -> Iterator[None]:
+    """A checkpoint is saved by the names of the live module, by which a trainer loads it again; a family that is converted on loading (packed
+    experts, vision-language models) would be saved by the hub's otherwise, and nothing of it would be found.
+    """
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    live: Any = model
+    live.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del live.save_pretrained
 
 
 def _within(wrapper: nn.Module, compute: Callable[[], Predictions]) -> Predictions:

@@ -103,6 +103,18 @@ def check_budget(
         _check_room(model, _adapted_layers(model), RANK if lora_rank is None else lora_rank)
 
 
+def one_device(arguments: Any, model: Model) -> None:
+    """Keep a trainer to the device that the model is on: with several accelerators in sight it would deal each batch out to all of them,
+    and learn as many times as much in a step. Raises ValueError where the model is on another than the trainer's.
+    """
+    theirs = arguments.device
+    if theirs.type != model.device.type or (model.device.index or 0) != (theirs.index or 0):
+        raise ValueError(
+            f"The model is on {model.device}, and training happens on {theirs}: load it there, or choose with CUDA_VISIBLE_DEVICES."
+        )
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
 def require_versions(*names: str) -> None:
     """Raises ImportError where a library is not of the versions that this distribution asks for, and says how to get one that is."""
     from packaging.requirements import Requirement
@@ -151,6 +163,12 @@ def with_adapter(model: Model, kind: Adapter, rank: int, seed: int = 0) -> Any:
 
 
 def _adapted_layers(model: Model) -> list[str]:
+    packed = [s for s in linear_sites(model.weights) if model.anatomy.places[s].expert is not None]
+    if packed:
+        raise ValueError(
+            f"An adapter lies beside a layer, and the experts of this model are one tensor together ({packed[0]} and {len(packed) - 1} others "
+            "are no layers): use lift or full."
+        )
     return sorted({model.anatomy.places[s].name.removesuffix(".weight") for s in linear_sites(model.weights)})
 
 
@@ -175,7 +193,9 @@ def as_before(module: nn.Module) -> Iterator[nn.Module]:
     """Give back what a trainer puts on a module (its forward, its marks, settings of its config), the mode, what had a gradient, and
     the random state."""
     free = [(p, p.requires_grad) for p in module.parameters()]
-    own, config = dict(module.__dict__), dict(vars(module.config))
+    own = dict(module.__dict__)
+    held: Any = module
+    said = {id(c): (c, dict(vars(c))) for c in (held.config, held.config.get_text_config(), held.generation_config)}
     try:
         with own_draws(), own_modes(module):
             yield module
@@ -184,8 +204,9 @@ def as_before(module: nn.Module) -> Iterator[nn.Module]:
             del module.__dict__[name]
         if "forward" in own:
             module.forward = own["forward"]
-        vars(module.config).clear()
-        vars(module.config).update(config)
+        for config, before in said.values():
+            vars(config).clear()
+            vars(config).update(before)
         for parameter, needed in free:
             parameter.requires_grad_(needed)
             parameter.grad = None

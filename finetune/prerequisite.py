@@ -28,7 +28,7 @@ from finetune.checkpoints import checkpoints as checkpoints_of
 from finetune.checkpoints import last_complete, require_same_run
 from finetune.examples import Collate, Example, Item, Over, examples, rows_of
 from finetune.hosts import Surgical
-from finetune.learner import as_before, require_versions
+from finetune.learner import as_before, one_device, require_versions
 from finetune.objectives import nll
 from surgery.lowrank import Factored
 from surgery.model import Model
@@ -283,6 +283,7 @@ def _trained(
         disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
         dataloader_pin_memory=how.model.device.type == "cuda",
     )  # fmt: skip
+    one_device(arguments, how.model)
     trainer = Stage(
         model=learner,
         args=arguments,

@@ -17,7 +17,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +280,8 @@ def _both(module: nn.Module, start: Model, batch: dict[str, Tensor]) -> tuple[Pr
         raise ValueError("The starting model is the one that trains. Give a second copy of it: Model.load(...).")
     with torch.no_grad(), evaluating(start.module):
         then = predict(start.module, _moved(batch, start.module))
-    return predict(module, _moved(batch, module)), then
+    now = predict(module, _moved(batch, module))
+    return now, replace(then, raw=then.raw.to(now.raw.device))
 
 
 def _mean(p: Predictions, values: Tensor) -> Tensor:

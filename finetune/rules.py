@@ -187,7 +187,7 @@ def _merged(inner: Mapping[Site, float], square: Mapping[Site, float]) -> Merged
 
 def _exact(a: Tensor, b: Tensor) -> float:
     """The inner product in float64, a piece at a time."""
-    flat = a.reshape(-1), b.reshape(-1)
+    flat = a.reshape(-1), b.reshape(-1).to(a.device)
     step = 1 << 20
     return sum(float(torch.dot(*(x[at : at + step].double() for x in flat))) for at in range(0, flat[0].numel(), step))
 

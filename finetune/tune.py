@@ -18,12 +18,13 @@ from typing import Any, Literal, cast, get_args
 from finetune.checkpoints import last_complete
 from finetune.examples import Collate, Item, Over, examples, rows_of
 from finetune.hosts import Corruption, Surgical, Term
-from finetune.learner import Trains, bar, check_budget, learner, require_versions
+from finetune.learner import Trains, bar, check_budget, learner, one_device, require_versions
 from finetune.lift import Select
 from finetune.objectives import Objective, nll
 from finetune.rewards import Reward
 from finetune.rules import DRIFT
 from surgery.model import Model
+from surgery.runs import fingerprint
 
 Method = Literal["lift", "full", "lora", "shira", "grpo"]
 LEARNING_RATES: dict[Trains, float] = {"lift": 1e-3, "full": 1e-4, "lora": 1e-3, "shira": 1e-3}
@@ -118,7 +119,8 @@ def tune(
     require_versions("trl", "peft")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     shared = 1 if method == "grpo" else processes  # which says itself that it takes one
-    _check(method, steps, batch_size, accumulate, shared, save_every, checkpoints, watch, log)
+    batch = accumulate if method == "grpo" else batch_size  # whose batches are groups of samples
+    _check(method, steps, batch, accumulate, shared, save_every, checkpoints, watch, log)
     chosen = {"filter_rank": filter_rank, "refresh": refresh, "select": select}
     more = {name: value for name, value in chosen.items() if value != _DEFAULTS[name]} | dict(options or {})
     if method == "grpo" or reward is not None:
@@ -147,6 +149,8 @@ def tune(
     }  # fmt: skip
     rows = rows_of(examples(data, over))
     _check_columns(objective, rows)
+    if checkpoints:
+        settings["start"] = fingerprint(model)
     settings["data"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     from datasets import Dataset
@@ -167,6 +171,7 @@ def tune(
             disable_tqdm=not progress, remove_unused_columns=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
             dataloader_pin_memory=model.device.type == "cuda",
         )  # fmt: skip
+        one_device(args, model)
         with args.main_process_first(local=False):  # which may remove halves
             resume = last_complete(folder, settings)
         student = borrowed.enter_context(

@@ -706,7 +706,11 @@ def length_direction(
             settings: dict[str, Any] = {"share": share}
         case "thresholds":
             labels, method = by_thresholds(lengths, short, long), _MEAN
+            if over != of:
+                raise ValueError(f"over={over!r}: thresholds are read over a whole span, such as {of}.")
             settings = {"short": short, "long": long}
+        case _:
+            raise ValueError(f"how={how!r}: choose paired or thresholds.")
     _require_both(labels, lengths, how, short, long)
     chosen = [i for i, label in enumerate(labels) if label is not None and positions(runs[i], over)]
     read = [runs[i] if how == "paired" else one_early(runs[i], over) for i in chosen]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from surgery.model import Model
 from surgery.rows import Rows, rows_are, rows_now
-from surgery.transcript import Markers, end_tokens, parse_span, positions, read_transcript
+from surgery.transcript import Markers, end_tokens, opens_thinking, parse_span, positions, read_transcript
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -339,12 +339,15 @@ class _Pass:
         """Of each token of this pass, what it is, and how many of the kind came before it in its row."""
         batch, columns = self._all_ids.shape
         places = self._places or (_Place(),) * batch
+        begun = self._completion[:, : self._read].any(1).tolist()
         ids, said = (t[:, self._read :].tolist() for t in (self._all_ids, self._completion))
         kinds, ordinals, after = [], [], []
         for row in range(batch):
             place, kind, ordinal = places[row], [], []
-            for token, counts in zip(ids[row], said[row], strict=True):
+            for column, (token, counts) in enumerate(zip(ids[row], said[row], strict=True), self._read):
                 if counts:
+                    if not begun[row]:
+                        begun[row], place = True, self._reader.after(self._prompt_before(row, column))
                     place, what, before = self._reader.read(place, token)
                 else:
                     what, before = _OTHER, 0
@@ -356,6 +359,10 @@ class _Pass:
         self._places, start, self._read = tuple(after), self._past - self._read, columns
         both = torch.tensor([kinds, ordinals], device=self._tokens.device)[:, :, start:]
         return both[0], both[1]
+
+    def _prompt_before(self, row: int, column: int) -> list[int]:
+        """The last tokens of a row's prompt, which ends before a column: as many as a marker may have, and some white space."""
+        return self._all_ids[row, :column][self._real[row, :column]][-_TAIL:].tolist()
 
     def _reread(self, over: str, which: str | None) -> Tensor:
         """Membership by definition: what the transcript up to and including each token says of that token."""
@@ -427,6 +434,9 @@ def _not_yet(over: str) -> str:
 # --- reading markers ------------------------------------------------------------------------------------------------------------
 
 
+_TAIL = 48
+
+
 class _Place(NamedTuple):
     """How far a completion has been read. where: 0 before the thinking, 1 in it, 2 after it."""
 
@@ -446,6 +456,10 @@ class _Reader:
         self._end_ids = end_tokens(tokenizer)
         self._longest = max(len(markers.open.encode()), len(markers.close.encode()))
         self._may_close: dict[int, bool] = {}
+
+    def after(self, prompt: Sequence[int]) -> _Place:
+        """Where a completion begins, given the end of its prompt: in the thinking, where a chat template has opened it."""
+        return _Place(where=1) if opens_thinking(self._text(prompt), self.markers) else _Place()
 
     def read(self, place: _Place, token: int) -> tuple[_Place, int, int]:
         """The next token of a completion: the new place, what the token is, and how many of the kind came before it."""

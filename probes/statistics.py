@@ -54,7 +54,7 @@ class Moments:
         """Take in more rows, in place; gives itself. Raises ValueError, and takes nothing in, for another width or rows not finite."""
         _require_width(rows, len(self.mean))
         _require_finite(rows)
-        for block in _blocks(rows, self.mean):
+        for block in _blocks(rows, self.mean) if len(rows) else ():
             count = self.count + len(block)
             mean = block.mean(0)
             delta = mean - self.mean
@@ -135,6 +135,8 @@ class CrossMoments:
         for rows, mean in ((x, self.mean_x), (y, self.mean_y)):
             _require_width(rows, len(mean))
             _require_finite(rows)
+        if not len(x):
+            return self
         for a, b in zip(_blocks(x, self.mean_x, y.shape[1]), _blocks(y, self.mean_y, x.shape[1]), strict=True):
             count, mean_a, mean_b = self.count + len(a), a.mean(0), b.mean(0)
             delta_x, delta_y = mean_a - self.mean_x, mean_b - self.mean_y

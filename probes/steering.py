@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, cast
@@ -29,6 +30,9 @@ Function = Callable[[Tensor], Tensor]
 How = Literal["add", "ablate", "clamp"] | Function | Mapping[Site, Function]
 Units = Literal["residual", "raw"] | Mapping[Site, float]
 
+_measuring: ContextVar[bool] = ContextVar(
+    "measuring", default=False
+)  # streams are measured as they are without steering
 _TEXTS = (  # on which the stream is measured where nothing else is said
     ("What do bees make?", "Bees make honey from the nectar of flowers, and wax for their combs."),
     ("How many days are there in two weeks?", "A week has seven days, so two weeks have fourteen days."),
@@ -273,7 +277,11 @@ def stream_norms(
     sites = match(at, anatomy.activation_sites())
     read = {site: _stream_of(site, anatomy) for site in sites}
     texts = [model.transcript(q, a) for q, a in _TEXTS] if transcripts is None else transcripts
-    found = collect(model, texts, at=sorted(set(read.values()), key=anatomy.order), over="all[1:]")
+    mine = _measuring.set(True)  # the stream as it is, whatever steers it now
+    try:
+        found = collect(model, texts, at=sorted(set(read.values()), key=anatomy.order), over="all[1:]")
+    finally:
+        _measuring.reset(mine)
     norms = {site: float(torch.linalg.vector_norm(found[site], dim=1).double().mean()) for site in found.sites}
     return {site: norms[read[site]] for site in sites}
 
@@ -319,6 +327,8 @@ def _attach(model: Model, site: Site, placed: list[Placed], follower: Follower) 
 
 def _changed(out: Tensor, h: Tensor, placed: list[Placed], follower: Follower) -> Tensor | None:
     """`out` with what the steerings add to the activation h, or None where they add nothing."""
+    if _measuring.get():
+        return None
     total: Tensor | None = None
     for one in placed:
         delta = one.change(h if total is None else h + total, follower)

@@ -7,6 +7,7 @@ import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,19 @@ def own_draws() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+@contextmanager
+def no_generation_settings(module: nn.Module) -> Iterator[None]:
+    """A module's own generation settings are set aside: `generate` fills in from them (penalties, suppressed tokens, warpers) what it is not told."""
+    from transformers import GenerationConfig
+
+    held: Any = module
+    own, held.generation_config = held.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        held.generation_config = own
 
 
 def give_back_memory() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgery.borrowing import no_generation_settings
 from surgery.rows import are_apart
 from surgery.transcript import end_tokens
 
@@ -29,6 +30,8 @@ def decode(
     model: Model, ids: Tensor, mask: Tensor, length: int, past: Any = None, noise: GumbelNoise | None = None
 ) -> list[list[int]]:
     """What a model writes after each row of a batch, at most `length` tokens: the likeliest token each time.
+
+    What the checkpoint says of generation (a repetition penalty, suppressed tokens, a temperature) has no say here.
 
     ids, mask: ``[batch, token]``; padding anywhere, as long as every row ends in the last column. past: a cache of all columns but the
     last ones, at least one of which it leaves; it is used up. noise: added to the logits, which makes them samples. A row ends with its
@@ -55,13 +58,14 @@ def decode(
             pad_token_id=model.pad_id,
             use_cache=True,
         )
-        told: Tensor = module.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=[noise] if noise else [],
-            past_key_values=cache,
-        )
+        with no_generation_settings(module):
+            told: Tensor = module.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=[noise] if noise else [],
+                past_key_values=cache,
+            )
         new = told[:, ids.shape[1] :]
         ended = torch.isin(new, ends)
         kept = (ended.cumsum(1) - ended.long() == 0).sum(1).tolist()
@@ -139,7 +143,10 @@ class GumbelNoise:
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self._rows])
         gumbel = -torch.log(-torch.log(uniform.clamp_min(1e-300)))
-        return scores.double() / self._heat + gumbel.to(scores.device)
+        wide = scores.to("cpu" if scores.device.type == "mps" else scores.device, torch.float64)
+        return (wide / self._heat + gumbel.to(wide.device)).to(
+            scores.device, scores.dtype if wide.device != scores.device else wide.dtype
+        )
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""

@@ -78,6 +78,7 @@ class RemoveDirection:
         written: dict[Site, Tensor] = {}
         for site in sites:
             vector, factor = self.vector(site), gain_after(weights, site)
+            _require_writes(site, weights.shape(site), vector)
             written[site.whole] = vector if factor is None else factor.to(vector.device) * vector.float()
         return replace(self, direction=written)
 

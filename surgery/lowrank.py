@@ -234,7 +234,7 @@ class Adapter(Factored):
         if self._is_product(site):
             left, right = self._product(site, rows)
             return left @ right
-        start = self.base.rows(site, rows).float()
+        start = self.base.rows(site, rows).float().cpu()
         after = self._before_stretch(site, rows, start)
         if self._magnitude(site) is not None:
             after = after * self._stretch(site, rows, after)
@@ -283,7 +283,10 @@ class Adapter(Factored):
             squares = torch.zeros(after.shape[1], dtype=torch.float64)
             for strip in pieces(self._shapes[site]):
                 squares += (
-                    self._before_stretch(site, strip, self.base.rows(site, strip).float()).double().square().sum(0)
+                    self._before_stretch(site, strip, self.base.rows(site, strip).float().cpu())
+                    .double()
+                    .square()
+                    .sum(0)
                 )
             self._columns[site] = squares.sqrt().float()
         return magnitude / self._columns[site]
@@ -383,7 +386,7 @@ class Adapter(Factored):
                 raise self._error(
                     f"it trains {site} twice, as {self._saved[site].name} and as {key}, and differently. {_UNTIE}"
                 )
-            if not torch.equal(self.base.anatomy.places[site].take(now).float(), self.base[site].float()):
+            if not torch.equal(self.base.anatomy.places[site].take(now).float(), self.base[site].float().cpu()):
                 self._saved[site] = tensor
 
     def _bind_tied(self, site: Site, pairs: list[_Pair]) -> None:
@@ -574,12 +577,14 @@ def save_adapter(
     to its head is among it, since PEFT merges the change of tied modules twice); FileExistsError if `to` exists; CheckpointError where
     PEFT would not find the same modules.
     """
+    if not isinstance(delta, Factored):
+        raise ValueError("A LoRA holds factors, and this change has whole matrices: give truncated(delta, rank)[0].")
     dense = sorted(set(delta) - set(delta.factored()))
     if not len(delta):
         raise ValueError("The vector has no site: there is no change to save.")
     if dense:
         raise ValueError(
-            f"{_listed(dense)} are not held as factors, which is all a LoRA can hold. Keep the others: delta.keep(...), truncated(...)."
+            f"{_listed(dense)} are not held as factors, which is all a LoRA can hold. Keep the others, as factors again: truncated(delta.keep(...), rank)[0]."
         )
     unfit = [site for site, shape in delta.shapes().items() if base.shapes().get(site) != shape]
     if unfit:
@@ -591,7 +596,9 @@ def save_adapter(
     if unheld:
         tied = [site for site in unheld if site in base.anatomy.ties.values()]
         why = f" ({tied[0]} is tied, and PEFT merges an adapter of tied modules into them twice)" if tied else ""
-        raise ValueError(f"No LoRA of {base!r} can hold {_listed(unheld)}{why}. Leave them out: delta.keep(...).")
+        raise ValueError(
+            f"No LoRA of {base!r} can hold {_listed(unheld)}{why}. Leave them out: truncated(delta.keep(...), rank)[0]."
+        )
     loras = {
         name.removesuffix(".weight"): _module_factors(delta, anatomy, sites, base.shapes())
         for name, sites in anatomy.stored_in().items()

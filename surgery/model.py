@@ -19,7 +19,7 @@ from surgery.decoding import GumbelNoise, decode, pad_after_prefix, prefix_cache
 from surgery.rounding import as_dtype
 from surgery.rows import rows_are
 from surgery.sites import Site
-from surgery.transcript import THINK, Markers, Transcript, end_tokens, read_transcript
+from surgery.transcript import THINK, Markers, Transcript, also_ends, end_tokens, opens_thinking, read_transcript
 from surgery.weights import Weights, some_rows
 
 if TYPE_CHECKING:
@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from torch import nn
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+HUB_PATTERNS = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+]  # of a repository, what a model is loaded from
 
 
 class LiveWeights(Weights):
@@ -83,6 +92,8 @@ class Model:
         checkpoint = Checkpoint(folder)
         module = load_module(folder, as_dtype(dtype) or "auto")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if (folder / "generation_config.json").is_file():
+            also_ends(tokenizer, module.generation_config.eos_token_id)  # type: ignore[union-attr]
         module.to(pick_device(device))  # type: ignore[arg-type]
         return cls(module, tokenizer, checkpoint)
 
@@ -110,9 +121,17 @@ class Model:
         return list(self.tokenizer(self.prompt(question), add_special_tokens=bare)["input_ids"])
 
     def transcript(self, question: str, completion: str, **meta: Any) -> Transcript:
-        """A transcript of a given completion (a teacher's text), ended with the end-of-sequence token where the tokenizer has one."""
+        """A transcript of a given completion (a teacher's text), ended with the end-of-sequence token where the tokenizer has one.
+
+        An opening marker that the prompt's template ends in is not said again.
+        """
+        before = self.prompt(question)
+        if opens_thinking(before, self.markers):  # the template has said it
+            completion = completion.removeprefix(self.markers.open)
+            completion = completion.removeprefix("\n") if before.endswith("\n") else completion
         ids = list(self.tokenizer(completion, add_special_tokens=False)["input_ids"])
-        ids += sorted(end_tokens(self.tokenizer))[:1]
+        eos: Any = self.tokenizer.eos_token_id
+        ids += [] if eos is None else list(eos)[:1] if isinstance(eos, list) else [eos]
         return read_transcript(self.tokenizer, question, self.prompt_ids(question), ids, self.markers, **meta)
 
     @torch.no_grad()
@@ -219,7 +238,7 @@ class Model:
     def pad_id(self) -> int:
         """What fills the padding, which masks hide from everything."""
         pad: Any = self.tokenizer.pad_token_id
-        return next(iter(end_tokens(self.tokenizer)), 0) if pad is None else pad
+        return min(end_tokens(self.tokenizer), default=0) if pad is None else pad
 
     def nnsight(self) -> TransformersModel:
         """The model in nnsight, over the same live weights: see `surgery.windows.open_nnsight`."""
@@ -327,9 +346,8 @@ def find(ref: str | os.PathLike[str]) -> Path:
 
     from surgery.specimen import hub_reachable
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(str(ref), allow_patterns=wanted, local_files_only=not hub_reachable()))
+        return Path(snapshot_download(str(ref), allow_patterns=HUB_PATTERNS, local_files_only=not hub_reachable()))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
             f"{ref!r} is neither a folder here nor a model that the hub or its local cache can give. "

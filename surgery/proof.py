@@ -169,7 +169,8 @@ def _loaded(module: PreTrainedModel, written: Checkpoint) -> dict[str, Tensor]:
         elif len(sites) == 1 and sites[0] in live.places and written.anatomy.places[sites[0]].is_whole:
             place = live.places[sites[0]]  # renamed or packed in memory
             found[name] = place.take(parameters[place.name])
-    return found
+    # a model is loaded in one dtype: of a tensor that the file has in another, the bytes are only there
+    return {name: tensor for name, tensor in found.items() if tensor.dtype == written.tensors[name].dtype}
 
 
 def _bytes_agree(loaded: Mapping[str, Tensor], hashes: Mapping[str, str], written: Checkpoint) -> str:
@@ -225,6 +226,7 @@ def _predicted(
             tensor = by_name[name]
         if tensor.is_meta or tensor.shape != parameter.shape:
             return None
+        tensor = tensor.to(by_name[name].dtype if name in by_name else parameter.dtype)
         owner, _, last = name.rpartition(".")
         setattr(skeleton.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=False))
     skeleton.tie_weights()

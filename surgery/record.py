@@ -170,11 +170,19 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
         "platform": f"{platform.system()} {platform.machine()}",
-        "processor": torch.backends.cpu.get_cpu_capability(),
+        "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "source": source_hash(),
     }
+
+
+def processor() -> str:
+    """The processor by its name: products in bf16 are summed in another order on another one."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8", errors="replace").splitlines() if about.exists() else ()
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def source_hash() -> str:

@@ -6,6 +6,7 @@ wherever the written model has something else: entries of tensors, file headers,
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -22,8 +23,16 @@ from surgery.whole import new_folder
 
 PATCH = "undo.patch"
 UNDO_LIMIT = 32 << 20  # bytes: an edit that needs more keeps no patch, and says so
-SIDE_LIMIT = 1 << 20  # bytes: larger side files are not the kind a write replaces
+SIDE_LIMIT = 1 << 20  # bytes: larger side files are not the kind that is rewritten after the write itself
 _OURS = {PATCH, RECORD, "README.md"}  # a command puts its own in their place
+_VOCABULARIES = {
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+}  # nor are these
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FORMAT = "model-surgery reverse patch 1"
 
@@ -70,10 +79,13 @@ class Reverse:
         for file in self._layout.files:
             tensors[f"header:{file}"] = _as_tensor(TensorFile(self._layout.folder / file).header)
         for path in sorted(self._layout.folder.iterdir()):
-            if not path.is_file() or path.name in self._layout.files or path.stat().st_size > SIDE_LIMIT:
-                continue
-            ours = folder / path.name
-            if path.name in _OURS or not ours.is_file() or ours.read_bytes() != path.read_bytes():
+            if path.is_file() and path.name not in self._layout.files and _is_kept(path, folder / path.name):
+                self._size += path.stat().st_size
+                if self._size > self._limit:
+                    self.refuse(
+                        f"with the original's {path.name} it would take more than {self._limit / 2**20:.0f} MiB"
+                    )
+                    return f"no undo: {self.refused}"
                 tensors[f"side:{path.name}"] = _as_tensor(path.read_bytes())
         theirs = sorted(p.name for p in self._layout.folder.iterdir() if p.is_file())
         said = {
@@ -85,6 +97,16 @@ class Reverse:
         }
         save_tensors(folder / PATCH, tensors, said)
         return f"undo kept: {(folder / PATCH).stat().st_size / 2**20:.1f} MiB"
+
+
+def _is_kept(path: Path, ours: Path) -> bool:
+    """Whether a side file of the original must be in the patch: its namesake is another, or may yet become so."""
+    if path.name in _OURS:
+        return True
+    small = path.stat().st_size <= SIDE_LIMIT
+    if not ours.is_file():
+        return small
+    return (small and path.name not in _VOCABULARIES) or not filecmp.cmp(path, ours, shallow=False)
 
 
 def undo(folder: str | os.PathLike[str], to: str | os.PathLike[str], *, progress: bool = False) -> str:

@@ -143,14 +143,16 @@ def _from_hub(folder: Path, refusals: list[str]) -> dict[str, str] | None:
         refusals.append(f"the hub ({constants.ENDPOINT}) does not answer: {why}")
         return None
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     log.info("downloading %s from %s", HUB_ID, constants.ENDPOINT)
     try:
         revision = str(HfApi().model_info(HUB_ID).sha)
         snapshot_download(HUB_ID, revision=revision, local_dir=folder, allow_patterns=list(HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    # Whatever the hub's client and the library beneath it raise, the package is still there to be asked.
+    except Exception as error:
         refusals.append(f"the download from the hub broke off: {error}")
+        shutil.rmtree(folder)  # what it left is no part of what comes from elsewhere
+        folder.mkdir()
         return None
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     # The published class is GPT2Tokenizer, which transformers 5 lets rebuild the splitting and forget the digits.

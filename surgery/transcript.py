@@ -34,6 +34,7 @@ class Markers:
 
 
 THINK = Markers()
+_NOTED = "ends_besides"  # where `also_ends` notes them
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,11 @@ def read_transcript(
     markers: Markers = THINK,
     **meta: Any,
 ) -> Transcript:
-    """Find the spans in a prompt and a completion given as token ids. Markers are looked for in the completion only."""
+    """Find the spans in a prompt and a completion given as token ids.
+
+    Markers are looked for in the completion only, but for a prompt that ends in the opening one, as some reasoners' chat templates have it:
+    the completion then begins inside the thinking.
+    """
     ids = (*prompt_ids, *completion_ids)
     eos = end_tokens(tokenizer)
     stop = next((i for i in range(len(prompt_ids), len(ids)) if ids[i] in eos), len(ids))
@@ -135,13 +140,14 @@ def read_transcript(
     spans: dict[str, Span] = {"all": (0, len(ids)), "prompt": (0, start), "completion": (start, len(ids))}
     body_at = offsets[start][0] if start < len(ids) else len(text)
     body_end = offsets[stop][0] if finished else len(text)
-    opened = text.find(markers.open, body_at, body_end)
+    begun = stop > start and opens_thinking(text[:body_at], markers)
+    opened = body_at if begun else text.find(markers.open, body_at, body_end)
     if opened < 0:
         if stop > start:
             spans["answer"] = (start, stop)
     else:
         closed = text.find(markers.close, opened, body_end)
-        inner = opened + len(markers.open)
+        inner = body_at if begun else opened + len(markers.open)
         first = _first_token_from(offsets, inner, start)
         last = first  # strictly between: a token that reaches into the closing marker is not thinking
         while last < stop and (closed < 0 or offsets[last][1] <= closed) and offsets[last][0] < body_end:
@@ -154,10 +160,23 @@ def read_transcript(
     return Transcript(question, tuple(ids), text, tuple(offsets), spans, finished, dict(meta))
 
 
+def opens_thinking(prompt: str, markers: Markers) -> bool:
+    """Whether a prompt ends in the opening marker, so that what is written after it is thinking."""
+    return bool(markers.open) and prompt.rstrip().endswith(markers.open)
+
+
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end a completion."""
-    eos: Any = tokenizer.eos_token_id
-    return set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+    """Ids that end a completion: the tokenizer's own, and those noted on it by `also_ends`."""
+    return _as_ids(tokenizer.eos_token_id) | getattr(tokenizer, _NOTED, set())
+
+
+def also_ends(tokenizer: PreTrainedTokenizerBase, ids: int | list[int] | None) -> None:
+    """Note on a tokenizer what else ends a completion: a chat model's generation settings name the end of a turn, its tokenizer the end of a text."""
+    setattr(tokenizer, _NOTED, _as_ids(ids))
+
+
+def _as_ids(ids: Any) -> set[int]:
+    return set() if ids is None else {int(i) for i in ids} if isinstance(ids, list | tuple) else {int(ids)}
 
 
 def _first_token_from(offsets: Sequence[Span], char: int, at: int) -> int:

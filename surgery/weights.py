@@ -489,7 +489,7 @@ def _sum(terms: list[tuple[float, _Tensors]], site: Site, rows: slice, start: We
     Points are taken relative to one of them, so that a small change is not lost in large weights: their coefficients sum to one
     in a point (then the origin is `start`, or the heaviest point) and to zero in a vector.
     """
-    points = [(c, leaf) for c, leaf in terms if isinstance(leaf, Weights)]
+    points = [(c, leaf) for c, leaf in terms if isinstance(leaf, Weights) and site in leaf]
     anchor: _Tensors | None = None
     if start is not None:
         anchor = start if any(leaf is start for _, leaf in points) else max(points, key=lambda term: term[0])[1]

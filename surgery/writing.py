@@ -27,7 +27,7 @@ from torch import Tensor
 
 from surgery.checkpoint import INDEX, RECORD, Checkpoint, point_hash, read_headers
 from surgery.proof import Loops, prove
-from surgery.reverse import UNDO_LIMIT, Reverse
+from surgery.reverse import PATCH, UNDO_LIMIT, Reverse
 from surgery.rounding import Kept as Kept
 from surgery.rounding import generator, stochastic
 from surgery.sites import Site
@@ -341,7 +341,7 @@ class _Worker:
 
 def _copy_side_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     """Tokenizer, template, processor and generation files; the config with its dtype made true."""
-    skip = {RECORD, INDEX, "pytorch_model.bin.index.json", "provenance.json"}  # true of the original only
+    skip = {RECORD, INDEX, PATCH, "pytorch_model.bin.index.json", "provenance.json"}  # true of the original only
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(".") and path.suffix not in _WEIGHTS and path.name not in skip:
             _copy(path, target / path.name)

@@ -60,6 +60,10 @@ def arms(
     generated = not data.endswith((".jsonl", ".json"))
     train = tasks.load(data, steps * batch_size if generated else None, seed=0, side="train")
     held = tasks.load(target or data, items, seed=1, side="all" if target else "test")
+    if twice := {path.stem for path in keep or () if [p.stem for p in keep or ()].count(path.stem) > 1}:
+        raise ValueError(
+            f"Two files of --keep are called {min(twice)!r}, which is what their measures would be called: rename one."
+        )
     kept = {path.stem: tasks.jsonl(path, items, seed=1) for path in keep or ()}
     if dry_run:
         typer.echo(
@@ -76,7 +80,7 @@ def arms(
         differences = found.differences()
         differences.to_csv(to / "differences.csv", index=False)
         save(panels(paired, differences), to / "differences.png")
-    learnt = "accuracy" if "accuracy" in found.measures else "completion_nll"
+    learnt = next(m for m in ("accuracy", "completion_nll", "answer_nll") if m in found.measures)
     other = next((m for m in found.measures if m not in ("answer_nll", "completion_nll", "accuracy")), None)
     if other:
         save(draw(trade_off, found.frame(), x=learnt, y=other), to / "trade_off.png")

@@ -476,12 +476,14 @@ def realign(
 
 def _measured_from(folder: Path) -> Path | None:
     """The folder of the model a vector was measured from, where its record knows one that is still there."""
+    from surgery.preflight.facts import locate
     from surgery.record import RECORD, Record
 
     if not (folder / RECORD).is_file():
         return None
-    ref = Path(Record.load(folder).inputs.get("base", {}).get("ref", ""))
-    return ref if (ref / "config.json").is_file() else None
+    ref = Record.load(folder).inputs.get("base", {}).get("ref", "")
+    there = locate(ref)[0] if ref else None
+    return there if there and (there / "config.json").is_file() else None
 
 
 def _lost(errors: Mapping[Site, float], vector: Delta) -> list[str]:
@@ -492,10 +494,12 @@ def _lost(errors: Mapping[Site, float], vector: Delta) -> list[str]:
     whole = sum(norm**2 for norm in norms.values()) ** 0.5
     lost = sum((errors[site] * norms[site]) ** 2 for site in kept) ** 0.5
     inside = sum(norms[site] ** 2 for site in kept) ** 0.5
-    worst = max(kept, key=lambda site: errors[site])
-    lines = [
-        f"{len(kept)} matrices; relative error {lost / inside:.4g} over all, at most {errors[worst]:.4g}, at {worst}"
-    ]
+    lines = ["No matrix is smaller as factors of that rank: each is stored as it is."]
+    if kept:
+        worst = max(kept, key=lambda site: errors[site])
+        lines = [
+            f"{len(kept)} matrices; relative error {lost / inside:.4g} over all, at most {errors[worst]:.4g}, at {worst}"
+        ]
     if out:
         share = sum(norms[site] ** 2 for site in out) ** 0.5 / whole
         names = ", ".join(map(str, out[:6])) + (", ..." if len(out) > 6 else "")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analyses.cli.given import spans_in
 from analyses.cli.options import LOOK, Device, DryRun, ModelRef, Questions, Quiet, Seed, To, app, begin_record
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def sweep(
         steps,
         questions=questions,
         layers=groups,
-        span=over.split(",") if over else None,
+        span=spans_in(over) if over else None,
         length=length,
         controls=controls,
         texts=GENERAL_TEXT[:passages],

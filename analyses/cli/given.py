@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,12 @@ RunsRef = Annotated[
     str, typer.Option("--runs", help="Answers: a file of `surgery generate`, or its folder.", show_default=False)
 ]
 Input = dict[str, dict[str, str]]
+_BETWEEN_SPANS = re.compile(r",(?=[^/]*(?:/[^/]*/[^/]*)*$)")  # a comma that is not within the /.../ of a pattern
+
+
+def spans_in(over: str) -> list[str]:
+    """The spans of a list with commas, as in ``thinking, /so, then/``."""
+    return [span.strip() for span in _BETWEEN_SPANS.split(over)]
 
 
 def hash_of(path: Path) -> str:

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analyses.cli.options import LOOK, Device, Dtype, ModelRef, Questions, Quiet, Seed, To, app, begin_record
+from analyses.cli.options import (
+    LOOK,
+    Device,
+    Dtype,
+    ModelRef,
+    Questions,
+    Quiet,
+    Seed,
+    To,
+    app,
+    begin_record,
+    require_new,
+)
 
 if TYPE_CHECKING:
     from surgery.preflight import Report
@@ -111,7 +123,7 @@ def _inspect_vector(ref: str, at: str, against: str | None, on: str | None) -> N
         line = f"{site!s:24} {tuple(kept.shape(site))!s:16} {_stored_as(vector, site):18} {norm:10.4g}"
         if against:
             line += f" {cosines[site]:8.4f}" if site in cosines else f" {'-':>8}"
-        if base and site in base:
+        if base and base.shapes().get(site) == kept.shape(site):
             survival = kept.keep(site).survival(base.dtype(site), base)[site]
             size = float(base[site].float().norm())
             line += f" {norm / size if size else float('nan'):10.2e} {survival.unmoved:8.1%} {survival.cosine:8.4f}"
@@ -200,6 +212,7 @@ def early_answers(
 ) -> None:
     """Is the chain of thought used? Cut it after each sentence and read the answer."""
     record = begin_record("measure early-answers", {k: v for k, v in locals().items() if k not in ("to", "quiet")})
+    require_new(to)
     from analyses import tasks
     from analyses.faithfulness import early_answers
     from surgery.model import Model
@@ -207,7 +220,7 @@ def early_answers(
     if traces not in ("own", "gold"):
         raise ValueError(f"--traces {traces!r}: choose own or gold.")
     loaded = Model.load(model, device=device, dtype="float32")
-    questions = tasks.load(data, count, seed=seed, side="test" if not data.endswith("jsonl") else "all")
+    questions = tasks.load(data, count, seed=seed, side="all" if data.endswith((".jsonl", ".json")) else "test")
     told = None if traces == "own" else [loaded.transcript(q.question, q.completion(loaded.markers)) for q in questions]
     found = early_answers(loaded, questions, told, max_new_tokens=max_new_tokens, seed=seed, progress=not quiet)
     _save_measure(
@@ -233,12 +246,13 @@ def drift(
 ) -> None:
     """How far the residual streams of two models are apart, by layer and span, on the same worked questions."""
     record = begin_record("measure drift", {k: v for k, v in locals().items() if k not in ("to", "quiet")})
+    require_new(to)
     from analyses import tasks
     from analyses.representation import drift
     from surgery.model import Model
 
     after, before = (Model.load(ref, device=device, dtype="float32") for ref in (model, base))
-    questions = tasks.load(data, count, seed=seed, side="test" if not data.endswith("jsonl") else "all")
+    questions = tasks.load(data, count, seed=seed, side="all" if data.endswith((".jsonl", ".json")) else "test")
     told = [before.transcript(q.question, q.completion(before.markers)) for q in questions]
     spans = [s for s in ("thinking", "answer") if any(s in t.spans for t in told)]
     found = drift(before, after, told, over=spans, seed=seed, progress=not quiet)
@@ -269,6 +283,7 @@ def geometry(
 ) -> None:
     """Which weights moved: changed fractions, principal mask, spectra, rotation, rank."""
     record = begin_record("measure geometry", {k: v for k, v in locals().items() if k not in ("to", "quiet")})
+    require_new(to)
     from analyses.geometry import geometry
     from surgery.checkpoint import Checkpoint
     from surgery.model import find

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 import typer
 
-from analyses.cli.given import RunsRef, load_runs, model_input, runs_input
+from analyses.cli.given import RunsRef, load_runs, model_input, runs_input, spans_in
 from analyses.cli.options import LOOK, Device, DryRun, ModelRef, Quiet, Seed, To, app, begin_record, require_new
-
-_BETWEEN_SPANS = re.compile(r",(?=[^/]*(?:/[^/]*/[^/]*)*$)")  # a comma that is not within the /.../ of a pattern
 
 
 @app.command(rich_help_panel=LOOK)
@@ -61,7 +58,7 @@ def probe(
 
     read = load_runs(runs)
     labels = labels_of(read, of, length=length or "thinking")
-    spans = [span.strip() for span in _BETWEEN_SPANS.split(over)]
+    spans = spans_in(over)
     typer.echo(f"{of}: {labels}")
     if dry_run:
         typer.echo(f"{len(read.questions)} questions in {folds} folds; {at} over {', '.join(spans)}; would go to {to}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -47,9 +47,10 @@ def equations(text: str) -> tuple[Equation, ...]:
     for line in text.translate(_SIGNS).splitlines():
         line = re.sub(r"(?<=\d)\s*[xX]\s*(?=\d)", "*", _BULLET.sub("", line))
         line = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", line).replace("$", "")
-        for run in _RUN.findall(line):
-            for left, right in pairwise(run.split("=")):
-                ends = _suffix(left), _prefix(right)
+        for run in _RUN.finditer(line):
+            sides, before = run[0].split("="), line[: run.start()].rstrip()[-1:]
+            for place, (left, right) in enumerate(pairwise(sides)):
+                ends = _suffix(left, "" if place else before), _prefix(right)
                 if ends[0] and ends[1]:
                     found.append(Equation(*ends))
     return tuple(found)
@@ -76,10 +77,23 @@ def _value(node: ast.expr) -> Fraction:
     raise ValueError(f"{ast.dump(node)} is no arithmetic")
 
 
-def _suffix(side: str) -> str:
-    """The longest end of a side that is an expression, without white space; "" where there is none."""
+def _suffix(side: str, before: str) -> str:
+    """The longest end of a side that is an expression, without white space; "" where there is none. before: the character before it."""
     words = side.strip(" ,").split()
-    return _first(" ".join(words[n:]) for n in range(len(words)))
+    return _first(
+        " ".join(words[n:]) for n in range(len(words)) if _may_begin(words[n - 1][-1] if n else before, words[n:])
+    )
+
+
+def _may_begin(before: str, words: Sequence[str]) -> bool:
+    """Whether words can be all of a side, after that character: not with an operator before them, or as their first, whose left side is
+    no number ("x + 3", "20% * 50"); nor as a lone number that something is said of ("half of 50").
+    """
+    if before and before in "+-*/(":
+        return False
+    if not (before.isalnum() or before == "%"):
+        return True
+    return words[0] not in ("+", "-", "*", "/") and any(c in "+-*/" for c in "".join(words).lstrip("-"))
 
 
 def _prefix(side: str) -> str:

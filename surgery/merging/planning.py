@@ -91,7 +91,9 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
     chosen = recipe.seed if seed is None else valid_seed(seed, "merge")
     labels = {ref: _local(ref) for ref in references(recipe.config)}
     config = _swapped(recipe.config, labels)
-    names = {local: str(ref) for ref, local in labels.items()}
+    names: dict[ModelReference, str] = {}
+    for ref, local in labels.items():  # of two spellings of one folder the first, which is the base's
+        names.setdefault(local, str(ref))
     order = references(config)
     main = config.base_model or order[0]
     folders = {names[r]: (Path(r.model.path), Path(r.lora.path) if r.lora else None) for r in order}
@@ -195,10 +197,13 @@ def _folder(path: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from surgery.model import HUB_PATTERNS
     from surgery.specimen import hub_reachable
 
     try:
-        return snapshot_download(path, revision=revision, local_files_only=not hub_reachable())
+        return snapshot_download(
+            path, revision=revision, allow_patterns=HUB_PATTERNS, local_files_only=not hub_reachable()
+        )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(f"{path}@{revision} is neither a folder here nor in the hub's local cache.") from error
 

@@ -26,6 +26,7 @@ from surgery.merging.point import Merged
 from surgery.merging.recipe import DTYPES, Recipe, RecipeError, read_recipe
 from surgery.proof import Loops, VerificationError, judge_generation, prove
 from surgery.record import hash_folder
+from surgery.reverse import PATCH
 from surgery.tensorfile import CheckpointError, Stored, TensorFile, header_bytes
 from surgery.whole import new_folder
 from surgery.writing import Written, write
@@ -115,7 +116,7 @@ def merge(
         write(Merged(made, source), to, dtype=made.dtype, loops=loops, seal=finish, progress=progress)
         return finished[0]
     with new_folder(to) as partial:
-        inner = partial / to.name
+        inner = partial / f"{to.name}.made"  # beside folders of the merge's own, whatever it is called
         if source is None:
             written = _executed(made, partial, inner, chosen, multi_gpu, progress)
         else:
@@ -178,7 +179,7 @@ def _skeleton(made: Plan, source: Checkpoint, folder: Path) -> Path:
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2), encoding="utf-8")
     weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".onnx", ".msgpack"}
     for path in source.folder.iterdir():
-        if path.is_file() and path.suffix not in weights and path.name not in (INDEX, RECORD, "config.json"):
+        if path.is_file() and path.suffix not in weights and path.name not in (INDEX, RECORD, PATCH, "config.json"):
             shutil.copyfile(path, folder / path.name)
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(_relayered(config, made.layers), indent=2) + "\n", encoding="utf-8")

@@ -87,6 +87,7 @@ def check_apply(
             found = f"holds neither a delta nor an adapter (there is: {there})"
             fix = f"For a model, take the difference first: surgery diff {add} BASE --to VECTOR"
             problems.append(Problem("error", "delta", str(folder), found, fix))
+    dtype = None if dtype == "auto" else dtype
     if dtype is not None and dtype not in (*SHORT.values(), "fp32", "bf16", "fp16"):
         problems.append(Problem("error", "dtype", "--dtype", f"is {dtype!r}", "Choose float32, bfloat16 or float16"))
     return _with_forecast(

@@ -164,3 +164,17 @@ def test_the_command(surgery, folder: str, tmp_path: Path) -> None:
     again = surgery(*words)
     assert again.code == 2
     assert "finished comparison" in again.err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / keep.name).write_text(keep.read_text())
+    twice = surgery(*words[:-2], tmp_path / "again", "--keep", tmp_path / "other" / keep.name, "--quiet")
+    assert twice.code == 2
+    assert "Two files of --keep are called 'even'" in twice.err
+
+
+def test_the_command_where_only_answers_are_known(surgery, folder: str, tmp_path: Path) -> None:
+    data = tmp_path / "asked.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(40)))
+    short = ["--steps", "1", "--batch-size", "2", "--seeds", "1", "--items", "4", "--answered", "0", "--passages", "2"]
+    done = surgery("arms", folder, "--arms", "lift,full", "--data", data, *short, "--to", tmp_path / "out", "--quiet")
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / "trade_off.png").is_file()

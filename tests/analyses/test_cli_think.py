@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from analyses import cli
+from analyses.cli.given import spans_in
 from analyses.controls import PlantedLength, planted_length
 from analyses.thinkedit import ThinkEdit
 from surgery.checkpoint import Checkpoint
@@ -195,9 +196,8 @@ def test_a_probe_over_layers_and_spans(surgery, home: Path, tmp_path: Path) -> N
 
 
 def test_a_comma_in_a_pattern_does_not_end_a_span() -> None:
-    split = cli.probing._BETWEEN_SPANS.split
-    assert split("prompt,thinking[:2]") == ["prompt", "thinking[:2]"]
-    assert split("prompt~/a,b/,/c,/,answer") == ["prompt~/a,b/", "/c,/", "answer"]
+    assert spans_in("prompt, thinking[:2]") == ["prompt", "thinking[:2]"]
+    assert spans_in("prompt~/a,b/,/c,/,answer") == ["prompt~/a,b/", "/c,/", "answer"]
 
 
 def test_thinkedit_from_questions_to_a_judged_model(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -357,6 +358,13 @@ def test_a_digest_tells_changes_apart(model: Model) -> None:
         QUESTIONS, QUESTIONS[:3], TEXTS, ["ab"], ["a", "b"], len, None, 0.5,
     ]  # fmt: skip
     assert len({digest(thing) for thing in things}) == len(things)
+    made = [lambda x: x + 1, lambda x: x + 2, lambda x: x - 1, partial(max, 1), partial(max, 2)]
+
+    def times(n: int) -> Callable[[int], int]:
+        return lambda x: x * n
+
+    made += [times(3), times(4)]
+    assert len({digest(thing) for thing in made}) == len(made)
     assert [digest(c) for c in changes(model).values()] == [digest(c) for c in changes(model).values()]
 
 

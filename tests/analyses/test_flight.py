@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analyses.flight import HEADLINES, Curve, Flight, course, course_map, flight_recorder, write_page
+from analyses.flight import HEADLINES, Curve, Flight, _placed, course, course_map, flight_recorder, write_page
 from analyses.general_text import GENERAL_TEXT
 from analyses.tasks import chained_sums
 from analyses.watch import WATCHES
@@ -230,3 +230,9 @@ def test_what_there_is_nothing_for_is_left_out(tmp_path: Path) -> None:
     assert [(w.name, w.steps) for w in some._watches] == [("nll", 3)]
     with pytest.raises(ValueError, match="no monitor 'beauty'"):
         flight_recorder(m, tmp_path / "log", questions=QUESTIONS, names=["beauty"])
+
+
+@pytest.mark.parametrize("site", ["3.mlp.e0.up", "3.mlp.shared.down", "3.attn.q", "3.mlp.e11.gate"])
+def test_every_site_of_a_layer_has_its_place(site: str) -> None:
+    for measure in ("", ".relative", ".energy_principal"):
+        assert _placed(site + measure) == {"measure": measure[1:], "span": "", "layer": 3, "site": site}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
 
 from analyses import figures
 from analyses.controls import PlantedLength, planted_length
+from analyses.dose import Cell
 from analyses.tasks import Question
 from analyses.thinkedit import (
     PAPER,
@@ -382,3 +386,16 @@ def test_what_cannot_be_found_is_one_clear_error(planted: PlantedLength, runs: R
         rank_heads(other, found.direction, rest, TWO)
     with pytest.raises(ValueError, match="strength 0 does nothing"):
         judge(model, Found(found.direction, found.contributions, Recipe(strength=0)), [Question("Fabcd", "7")])
+
+
+def test_an_arm_without_a_single_length_is_no_effect_and_no_crash(judged: Judged) -> None:
+    def gone(cell: Cell) -> Cell:
+        return replace(cell, answers={**cell.answers, "length": (None,) * len(cell.answers["length"])})
+
+    strengths = judged.sweeps["strengths"]
+    for arm, there in (("edit", False), ("random heads 0", True)):
+        cells = tuple(gone(c) if c.line.arm == arm else c for c in strengths.cells)
+        effects = Judged({"strengths": replace(strengths, cells=cells)}, judged.recipe).effects().set_index("measure")
+        assert math.isfinite(effects.loc["length", "difference"]) == there
+        assert math.isnan(effects.loc["length", "heads_p"]) == there
+        assert effects.loc["accuracy", "n"] == 16

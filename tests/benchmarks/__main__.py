@@ -80,6 +80,7 @@ def _study(folder: Path) -> str:
         for name, seconds in clock.items()
     )
     return (
+        f"{measure.machine()}\n\n"
         f"{sum(clock.values()) / 60:.1f} minutes (at most 12), peak resident memory {record['results']['peak_resident_mib'] / 1024:.2f} GiB "
         f"(at most 6). Stages: {stages}.\n"
     )

@@ -181,20 +181,17 @@ def table(lines: Iterable[Row]) -> str:
 
 def machine(packages: Iterable[str] = ("torch", "transformers", "safetensors", "mergekit", "trl", "peft")) -> str:
     """One line that says where and with which versions the numbers were taken."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        named = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = named[0] if named else cpu
+    from surgery.record import processor
+
     found = []
     for package in packages:
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             found.append(f"{package} absent")
-    return f"{os.cpu_count()} x {cpu}, {platform.system()}, Python {platform.python_version()}, " + ", ".join(found)
+    return f"{os.cpu_count()} x {processor()}, {platform.system()}, Python {platform.python_version()}, " + ", ".join(
+        found
+    )
 
 
 def _importable(name: str) -> bool:

@@ -399,6 +399,46 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     m = model()
     with pytest.raises(ValueError, match=r"checkpoint of another run.*data"):
         tune(m, taught(m, 8), checkpoints=tmp_path, save_every=3, **(SMALL | {"steps": 6}))
+    m = Model(*tiny("llama", seed=1))
+    with pytest.raises(ValueError, match=r"checkpoint of another run.*start"):
+        tune(m, taught(m), checkpoints=tmp_path, save_every=3, **(SMALL | {"steps": 6}))
+
+
+def test_settings_that_come_in_pairs_are_those_that_were_kept(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"over": ("thinking", "answer"), "options": {"betas": (0.9, 0.95)}, "steps": 4}
+    first, _ = run(checkpoints=tmp_path, save_every=2, **options)
+    again, _ = run(checkpoints=tmp_path, save_every=2, **options)
+    assert same(first, again)
+
+
+@pytest.mark.parametrize(("family", "method"), [("mixtral", "full"), ("qwen2-moe", "full")])
+def test_a_family_that_is_converted_on_loading_goes_on_bit_for_bit(family: str, method: Any, tmp_path: Path) -> None:
+    """Its experts are one tensor in memory and many in the hub's files: a checkpoint has to be found again."""
+    options: dict[str, Any] = SMALL | {"method": method, "steps": 4, "lr": 1e-3}
+    unbroken, m = model(family), model(family)
+    tune(unbroken, taught(unbroken), **options)
+
+    def stop(_: Model, step: int) -> dict[str, float]:
+        if step == 3:
+            raise KeyboardInterrupt
+        return {"reached": float(step)}
+
+    kept: dict[str, Any] = {"checkpoints": tmp_path, "save_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        tune(m, taught(m), watch=[every(1, stop)], log=tmp_path / "log.jsonl", **options, **kept)
+    m = model(family)
+    tune(m, taught(m), **options, **kept)
+    assert same(m, unbroken)
+    assert not same(m, model(family))
+
+
+def test_experts_in_one_tensor_take_no_adapter() -> None:
+    for method in ("lora", "shira"):
+        m = model("mixtral")
+        with pytest.raises(
+            ValueError, match=r"An adapter lies beside a layer, and the experts of this model are one tensor"
+        ):
+            tune(m, taught(m), **(SMALL | {"method": method}))
 
 
 def test_without_save_every_nothing_is_saved(tmp_path: Path) -> None:

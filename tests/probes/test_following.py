@@ -353,3 +353,28 @@ def test_nothing_is_left_behind():
         failing()
     assert "generate" not in vars(model.module)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.module.modules())
+
+
+@torch.no_grad()
+def test_a_template_that_opens_the_thinking():
+    """As reasoners' have it: what is written begins in the thinking, decoded or read, and a teacher does not open it again."""
+    module, tokenizer = tiny("llama")
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant: {% endif", "assistant: <think>\n{% endif")
+    model = Model(module, tokenizer)
+    told = [
+        model.transcript("s" * (1 + i), text)
+        for i, text in enumerate(["<think>\nab\n</think>yes", "cd</think>no", "open"])
+    ]
+    assert [t.thinking for t in told] == ["ab", "cd", "open"]
+    assert [t.answer for t in told] == ["yes", "no", None]
+    spans = ["thinking", "answer", "thinking[:2]"]
+    ids, mask = padded([list(t.ids) for t in told], model.pad_id, "left")
+    with Seen(model, spans) as seen, rows_are([t.spans["prompt"][1] for t in told]):
+        model.module(input_ids=ids, attention_mask=mask)
+    for i, t in enumerate(told):
+        for span in spans:
+            assert seen.members(i, span) == by_definition(model, t, span), (i, span)
+    with Seen(model, spans) as seen:
+        runs = model.generate(["one", "two and two"], max_new_tokens=6)
+    for i, run in enumerate(runs):
+        assert set(seen.members(i, "thinking")) <= set(positions(run, "thinking")) != set()

@@ -156,3 +156,12 @@ def test_what_does_not_add(unchecked):
     with pytest.raises(ValueError, match="ddof=1 needs more than 1 rows; there are 1"):
         Moments.of(draw(1, 4)).covariance()
     assert not Moments.of(draw(1, 4)).covariance(ddof=0).any()
+
+
+def test_no_rows_change_nothing():
+    x, y = torch.randn(5, 3), torch.randn(5, 2)
+    for found, more in ((CrossMoments.of(x, y), (x[:0], y[:0])), (Moments.of(x), (x[:0],))):
+        before = found.scatter.clone()
+        assert torch.equal(found.add_(*more).scatter, before)
+        assert found.count == 5
+    assert CrossMoments.empty(3, 2).add_(x[:0], y[:0]).count == 0

@@ -372,3 +372,15 @@ def test_compiled_layers_and_confused_calls():
     model.module.model.layers[1].compile()
     with pytest.raises(ValueError, match=r"model\.layers\.1 is compiled"), steered(model, vector(), at="0.resid"):
         pass
+
+
+def test_nested_steerings_count_in_the_stream_without_steering():
+    """What a strength is counted in does not depend on what steers already: nested is together."""
+    model, runs = setup()
+    outer = Steering(vector(), [3.0] * len(runs), at="1.resid", over="completion")
+    inner = Steering(vector(seed=1), 0.5, at="2.resid", over="completion")
+    with steered(model, [outer, inner]):
+        together, _ = read(model, runs)
+    with steered(model, outer), steered(model, inner):
+        nested, _ = read(model, runs)
+    torch.testing.assert_close(together, nested, rtol=1e-4, atol=1e-4)

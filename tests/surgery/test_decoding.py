@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from surgery.decoding import GumbelNoise, decode, pad_after_prefix, prefix_cache
 from surgery.model import Model
 from surgery.room import Roomy, with_room
-from tests.families import FAMILIES, tiny
+from tests.families import FAMILIES, save_tiny, tiny
 
 END = 2
 LENGTH = 60
@@ -128,3 +130,30 @@ def test_a_cache_with_room_widens_as_the_plain_one_does() -> None:
         b = cache.update(new, new, 0)[0]
         assert a.dtype == b.dtype == torch.float32
         assert torch.equal(a, b)
+
+
+def test_what_a_checkpoint_says_of_generation_has_no_say() -> None:
+    """Qwen's repeat penalty, say: the likeliest token is the likeliest token, and the settings are the model's again afterwards."""
+    model = Model(*tiny("llama"))
+    ids, mask, _ = batch(model)
+    module: Any = model.module
+    plain = decode(model, ids, mask, 12)
+    said = GenerationConfig(repetition_penalty=5.0, suppress_tokens=[row[0] for row in plain], eos_token_id=END)
+    module.generation_config = said
+    assert decode(model, ids, mask, 12) == plain
+    assert module.generation_config is said
+
+
+def test_the_end_of_a_turn_ends_a_completion(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    model = Model.load(folder)
+    (written,) = model.generate("a question", max_new_tokens=12)
+    turn = written.ids[written.spans["prompt"][1] + 2]
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [END, turn]}))
+    chat = Model.load(folder)
+    (ended,) = chat.generate("a question", max_new_tokens=12)
+    assert ended.finished
+    assert ended.ids == written.ids[: len(ended.ids)]
+    assert ended.ids[-1] == turn
+    assert chat.transcript("a question", "7").ids[-1] == END  # a text still ends as the tokenizer has it

@@ -6,6 +6,7 @@ import resource
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import surgery.proof as proof
 import surgery.writing as writing
@@ -197,3 +198,16 @@ def test_what_may_still_be_taken_is_less_what_is_in_use(tmp_path):
     for said, used in (("cache 700\nrss 20\ntotal_rss 30\n", 30), ("anon 40\nfile 900\n", 40)):
         (tmp_path / "memory.stat").write_text(said)
         assert proof._in_use(tmp_path / "memory.stat") == used
+
+
+def test_a_file_of_several_dtypes_is_written_as_it_is(tmp_path):
+    """bf16 weights and fp32 norms: loading makes one dtype of them, the files keep theirs."""
+    folder = save_tiny("llama", tmp_path / "model", dtype=torch.bfloat16)
+    file = folder / "model.safetensors"
+    tensors = {name: t.float() + 2**-20 if "norm" in name else t for name, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    written = write(apply(Scale(0.5), Checkpoint(folder), "*.attn.o"), tmp_path / "out")
+    assert any("as read back" in check for check in written.checks)
+    for name, t in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert t.dtype == tensors[name].dtype
+        assert torch.equal(t, tensors[name] * (0.5 if "o_proj" in name else 1))

@@ -100,3 +100,41 @@ def test_undo_of_undo_of_two_edits_is_the_first(tmp_path):
     undo(tmp_path / "back-one", tmp_path / "back")
     assert files(tmp_path / "back") == files(tmp_path / "model")
     shutil.rmtree(tmp_path / "back")
+
+
+def test_a_patch_of_the_original_is_not_left_in_the_copy(tmp_path):
+    base = Checkpoint(save_tiny("llama", tmp_path / "model"))
+    write(apply(Scale(0.5), base, "0.mlp.up"), tmp_path / "one")
+    write(apply(Scale(0.5), Checkpoint(tmp_path / "one"), "1.mlp.up"), tmp_path / "two", undo_limit=0)
+    with pytest.raises(CheckpointError, match="too large to keep a way back"):
+        undo(tmp_path / "two", tmp_path / "back")
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_large_patch_of_the_original_returns_or_there_is_no_undo(room, tmp_path, monkeypatch):
+    monkeypatch.setattr("surgery.reverse.SIDE_LIMIT", 100)
+    base = Checkpoint(save_tiny("llama", tmp_path / "model"))
+    write(apply(Scale(0.5), base, "*.mlp.*"), tmp_path / "one")
+    size = (tmp_path / "one" / PATCH).stat().st_size
+    one = Checkpoint(tmp_path / "one")
+    written = write(apply(Scale(0.5), one, "0.attn.k"), tmp_path / "two", undo_limit=size + (100_000 if room else 1))
+    if not room:
+        assert any("no undo: with the original's" in check for check in written.checks)
+        assert not (tmp_path / "two" / PATCH).exists()
+        return
+    undo(tmp_path / "two", tmp_path / "back-one")
+    assert files(tmp_path / "back-one") == files(tmp_path / "one")
+
+
+def test_side_files_that_are_rewritten_after_the_write_return(tmp_path):
+    folder = save_tiny("llama", tmp_path / "model")
+    (folder / "heads.csv").write_text("theirs")
+
+    def seal(out, _):
+        (out / "chat_template.jinja").write_text("another")
+        (out / "tokenizer_config.json").write_text("{}")
+        (out / "heads.csv").write_text("ours")
+
+    write(apply(Scale(0.5), Checkpoint(folder), "0.mlp.up"), tmp_path / "out", seal=seal)
+    undo(tmp_path / "out", tmp_path / "back")
+    assert files(tmp_path / "back") == files(folder)

@@ -134,3 +134,17 @@ def test_spans_that_are_absent_or_do_not_exist():
             positions(bare, over)
     with pytest.raises(ValueError, match=r"'\(' is not a regular expression: missing \)"):
         positions(bare, "/(/")
+
+
+@pytest.mark.parametrize(
+    ("completion", "thinking", "answer"),
+    [
+        ("1 + 2 = 3\n</think>\n3", "1 + 2 = 3", "3"),
+        ("and on", "and on", None),
+        ("</think>3", "", "3"),
+        ("", None, None),
+    ],
+)
+def test_a_prompt_that_opens_the_thinking(completion, thinking, answer):
+    t = read(completion, prompt="Q: what?\nassistant: <think>\n")
+    assert (t.thinking, t.answer) == (thinking, answer)

@@ -290,12 +290,12 @@ def test_norms_cosines_survival(pairs):
 
 
 def _rounded(before, after):
-    """Kept, by its definition."""
-    asked, kept = after.double() - before.double(), after.bfloat16().double() - before.double()
-    stuck, moving = ((kept == 0) & (asked != 0)).sum(), (asked != 0).sum()
+    """Kept, by its definition: differences in fp32, sums of them in fp64."""
+    asked, kept = (after - before.float()).double(), (after.bfloat16().float() - before.float()).double()
+    stuck, moving = int(((kept == 0) & (asked != 0)).sum()), int((asked != 0).sum())
     norms = float(asked.norm()), float(kept.norm())
     cosine = float((asked * kept).sum()) / (norms[0] * norms[1]) if norms[0] * norms[1] else math.nan
-    return *norms, cosine, float(stuck / moving) if moving else 0.0, int(moving)
+    return *norms, cosine, stuck / moving if moving else 0.0, moving
 
 
 def test_long_tensors_are_walked_in_pieces(pairs, monkeypatch):
@@ -458,3 +458,13 @@ def test_writing_to_what_was_read_changes_nothing(pairs):
         before = points["embed"].clone()
         points["embed"].zero_()
         assert torch.equal(points["embed"], before)
+
+
+def test_sums_of_vectors_between_models_of_unlike_sites(tmp_path):
+    """A point that lacks a site is no origin there."""
+    small, large = (Checkpoint(save_tiny(family, tmp_path / family)) for family in ("llama", "qwen2"))
+    of_small = apply(Scale(2.0), small, "*.mlp.up") - small
+    of_large = apply(lambda _, W: W + 1, large, "*.attn.q.bias") - large
+    both = of_small + of_large
+    assert torch.allclose(both["0.attn.q.bias"], torch.ones(large.shape("0.attn.q.bias")))
+    assert torch.allclose(both["0.mlp.up"], small["0.mlp.up"])
