@@ -36,8 +36,7 @@ from surgery.weights import Weights, some_rows
 from surgery.whole import new_folder
 
 Rounding = Literal["nearest", "stochastic"]
-_PIECE = 1 << 18  # entries handed over at a time, to be hashed and written
-_CACHED = 1 << 16  # entries computed at a time: the half dozen arrays they take fit a core's own cache
+_CHUNK = 1 << 18  # entries computed at a time: fits the cache, and bounds memory for a huge embedding
 _WEIGHTS = {
     ".safetensors",
     ".bin",
@@ -215,7 +214,9 @@ class _Job:
     def _pieces(self, tensor: Stored, changed: list[Site]) -> Iterator[Tensor]:
         """Pieces of one stored tensor as it will be stored, in order."""
         before, out, places = self.layout.stored(tensor.name), self._out(tensor), self.layout.anatomy.places
-        pieces = _strips(tensor.shape, slice(None), _PIECE)
+        rows = max(1, _CHUNK // max(1, tensor.shape[1:].numel()))
+        starts = range(0, max(1, tensor.shape[0]), rows) if tensor.shape else ()
+        pieces = [slice(i, i + rows) for i in starts] or [slice(None)]
         draws = None if self.seed is None else generator(self.seed, tensor.name)
 
         def rounded(x: Tensor) -> Tensor:
@@ -229,15 +230,12 @@ class _Job:
                 yield was if was.dtype == out else rounded(was)
             return
         if len(changed) == 1 and places[changed[0]].is_whole:
-            tally, walk = _Tally(changed[0]), [_strips(tensor.shape, piece, _CACHED) for piece in pieces]
-            wishes = self.weights.strips(changed[0], [strip for strips in walk for strip in strips])
-            for strips in walk:
-                done: list[Tensor] = []
-                for strip in strips:
-                    wish = next(wishes).cpu()  # of a model on an accelerator
-                    done.append(rounded(wish))
-                    tally.add(some_rows(before, strip), wish, done[-1])
-                yield torch.cat(done) if len(done) > 1 else done[0]
+            tally = _Tally(changed[0])
+            for piece, wish in zip(pieces, self.weights.strips(changed[0], pieces), strict=True):
+                here = wish.cpu()  # of a model on an accelerator
+                after = rounded(here)
+                tally.add(some_rows(before, piece), here, after)
+                yield after
             self.kept[changed[0]] = tally.kept()
             return
         after = before if before.dtype == out else rounded(before)
@@ -249,13 +247,6 @@ class _Job:
             self.kept[site] = tally.kept()
             after = places[site].put(after, kept)
         yield after
-
-
-def _strips(shape: torch.Size, within: slice, entries: int) -> list[slice]:
-    """Rows of a tensor, those `within` some of them, so many that about `entries` come together; one slice at least."""
-    first, last, _ = within.indices(shape[0] if shape else 1)
-    step = max(1, entries // max(1, shape[1:].numel()))
-    return [slice(i, min(i + step, last)) for i in range(first, max(last, first + 1), step)]
 
 
 class _Tally:

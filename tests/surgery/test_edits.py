@@ -342,8 +342,7 @@ def test_strength_0_and_a_double_swap_keep_every_byte_on_disk(tmp_path, dtype):
 
 def test_a_whole_matrix_edit_is_computed_once(tmp_path, monkeypatch):
     """The writer walks a tensor in pieces; an edit that needs all of it must not run again for each."""
-    monkeypatch.setattr(writing, "_PIECE", 64)
-    monkeypatch.setattr(writing, "_CACHED", 16)
+    monkeypatch.setattr(writing, "_CHUNK", 64)
     base = Checkpoint(save_tiny("llama", tmp_path / "base"))
     calls = []
     edited = apply(lambda site, W: calls.append(site) or W * 2, base, "*.mlp.down")
