@@ -180,7 +180,11 @@ class Ablations:
         tables = []
         for measure in ("projection", "kl", "nll"):
             values: Tensor = getattr(self, measure)
-            low, high, n = interval(values, self.question, draws=draws, seed=seed, level=level)
+            told = ~values.isnan().any(1)  # after the last token of a transcript nothing comes that could be likelier
+            values, asked = values[told], [q for q, known in zip(self.question, told.tolist(), strict=True) if known]
+            low, high, n = (
+                interval(values, asked, draws=draws, seed=seed, level=level) if asked else (math.nan, math.nan, 0)
+            )
             places = [
                 {"layer": s.layer, "head": s.head, "site": str(s), "at": str(at), "measure": measure}
                 for s, at in zip(self.sites, self.at, strict=True)

@@ -448,6 +448,11 @@ def _template(folder: Path) -> tuple[str | None, list[Problem]]:
 # --- adapters and deltas ------------------------------------------------------------------------------------------------------
 
 
+def _unwrapped(name: str) -> str:
+    """A tensor's name without what models wrap a language model in: an adapter of the bare one lands on a vision-language model's tower."""
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "text_model"))
+
+
 def check_adapter(folder: Path, base: Facts) -> list[Problem]:
     """What is wrong with a LoRA folder as an addition to `base`."""
     where = str(folder)
@@ -466,21 +471,21 @@ def check_adapter(folder: Path, base: Facts) -> list[Problem]:
     config = config if isinstance(config, dict) else {}
     problems = [_fault(f) for f in stray_links(folder)]
     kind = config.get("peft_type")
-    if kind not in ("LORA", None):
-        found = f"is a {kind} adapter, not a LoRA"
+    if kind != "LORA":
+        found = f"is a {kind} adapter, not a LoRA" if kind else "does not say that it is a LoRA"
         return [
             *problems,
             Problem("error", "adapter", where, found, "Merge it with PEFT first: model.merge_and_unload()"),
         ]
     misfits, absent = [], []
+    named = {_unwrapped(name): tensor for name, tensor in base.tensors.items()}
+    if "embed_tokens.weight" in named:
+        named.setdefault("lm_head.weight", named["embed_tokens.weight"])  # of a tied head
     for entry in entries:
         hit = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.\w+)?(?:\.weight)?", entry.name)
         if not hit or len(entry.shape) != 2:
             continue
-        target = next(
-            (base.tensors[n] for n in (f"{hit[1]}.weight", f"{hit[1].split('.', 1)[-1]}.weight") if n in base.tensors),
-            None,
-        )
+        target = named.get(_unwrapped(f"{hit[1]}.weight"))
         if target is None:
             absent.append(hit[1])
         elif len(target.shape) == 2:

@@ -188,7 +188,7 @@ class _Lint:
         if method is not None and slices:
             self.contract(name, method, base, slices)
             self.parameters(name, method, base, slices)
-        layered = not recipe.get("models")
+        layered = any(source.layers is not None for sources, _ in slices for source in sources)
         plan = Plan(name, base, tuple(tuple(s) for s, _ in slices), layered, recipe) if slices or base else None
         return plan, self.problems
 
@@ -300,6 +300,9 @@ class _Lint:
                 source = self.entry(entry, f"{key}models[{i}]", ("model", "parameters"))
                 if source:
                     found[-1][0].append(source)
+                last = i == len(module["models"]) - 1
+                if last and base and base.text not in [s.text for s in found[-1][0]]:  # as mergekit completes it
+                    found[-1][0].append(base)
             for i, entry in enumerate(self.listed(module, "slices", key)):
                 here = f"{key}slices[{i}]"
                 if not isinstance(entry, dict) or not isinstance(entry.get("sources"), list):
@@ -315,8 +318,6 @@ class _Lint:
                 kept = [s for s in sources if s]
                 self.lengths(kept, here)
                 found.append((kept, (self.settings(entry, f"{here}.parameters"), own)))
-        if self.recipe.get("models") and base and found and base.text not in [s.text for s in found[0][0]]:
-            found[0][0].append(base)
         return [(sources, scopes) for sources, scopes in found if sources]
 
     def listed(self, module: Mapping[str, Any], name: str, key: str) -> list[Any]:

@@ -1,6 +1,7 @@
 """Parts sum to the whole, scores by linearity are those of vectors made one by one, and a silenced head takes away what it was said to write."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -305,6 +306,16 @@ def test_tables_and_files(tmp_path):
     assert Ablations.load(tmp_path / "a.safetensors").frame(draws=20).equals(done.frame(draws=20))
     with pytest.raises(ValueError, match="saved by another kind of result"):
         Contributions.load(tmp_path / "a.safetensors")
+    cut = replace(
+        runs[0],
+        ids=runs[0].ids[:-1],
+        offsets=runs[0].offsets[:-1],
+        spans={"all": (0, len(runs[0].ids) - 1), "end": (len(runs[0].ids) - 2, len(runs[0].ids) - 1)},
+    )
+    whole = [replace(t, spans={**t.spans, "end": (len(t.ids) - 3, len(t.ids) - 2)}) for t in runs[1:]]
+    table = ablations(model, direction(), [cut, *whole], [head], over="end").frame(draws=20).set_index("measure")
+    assert math.isfinite(table.loc["nll", "value"])  # nothing comes after the cut one's last token
+    assert table["n"].to_dict() == {"projection": 3, "kl": 3, "nll": 3}
 
 
 def test_the_interval_is_that_of_drawing_whole_questions():

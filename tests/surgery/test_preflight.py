@@ -18,7 +18,7 @@ from surgery import reverse
 from surgery.checkpoint import Checkpoint
 from surgery.delta import save_delta
 from surgery.preflight import Report, check_apply, check_model, check_recipe
-from surgery.preflight.facts import moved_by
+from surgery.preflight.facts import _unwrapped, moved_by
 from surgery.preflight.forecast import UNDO_LIMIT, peak_memory
 from surgery.preflight.recipe import TABLED, asked, installed, lint, methods
 from tests.families import FAMILIES, save_tiny
@@ -521,6 +521,7 @@ def test_faults_of_apply(home: Path) -> None:
         ("base", lora("lora", pairs), "warning", "adapter", ["was trained on someone/else", "Make sure"]),
         ("base", lora("narrow", narrow), "error", "adapter", ["does not fit the base's shapes", "someone/else"]),
         ("base", lora("strange", strange), "error", "adapter", ["changes modules the base lacks", "c_proj"]),
+        ("base", lora("unsaid", pairs, peft_type=None), "error", "adapter", ["does not say that it is a LoRA"]),
         ("base", lora("ia3", pairs, peft_type="IA3"), "error", "adapter", ["is a IA3 adapter", "merge_and_unload"]),
         ("base", "pickled", "error", "adapter", ["pickle", "save_pretrained(NEW_FOLDER)"]),
         ("lora", "delta", "error", "adapter", ["is an adapter, not a model", "BASE+lora"]),
@@ -703,3 +704,24 @@ def test_lint_alone_looks_at_no_model(home: Path) -> None:
     assert plan is not None
     assert problems == []
     assert [s.model for s in plan.sources] == ["far/away"]
+
+
+def test_a_group_of_modules_is_completed_by_the_base(home: Path) -> None:
+    """As mergekit does it: the base need not be listed, and whole models are no ranges of layers."""
+    group = {"models": [{"model": "tuned", "parameters": {"weight": 0.5}}]}
+    path = recipe(home, merge_method="task_arithmetic", base_model="base", models=None, modules={"default": group})
+    plan, problems = lint(path)
+    assert [p for p in problems if p.severity == "error"] == []
+    assert plan is not None
+    assert not plan.layered
+    assert [source.text for source in plan.slices[0]] == ["tuned", "base"]
+
+
+def test_an_adapter_of_the_bare_model_fits_what_wraps_it() -> None:
+    names = (
+        "model.layers.0.mlp.up_proj",
+        "language_model.model.layers.0.mlp.up_proj",
+        "model.language_model.layers.0.mlp.up_proj",
+    )
+    assert {_unwrapped(name) for name in names} == {"layers.0.mlp.up_proj"}
+    assert _unwrapped("model.vision_tower.layers.0.mlp.up_proj") == "vision_tower.layers.0.mlp.up_proj"
