@@ -186,7 +186,9 @@ def _code(code: CodeType | None) -> Iterator[bytes]:
     """What a function does, for telling it from another of its name."""
     if code is not None:
         yield code.co_code
-        yield repr([c for c in code.co_consts if not isinstance(c, CodeType)]).encode()
+        for constant in code.co_consts:
+            if not isinstance(constant, CodeType):  # a set's order is another in every process
+                yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant).encode()
         yield repr(code.co_names).encode()
         for inner in code.co_consts:
             yield from _code(inner if isinstance(inner, CodeType) else None)

@@ -196,7 +196,7 @@ def grpo(
             save_steps=save_every or steps, save_total_limit=2, report_to=[], disable_tqdm=not progress,
             dataloader_pin_memory=model.device.type == "cuda", use_vllm=served, vllm_mode="colocate",
         )  # fmt: skip
-        one_device(args, model)
+        one_device(args, model.device)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*rollout_func.*")  # TRL calls them experimental
             trainer = _trainer_class()(

@@ -103,14 +103,16 @@ def check_budget(
         _check_room(model, _adapted_layers(model), RANK if lora_rank is None else lora_rank)
 
 
-def one_device(arguments: Any, model: Model) -> None:
-    """Keep a trainer to the device that the model is on: with several accelerators in sight it would deal each batch out to all of them,
-    and learn as many times as much in a step. Raises ValueError where the model is on another than the trainer's.
+def one_device(arguments: Any, ours: torch.device) -> None:
+    """Keep a trainer to one device: with several accelerators in sight it would deal each batch out to all of them, and learn as many times as
+    much in a step. Under torchrun each process has a device of its own, to which its trainer carries the model.
+
+    Raises ValueError where a single process would carry the model from the device that it was loaded on to another.
     """
     theirs = arguments.device
-    if theirs.type != model.device.type or (model.device.index or 0) != (theirs.index or 0):
+    if arguments.world_size == 1 and (theirs.type, theirs.index or 0) != (ours.type, ours.index or 0):
         raise ValueError(
-            f"The model is on {model.device}, and training happens on {theirs}: load it there, or choose with CUDA_VISIBLE_DEVICES."
+            f"The model is on {ours}, and training happens on {theirs}: load it there, or choose with CUDA_VISIBLE_DEVICES."
         )
     arguments._n_gpu = min(arguments.n_gpu, 1)
 

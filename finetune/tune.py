@@ -171,7 +171,7 @@ def tune(
             disable_tqdm=not progress, remove_unused_columns=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
             dataloader_pin_memory=model.device.type == "cuda",
         )  # fmt: skip
-        one_device(args, model)
+        one_device(args, model.device)
         with args.main_process_first(local=False):  # which may remove halves
             resume = last_complete(folder, settings)
         student = borrowed.enter_context(

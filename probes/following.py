@@ -361,7 +361,7 @@ class _Pass:
         return both[0], both[1]
 
     def _prompt_before(self, row: int, column: int) -> list[int]:
-        """The last tokens of a row's prompt, which ends before a column: as many as a marker may have, and some white space."""
+        """The last tokens of a row's prompt, which ends before a column."""
         return self._all_ids[row, :column][self._real[row, :column]][-_TAIL:].tolist()
 
     def _reread(self, over: str, which: str | None) -> Tensor:
@@ -434,7 +434,7 @@ def _not_yet(over: str) -> str:
 # --- reading markers ------------------------------------------------------------------------------------------------------------
 
 
-_TAIL = 48
+_TAIL = 48  # tokens of a prompt's end in which an opening marker is looked for, and the white space after it
 
 
 class _Place(NamedTuple):

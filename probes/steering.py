@@ -30,9 +30,8 @@ Function = Callable[[Tensor], Tensor]
 How = Literal["add", "ablate", "clamp"] | Function | Mapping[Site, Function]
 Units = Literal["residual", "raw"] | Mapping[Site, float]
 
-_measuring: ContextVar[bool] = ContextVar(
-    "measuring", default=False
-)  # streams are measured as they are without steering
+# set while streams are measured: as they are without steering
+_measuring: ContextVar[bool] = ContextVar("measuring", default=False)
 _TEXTS = (  # on which the stream is measured where nothing else is said
     ("What do bees make?", "Bees make honey from the nectar of flowers, and wax for their combs."),
     ("How many days are there in two weeks?", "A week has seven days, so two weeks have fourteen days."),

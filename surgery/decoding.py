@@ -143,10 +143,9 @@ class GumbelNoise:
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self._rows])
         gumbel = -torch.log(-torch.log(uniform.clamp_min(1e-300)))
-        wide = scores.to("cpu" if scores.device.type == "mps" else scores.device, torch.float64)
-        return (wide / self._heat + gumbel.to(wide.device)).to(
-            scores.device, scores.dtype if wide.device != scores.device else wide.dtype
-        )
+        if scores.device.type == "mps":  # which has no float64
+            return (scores.cpu().double() / self._heat + gumbel).to(scores)
+        return scores.double() / self._heat + gumbel.to(scores.device)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""

@@ -25,14 +25,8 @@ PATCH = "undo.patch"
 UNDO_LIMIT = 32 << 20  # bytes: an edit that needs more keeps no patch, and says so
 SIDE_LIMIT = 1 << 20  # bytes: larger side files are not the kind that is rewritten after the write itself
 _OURS = {PATCH, RECORD, "README.md"}  # a command puts its own in their place
-_VOCABULARIES = {
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-}  # nor are these
+# nor are vocabularies, whatever their size
+_VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"}
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FORMAT = "model-surgery reverse patch 1"
 

@@ -60,9 +60,10 @@ def arms(
     generated = not data.endswith((".jsonl", ".json"))
     train = tasks.load(data, steps * batch_size if generated else None, seed=0, side="train")
     held = tasks.load(target or data, items, seed=1, side="all" if target else "test")
-    if twice := {path.stem for path in keep or () if [p.stem for p in keep or ()].count(path.stem) > 1}:
+    stems = [path.stem for path in keep or ()]
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
         raise ValueError(
-            f"Two files of --keep are called {min(twice)!r}, which is what their measures would be called: rename one."
+            f"Two files of --keep are called {twice[0]!r}, which is what their measures would be called: rename one."
         )
     kept = {path.stem: tasks.jsonl(path, items, seed=1) for path in keep or ()}
     if dry_run:

@@ -294,15 +294,15 @@ class _Lint:
                 self.say("error", "recipe", key.rstrip("."), f"is {_show(module)}", "Write models: or slices: in it")
                 continue
             own = self.settings(module, f"{key}parameters") if name else {}
-            for i, entry in enumerate(self.listed(module, "models", key)):
-                if i == 0:
-                    found.append(([], ({}, own)))
+            whole = self.listed(module, "models", key)
+            if whole:
+                found.append(([], ({}, own)))
+            for i, entry in enumerate(whole):
                 source = self.entry(entry, f"{key}models[{i}]", ("model", "parameters"))
                 if source:
                     found[-1][0].append(source)
-                last = i == len(module["models"]) - 1
-                if last and base and base.text not in [s.text for s in found[-1][0]]:  # as mergekit completes it
-                    found[-1][0].append(base)
+            if whole and base and base.text not in [s.text for s in found[-1][0]]:  # as mergekit completes it
+                found[-1][0].append(base)
             for i, entry in enumerate(self.listed(module, "slices", key)):
                 here = f"{key}slices[{i}]"
                 if not isinstance(entry, dict) or not isinstance(entry.get("sources"), list):

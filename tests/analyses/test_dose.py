@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -365,6 +368,18 @@ def test_a_digest_tells_changes_apart(model: Model) -> None:
 
     made += [times(3), times(4)]
     assert len({digest(thing) for thing in made}) == len(made)
+    told = "from analyses.changes import digest; print(digest(lambda x: x in {'yes', 'no', 'perhaps'}))"
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", told],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(seen) == 1  # a folder is gone on with by another process
     assert [digest(c) for c in changes(model).values()] == [digest(c) for c in changes(model).values()]
 
 

@@ -229,6 +229,37 @@ def test_a_term_is_added_once_a_step_whatever_the_accumulation() -> None:
     assert any(not torch.allclose(p, found[1][name], atol=1e-4) for name, p in without.module.named_parameters())
 
 
+def test_a_term_counts_once_where_the_host_divides_by_micro_batches(tmp_path: Path) -> None:
+    """As TRL's preference trainers do, whose own loss is here nothing."""
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    class Silent(Trainer):
+        loss_is_scaled_for_ga = False
+
+        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Tensor:
+            return 0.0 * sum(p.sum() for p in model.parameters())
+
+    class Host(Surgical, Silent):
+        pass
+
+    norms = []
+    for accumulate in (1, 2):
+        m = model()
+        given = arguments(str(tmp_path / str(accumulate))) | {
+            "gradient_accumulation_steps": accumulate, "per_device_train_batch_size": 4 // accumulate, "max_steps": 2
+        }  # fmt: skip
+        trainer = Host(
+            model=m.module, args=TrainingArguments(**given), train_dataset=Dataset.from_list(rows_of(examples(taught(m)))),
+            data_collator=Collate(m.pad_id), processing_class=m.tokenizer,
+            terms=[lambda module, step: 1e-3 * sum((p**2).sum() for p in module.parameters())],
+        )  # fmt: skip
+        trainer.train()
+        norms.append([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert norms[0][0] > 0
+
+
 @pytest.mark.parametrize("method", ["lift", "full", "lora"])
 def test_the_reference_is_the_starting_model_at_every_step(method: Any) -> None:
     m = model()

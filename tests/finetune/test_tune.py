@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from analyses.tasks import chained_sums
+from finetune.learner import one_device
 from finetune.lift import LIFT, principal_indices
 from finetune.monitors import every
 from finetune.objectives import nll
@@ -559,3 +561,16 @@ def test_grpo_is_the_function_of_that_name() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             tune(model(), asked, **bad)
+
+
+def test_a_trainer_keeps_to_one_device() -> None:
+    """Arguments as they are with two GPUs in sight: in one process, and in the second of two."""
+    here = torch.device("cuda", 0)
+    sight: Any = SimpleNamespace(device=torch.device("cuda", 0), n_gpu=2, _n_gpu=2, world_size=1)
+    one_device(sight, here)
+    assert sight._n_gpu == 1
+    elsewhere: Any = SimpleNamespace(device=torch.device("cuda", 1), n_gpu=1, _n_gpu=1, world_size=1)
+    with pytest.raises(ValueError, match="model is on cuda:0, and training happens on cuda:1"):
+        one_device(elsewhere, here)
+    elsewhere.world_size = 2
+    one_device(elsewhere, here)  # each process carries its own
