@@ -4,6 +4,7 @@ sites        Site: places have names; patterns match them
 anatomy      where each site is in a file, in a module, and which slice a head owns; families are data
 rounding     the dtypes of stored weights, and stochastic rounding to them
 weights      points and vectors: Weights, Delta, apply; lazy, exact
+hashing      what content is known by
 headers      what safetensors headers and indices say; torch-free, believed no further than the files bear out
 tensorfile   one safetensors file, by memory map
 whole        files and folders that are there whole or not at all

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from surgery import headers
 from surgery.anatomy import Anatomy
+from surgery.hashing import hash_bytes
 from surgery.headers import INDEX as INDEX
 from surgery.headers import RECORD as RECORD
 from surgery.headers import CheckpointError as CheckpointError
@@ -77,11 +77,11 @@ class Checkpoint(Weights):
         return sum(t.end - t.begin for t in self.tensors.values())
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of every tensor's bytes, by file name of the tensor."""
+        """BLAKE3 of every tensor's bytes, by file name of the tensor."""
         return {name: digest for file in self.files for name, digest in self._file(file).hashes().items()}
 
     def hash(self) -> str:
-        """SHA-256 of the whole point: of its tensors' names, dtypes, shapes and bytes, whatever files they are split into."""
+        """BLAKE3 of the whole point: of its tensors' names, dtypes, shapes and bytes, whatever files they are split into."""
         return point_hash(self.tensors, self.hashes())
 
     def __repr__(self) -> str:
@@ -97,7 +97,7 @@ class Checkpoint(Weights):
 
 def point_hash(tensors: Mapping[str, Stored], hashes: Mapping[str, str]) -> str:
     rows = [[name, CODES[tensors[name].dtype], list(tensors[name].shape), hashes[name]] for name in sorted(tensors)]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return hash_bytes(json.dumps(rows).encode())
 
 
 def read_config(folder: Path) -> PretrainedConfig:

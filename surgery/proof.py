@@ -6,7 +6,6 @@ forward pass fetches them one module at a time: the proof then takes minutes, no
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import INDEX, Checkpoint, load_module
+from surgery.hashing import hash_bytes
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError, raw_bytes
 
@@ -175,7 +175,7 @@ def _loaded(module: PreTrainedModel, written: Checkpoint) -> dict[str, Tensor]:
 
 def _bytes_agree(loaded: Mapping[str, Tensor], hashes: Mapping[str, str], written: Checkpoint) -> str:
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        digests = pool.map(lambda tensor: hashlib.sha256(raw_bytes(tensor)).hexdigest(), loaded.values())
+        digests = pool.map(lambda tensor: hash_bytes(raw_bytes(tensor)), loaded.values())
         for name, digest in zip(loaded, digests, strict=True):
             if digest != hashes[name]:
                 raise VerificationError(

@@ -6,7 +6,6 @@ and says how today's environment differs from the recorded one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from surgery.hashing import Digest, hash_file
 from surgery.headers import RECORD as RECORD
 from surgery.headers import read_json
 from surgery.whole import write_whole
@@ -54,7 +54,8 @@ class Record:
     arguments: every argument, resolved. typed: the words as typed.
     inputs:    role -> {"ref": as given, "hash": of what it was}.
     seeds:     name -> seed. checks: what was verified, in words. results: the figures worth keeping.
-    outputs:   file -> SHA-256; a safetensors file maps each of its tensors to a SHA-256.
+    outputs:   file -> BLAKE3; a safetensors file maps each of its tensors to a BLAKE3.
+    hash:      which hash that is, so that no other is taken for it.
     """
 
     command: str
@@ -68,6 +69,7 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)
     started: str = ""
     seconds: float = 0.0
+    hash: str = "BLAKE3"
 
     def __post_init__(self) -> None:
         self._clock = time.monotonic() - self.seconds
@@ -95,9 +97,14 @@ class Record:
             wrong = [name for name, kind in _KINDS.items() if not isinstance(said.get(name, kind()), kind)]
             if wrong:
                 raise TypeError(f"{wrong[0]} is no {_KINDS[wrong[0]].__name__}")
-            return cls(**said)
+            made = cls(**{"hash": "SHA-256", **said})  # records once said nothing of it
         except (ValueError, TypeError, AttributeError) as error:
             raise RecordError(f"{path} is damaged: {str(error)[:300]}") from error
+        if made.hash != cls.hash:
+            raise RecordError(
+                f"{path} knows its outputs by {made.hash}, and this version knows files by {cls.hash}: they cannot be compared. Run the command again."
+            )
+        return made
 
 
 @dataclass(frozen=True)
@@ -186,8 +193,8 @@ def processor() -> str:
 
 
 def source_hash() -> str:
-    """SHA-256 of the toolkit's own source: a result never loses its code."""
-    digest = hashlib.sha256()
+    """BLAKE3 of the toolkit's own source: a result never loses its code."""
+    digest = Digest()
     root = Path(__file__).parent.parent
     for package in ("surgery", "probes", "finetune", "analyses"):
         for path in sorted((root / package).rglob("*.py")):
@@ -220,8 +227,8 @@ def compare_environment(then: Mapping[str, Any], now: Mapping[str, Any]) -> list
 
 
 def hash_folder(folder: Path) -> dict[str, str | dict[str, str]]:
-    """File (relative) -> SHA-256; for a safetensors file, tensor -> SHA-256. The record itself and unfinished files are left out."""
-    from surgery.tensorfile import hash_file, hash_file_tensors
+    """File (relative) -> BLAKE3; for a safetensors file, tensor -> BLAKE3. The record itself and unfinished files are left out."""
+    from surgery.tensorfile import hash_file_tensors
 
     found: dict[str, str | dict[str, str]] = {}
     for path in sorted(

@@ -7,9 +7,9 @@ wherever the written model has something else: entries of tensors, file headers,
 from __future__ import annotations
 
 import filecmp
-import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint import RECORD, Checkpoint, point_hash
+from surgery.hashing import Digest, hash_bytes
 from surgery.tensorfile import DTYPES, CheckpointError, Stored, TensorFile, raw_bytes, save_tensors
 from surgery.whole import new_folder
 
@@ -27,18 +28,19 @@ SIDE_LIMIT = 1 << 20  # bytes: larger side files are not the kind that is rewrit
 _OURS = {PATCH, RECORD, "README.md"}  # a command puts its own in their place
 # nor are vocabularies, whatever their size
 _VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"}
+_BLOCK = 1 << 16  # entries compared at a time: numpy counts places in 64 bits
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FORMAT = "model-surgery reverse patch 1"
+_FORMAT = "model-surgery reverse patch 2"
 
 
 class Reverse:
-    """Collects the patch while the new bytes go by. Over its limit it lets go of everything and remembers why."""
+    """Collects the patch while the new bytes go by, tensors side by side. Over its limit it lets go of everything and remembers why."""
 
     def __init__(self, layout: Checkpoint, limit: int = UNDO_LIMIT):
         self._layout, self._limit = layout, limit
         self._tensors: dict[str, Tensor] = {}
         self._pieces: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-        self._size = 0
+        self._size, self._lock = 0, threading.Lock()
         self.refused: str | None = None if limit else "it was asked not to keep a way back"
 
     def add(self, name: str, at: int, after: Tensor) -> None:
@@ -49,13 +51,16 @@ class Reverse:
         if after.dtype != before.dtype:
             self.refuse(f"it was stored as {after.dtype} where the original has {before.dtype}")
             return
-        was = _bits(before.reshape(-1)[at : at + after.numel()])
-        differing = np.flatnonzero(was != _bits(after.reshape(-1)))
-        if not len(differing):
-            return
+        was, now = _bits(before.reshape(-1)[at : at + after.numel()]), _bits(after.reshape(-1))
         narrow = np.int32 if at + len(was) < 2**31 else np.int64
-        self._pieces.setdefault(name, []).append(((differing + at).astype(narrow), was[differing]))
-        self._size += len(differing) * (np.dtype(narrow).itemsize + was.itemsize)
+        grown = 0
+        for begin in range(0, len(was), _BLOCK):
+            differing = np.flatnonzero(was[begin : begin + _BLOCK] != now[begin : begin + _BLOCK]) + begin
+            if len(differing):
+                self._pieces.setdefault(name, []).append(((differing + at).astype(narrow), was[differing]))
+                grown += len(differing) * (np.dtype(narrow).itemsize + was.itemsize)
+        with self._lock:
+            self._size += grown
         if self._size > self._limit:
             self.refuse(f"the original of what changed takes more than {self._limit / 2**20:.0f} MiB")
 
@@ -67,7 +72,7 @@ class Reverse:
         if self.refused:
             return f"no undo: {self.refused}"
         tensors = {}
-        for name, pieces in self._pieces.items():
+        for name, pieces in sorted(self._pieces.items()):  # whichever thread came first
             tensors[f"index:{name}"] = torch.from_numpy(np.concatenate([i for i, _ in pieces]))
             tensors[f"value:{name}"] = torch.from_numpy(np.concatenate([v for _, v in pieces]).view(np.uint8))
         for file in self._layout.files:
@@ -87,7 +92,7 @@ class Reverse:
             "files": json.dumps(theirs),
             "base_hash": base_hash,
             "hash": point,
-            "sha256": _digest(tensors.values()),
+            "content": _digest(tensors.values()),
         }
         save_tensors(folder / PATCH, tensors, said)
         return f"undo kept: {(folder / PATCH).stat().st_size / 2**20:.1f} MiB"
@@ -126,7 +131,7 @@ def undo(folder: str | os.PathLike[str], to: str | os.PathLike[str], *, progress
     if outside or not {"hash", "base_hash"} <= metadata.keys():
         wrong = f"names {outside[0]!r}, which is no file of its folder" if outside else "does not say what it leads to"
         raise CheckpointError(f"{path} {wrong}: it was not written by surgery, and is refused.")
-    if metadata.get("sha256") != _digest(patch[name] for name in patch.tensors):
+    if metadata.get("content") != _digest(patch[name] for name in patch.tensors):
         raise CheckpointError(f"{path} is damaged: its content has another hash than it had when it was written.")
     written = Checkpoint(folder)
     hashes = written.hashes()
@@ -149,7 +154,7 @@ def undo(folder: str | os.PathLike[str], to: str | os.PathLike[str], *, progress
                     originals[tensor.name] = tensor
                     data = _original(written, patch, tensor)
                     if data is not None:
-                        restored[tensor.name] = hashlib.sha256(data).hexdigest()
+                        restored[tensor.name] = hash_bytes(data)
                         sink.write(data)
                     else:
                         sink.write(raw_bytes(written.stored(tensor.name)))
@@ -172,7 +177,7 @@ def _named(patch: TensorFile) -> list[str]:
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
+    digest = Digest()
     for tensor in tensors:
         digest.update(raw_bytes(tensor))
     return digest.hexdigest()

@@ -8,7 +8,6 @@ What is read is what was written: token ids, spans and all. Nothing is decoded o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from surgery.hashing import Digest
 from surgery.tensorfile import raw_bytes
 from surgery.transcript import Transcript
 from surgery.whole import write_whole
@@ -115,11 +115,11 @@ class Runs(Sequence[Transcript]):
 
 
 def fingerprint(model: Model) -> str:
-    """What a model is known by: SHA-256 of its parameters' names, shapes and values rounded to bfloat16.
+    """What a model is known by: BLAKE3 of its parameters' names, shapes and values rounded to bfloat16.
 
     It is the same on any device and in any dtype that holds bfloat16's values, and another once weights were edited or tuned.
     """
-    digest = hashlib.sha256()
+    digest = Digest()
     for name, parameter in sorted(model.module.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         for piece in parameter.detach().reshape(-1).split(_PIECE):  # an embedding is large

@@ -6,19 +6,19 @@ and costs no memory that the system could not take back.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import os
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery import headers
+from surgery.hashing import hash_bytes, hash_file, hash_range
 from surgery.headers import CheckpointError
 
 DTYPES = {
@@ -65,10 +65,10 @@ class TensorFile:
         return raw.view(tensor.dtype).view(tensor.shape)
 
     def hashes(self, names: Container[str] | None = None) -> dict[str, str]:
-        """SHA-256 of every tensor's bytes (or of those named), read in file order."""
+        """BLAKE3 of every tensor's bytes (or of those named), read in file order."""
         chosen = [t for t in self.tensors.values() if names is None or t.name in names]
         with self.path.open("rb") as source:
-            return {t.name: _hash_range(source, t.begin, t.end) for t in chosen}
+            return {t.name: hash_range(source, t.begin, t.end) for t in chosen}
 
     @property
     def header(self) -> bytes:
@@ -134,27 +134,8 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _hash_range(source: BinaryIO, begin: int, end: int) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 22))
-    source.seek(begin)
-    left = end - begin
-    while left:
-        count = source.readinto(buffer[: min(left, len(buffer))])  # type: ignore[attr-defined]
-        if not count:
-            raise CheckpointError(f"{source.name} ended early.")
-        digest.update(buffer[:count])
-        left -= count
-    return digest.hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a whole file."""
-    with path.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
-
-
 def hash_file_tensors(path: Path) -> dict[str, str]:
-    """SHA-256 of every tensor of one safetensors file, and of what its header says, in whatever order.
+    """BLAKE3 of every tensor of one safetensors file, and of what its header says, in whatever order.
 
     A file whose header is damaged has one hash for the whole.
     """
@@ -165,8 +146,8 @@ def hash_file_tensors(path: Path) -> dict[str, str]:
     with path.open("rb") as source:
         said = [metadata, sorted([t.name, CODES[t.dtype], list(t.shape), t.begin - stored[0].begin] for t in stored)]
         return {
-            "(header)": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest(),
-            **{t.name: _hash_range(source, t.begin, t.end) for t in stored},
+            "(header)": hash_bytes(json.dumps(said, sort_keys=True).encode()),
+            **{t.name: hash_range(source, t.begin, t.end) for t in stored},
         }
 
 
@@ -175,7 +156,7 @@ class TensorSink:
 
     names:    all the names that may come; any of them may, once each.
     metadata: text by name, to be set before the end; `room` bytes are kept for it.
-    hashes:   name -> SHA-256 of the tensor's bytes, as they came.
+    hashes:   name -> BLAKE3 of the tensor's bytes, as they came.
 
     A context manager: the file is whole when the block has ended. Raises CheckpointError where the disk has something else.
     """
@@ -204,7 +185,7 @@ class TensorSink:
             "data_offsets": [self._at, self._at + len(data)],
         }
         self._header[name] = entry
-        self.hashes[name] = hashlib.sha256(data).hexdigest()
+        self.hashes[name] = hash_bytes(data)
         self._file.write(data)
         self._at += len(data)
 

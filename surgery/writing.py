@@ -6,18 +6,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
 import os
-import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint import INDEX, RECORD, Checkpoint, point_hash, read_headers
+from surgery.hashing import Digest
 from surgery.proof import Loops, prove
 from surgery.reverse import PATCH, UNDO_LIMIT, Reverse
 from surgery.rounding import Kept as Kept
@@ -37,6 +37,7 @@ from surgery.whole import new_folder
 
 Rounding = Literal["nearest", "stochastic"]
 _CHUNK = 1 << 18  # entries computed at a time: fits the cache, and bounds memory for a huge embedding
+_THREADS = 8  # more would wait for the interpreter and for memory
 _WEIGHTS = {
     ".safetensors",
     ".bin",
@@ -52,7 +53,7 @@ _WEIGHTS = {
 
 @dataclass(frozen=True)
 class Written:
-    """What `write` did. hashes: SHA-256 per tensor. kept: asked and kept per changed site. checks: what was verified, in words."""
+    """What `write` did. hashes: BLAKE3 per tensor. kept: asked and kept per changed site. checks: what was verified, in words."""
 
     folder: Path
     hash: str
@@ -132,10 +133,9 @@ def write(
         tqdm(total=layout.nbytes, unit="B", unit_scale=True, desc=f"writing {to.name}", disable=not progress) as bar,
         ThreadPoolExecutor(1) as aside,
     ):
-        with _one_core_free():
-            for file in layout.files:
-                job.write_file(partial / file, bar)
-                flushing.append(aside.submit(_flush, partial / file))
+        for file in layout.files:
+            job.write_file(partial / file, bar)
+            flushing.append(aside.submit(_flush, partial / file))
         _copy_side_files(layout.folder, partial, dtype)
         checks = prove(partial, job.hashes, layout, dtype, loops)
         # what nothing changes has the hash of its copy
@@ -150,21 +150,19 @@ def write(
     return written
 
 
-@contextmanager
-def _one_core_free() -> Iterator[None]:
-    """Arithmetic on all cores but one, which hashes and writes: two kinds of threads on one core would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _flush(path: Path) -> None:
     """The file's bytes are on the disk when this returns."""
     with path.open("rb") as written:
         os.fsync(written.fileno())
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    """Of one stored tensor: its hash, that of what it was where it is altered, and what was kept at each changed site."""
+
+    hash: str
+    base_hash: str | None
+    kept: dict[Site, Kept]
 
 
 @dataclass
@@ -181,29 +179,81 @@ class _Job:
     kept: dict[Site, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._cores = torch.get_num_threads()
+        self._whole, self._given_up, self._room = threading.Lock(), threading.Event(), _Room()
         self._changed, self._homes = self.weights.changed_from(self.layout), self.layout.anatomy.stored_in()
         self.altered = {n for n, t in self.layout.tensors.items() if self._touched(n) or self._out(t) != t.dtype}
 
     def write_file(self, path: Path, bar: Any) -> None:
-        """One safetensors file of the layout, its tensors in their order, a chunk at a time."""
+        """One safetensors file of the layout: its tensors side by side, one on each core."""
         stored = sorted((t for t in self.layout.tensors.values() if t.file == path.name), key=lambda t: t.begin)
         planned = ((t.name, self._out(t), t.shape) for t in stored)
         text, size = header_bytes(planned, self.layout.metadata[path.name])
-        with path.open("wb", buffering=0) as sink:
+        lengths = (t.shape.numel() * self._out(t).itemsize for t in stored)
+        begins = accumulate(lengths, initial=len(text))
+        with path.open("wb", buffering=0) as file, self._threads() as pool:
             if hasattr(os, "posix_fallocate"):  # a disk too small is known before the work, and writing is faster
-                os.posix_fallocate(sink.fileno(), 0, size)
-            sink.write(text)
-            with _Worker(self.hashes, self.base_hashes, sink) as worker:
-                for tensor in stored:
-                    at, before = 0, self.layout.stored(tensor.name).reshape(-1)
-                    for piece in self._pieces(tensor, self._touched(tensor.name)):
-                        if tensor.name in self.altered:
-                            worker.put(tensor.name, raw_bytes(piece), raw_bytes(before[at : at + piece.numel()]))
-                            self.reverse.add(tensor.name, at, piece)
-                        else:
-                            worker.put(tensor.name, raw_bytes(piece))
-                        at += piece.numel()
-                    bar.update(tensor.end - tensor.begin)
+                os.posix_fallocate(file.fileno(), 0, size)
+            sink = _Sink(file)
+            sink.put(text, 0)
+            work = [pool.submit(self._write_tensor, sink, *where) for where in zip(stored, begins, strict=False)]
+            for tensor, done in zip(stored, work, strict=True):  # in the file's order, of faults as well
+                self._learn(tensor, done.result())
+                bar.update(tensor.end - tensor.begin)
+
+    @contextmanager
+    def _threads(self) -> Iterator[ThreadPoolExecutor]:
+        """A thread for each core, and torch on one core in each of them. Left early, what they are at is given up."""
+        torch.set_num_threads(1)  # what threads begin with
+        try:
+            with ThreadPoolExecutor(min(self._cores, _THREADS)) as pool:
+                try:
+                    yield pool
+                except BaseException:
+                    self._given_up.set()
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        finally:
+            torch.set_num_threads(self._cores)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """For a tensor that is there whole: one at a time, and torch on all cores."""
+        with self._whole:
+            torch.set_num_threads(self._cores)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(1)
+
+    def _write_tensor(self, sink: _Sink, tensor: Stored, begin: int) -> _Learnt:
+        """One stored tensor, a chunk at a time, hashed as it was and as it is while the processor's cache has it."""
+        changed = self._touched(tensor.name)
+        before, altered = self.layout.stored(tensor.name).reshape(-1), tensor.name in self.altered
+        was, now, at = Digest(), Digest(), 0
+        kept: dict[Site, Kept] = {}
+        with nullcontext() if self._by_rows(changed) else self._alone():
+            for piece in self._pieces(tensor, changed, kept):
+                if self._given_up.is_set():
+                    break
+                data = raw_bytes(piece)
+                now.update(data)
+                if altered:
+                    was.update(raw_bytes(before[at : at + piece.numel()]))
+                    self.reverse.add(tensor.name, at, piece)
+                begin += sink.put(data, begin)
+                at += piece.numel()
+        return _Learnt(now.hexdigest(), was.hexdigest() if altered else None, kept)
+
+    def _learn(self, tensor: Stored, learnt: _Learnt) -> None:
+        self.hashes[tensor.name] = learnt.hash
+        if learnt.base_hash is not None:
+            self.base_hashes[tensor.name] = learnt.base_hash
+        self.kept |= learnt.kept
+
+    def _by_rows(self, changed: list[Site]) -> bool:
+        places = self.layout.anatomy.places
+        return not changed or (len(changed) == 1 and places[changed[0]].is_whole and self.weights.by_rows(changed[0]))
 
     def _touched(self, name: str) -> list[Site]:
         return [site for site in self._homes[name] if site in self._changed]
@@ -211,8 +261,8 @@ class _Job:
     def _out(self, tensor: Stored) -> torch.dtype:
         return tensor.dtype if self.dtype is None or not tensor.dtype.is_floating_point else self.dtype
 
-    def _pieces(self, tensor: Stored, changed: list[Site]) -> Iterator[Tensor]:
-        """Pieces of one stored tensor as it will be stored, in order."""
+    def _pieces(self, tensor: Stored, changed: list[Site], learnt: dict[Site, Kept]) -> Iterator[Tensor]:
+        """Pieces of one stored tensor as it will be stored, in order; after the last one, `learnt` has what was kept of its changes."""
         before, out, places = self.layout.stored(tensor.name), self._out(tensor), self.layout.anatomy.places
         rows = max(1, _CHUNK // max(1, tensor.shape[1:].numel()))
         starts = range(0, max(1, tensor.shape[0]), rows) if tensor.shape else ()
@@ -230,21 +280,21 @@ class _Job:
                 yield was if was.dtype == out else rounded(was)
             return
         if len(changed) == 1 and places[changed[0]].is_whole:
-            tally = _Tally(changed[0])
+            tally = _Tally(changed[0], self._room)
             for piece, wish in zip(pieces, self.weights.strips(changed[0], pieces), strict=True):
                 here = wish.cpu()  # of a model on an accelerator
                 after = rounded(here)
                 tally.add(some_rows(before, piece), here, after)
                 yield after
-            self.kept[changed[0]] = tally.kept()
+            learnt[changed[0]] = tally.kept()
             return
         after = before if before.dtype == out else rounded(before)
         for site in changed:  # pieces of one fused tensor, or a transposed one: put together whole
             wish = self.weights[site].cpu()
             kept = rounded(wish)
-            tally = _Tally(site)
+            tally = _Tally(site, self._room)
             tally.add(places[site].take(before), wish, kept)
-            self.kept[site] = tally.kept()
+            learnt[site] = tally.kept()
             after = places[site].put(after, kept)
         yield after
 
@@ -252,29 +302,49 @@ class _Job:
 class _Tally:
     """Sums behind `Kept`, over the chunks of a tensor. Raises ValueError at the first value that is not finite."""
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
+    def __init__(self, site: Site, room: _Room) -> None:
+        self._site, self._room = site, room
         self._asked = self._kept = self._inner = 0.0
         self._moving = self._stuck = 0
 
     def add(self, before: Tensor, wish: Tensor, after: Tensor) -> None:
-        was = before.float()
-        asked = (wish.float() - was).reshape(-1)
-        got = asked if after.dtype == torch.float32 else after.to(torch.float32, copy=True).sub_(was).reshape(-1)
-        kept = float(got.dot(got))
+        was, got, moving, stuck = self._room.of(before)
+        got.copy_(after).sub_(was.copy_(before))
+        asked = torch.sub(wish.float(), was, out=was)
+        kept = float(got.view(-1).dot(got.view(-1)))
         if not math.isfinite(kept):  # what is not finite is not after squaring either
             _require_finite(before, [self._site])
             _require_finite(after, [self._site])
-        self._asked += float(asked.dot(asked))
+        self._asked += float(asked.view(-1).dot(asked.view(-1)))
         self._kept += kept
-        self._inner += float(asked.dot(got))
+        self._inner += float(asked.view(-1).dot(got.view(-1)))
         # numpy compares and counts several times as fast as torch
-        moving = asked.numpy() != 0
+        np.not_equal(asked.numpy(), 0, out=moving)
         self._moving += int(np.count_nonzero(moving))
-        self._stuck += int(np.count_nonzero(moving & (got.numpy() == 0)))
+        np.equal(got.numpy(), 0, out=stuck)
+        stuck &= moving
+        self._stuck += int(np.count_nonzero(stuck))
 
     def kept(self) -> Kept:
         return Kept.of(self._asked, self._kept, self._inner, self._stuck, self._moving)
+
+
+class _Room(threading.local):
+    """A thread's memory for the sums of one chunk, used again and again: fresh pages cost more than the sums."""
+
+    def __init__(self) -> None:
+        self._numbers, self._truths = torch.empty(2, 0), np.empty((2, 0), bool)
+
+    def of(self, like: Tensor) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+        """Two tensors and two arrays of truths in the shape of `like`, with anything in them."""
+        entries, numbers, truths = like.numel(), self._numbers, self._truths
+        if entries > numbers.shape[1]:
+            numbers, truths = torch.empty(2, entries), np.empty((2, entries), bool)
+            if entries <= 2 * _CHUNK:  # a tensor put together whole is not kept
+                self._numbers, self._truths = numbers, truths
+        one, other = (x[:entries].view(like.shape) for x in numbers)
+        moving, stuck = (x[:entries].reshape(like.shape) for x in truths)
+        return one, other, moving, stuck
 
 
 def _require_finite(tensor: Tensor, sites: list[Site]) -> None:
@@ -283,51 +353,20 @@ def _require_finite(tensor: Tensor, sites: list[Site]) -> None:
         raise ValueError(f"{sites[0]} has {bad} values that are NaN or infinite; nothing was written.")
 
 
-class _Worker:
-    """SHA-256 of tensors that arrive in pieces, one tensor after another, on a thread of its own, which also writes them to `sink`; and
-    of what they were before, while the processor's cache still has it.
+class _Sink:
+    """A file that several threads write to, each at its own place."""
 
-    A few pieces wait at most. What goes wrong on the thread (a full disk) is raised by the next `put`, or on leaving.
-    """
+    def __init__(self, file: io.FileIO) -> None:
+        self._file, self._lock = file, threading.Lock()
 
-    def __init__(self, into: dict[str, str], before: dict[str, str], sink: io.FileIO) -> None:
-        self._into, self._before, self._sink = into, before, sink
-        self._queue: queue.Queue[tuple[str, memoryview, memoryview | None] | None] = queue.Queue(maxsize=4)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def __enter__(self) -> _Worker:
-        self._thread.start()
-        return self
-
-    def put(self, name: str, data: memoryview, before: memoryview | None = None) -> None:
-        if self._error:
-            raise self._error
-        self._queue.put((name, data, before))
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        if self._error and kind is None:
-            raise self._error
-
-    def _work(self) -> None:
-        digests: dict[str, Any] = {}
-        befores: dict[str, Any] = {}
-        while (item := self._queue.get()) is not None:
-            if self._error:
-                continue  # drained, so that nobody waits
-            name, data, before = item
-            try:
-                if before is not None:
-                    befores.setdefault(name, hashlib.sha256()).update(before)
-                digests.setdefault(name, hashlib.sha256()).update(data)
-                while len(data):
-                    data = data[self._sink.write(data) :]
-            except (OSError, ValueError) as error:  # ValueError: an interrupt closed the file meanwhile
-                self._error = error
-        for into, found in ((self._into, digests), (self._before, befores)):
-            into.update({name: digest.hexdigest() for name, digest in found.items()})
+    def put(self, data: bytes | memoryview, begin: int) -> int:
+        """Write all of `data` at a place; gives its length."""
+        left = memoryview(data)
+        with self._lock:
+            self._file.seek(begin)
+            while len(left):
+                left = left[self._file.write(left) :]
+        return len(data)
 
 
 def _copy_side_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:

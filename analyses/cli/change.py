@@ -176,9 +176,9 @@ def merge(
 ) -> None:
     """Merge models as a mergekit recipe says: every method of the installed mergekit, streamed and verified."""
     record = begin_record("merge", {k: v for k, v in locals().items() if k not in ("to", "seed", "dry_run", "quiet")})
-    import hashlib
 
     from surgery.card import CARD, model_card
+    from surgery.hashing import hash_bytes
     from surgery.merging import MergedModel, merge, plan, read_recipe
     from surgery.rounding import as_dtype
 
@@ -194,7 +194,7 @@ def merge(
     def seal(folder: Path, merged: MergedModel) -> None:
         record.inputs = {ref: {"ref": ref, "hash": digest} for ref, digest in merged.input_hashes().items()}
         ref = "recipe" if "\n" in recipe else recipe
-        record.inputs["recipe"] = {"ref": ref, "hash": hashlib.sha256(read.text.encode()).hexdigest()}
+        record.inputs["recipe"] = {"ref": ref, "hash": hash_bytes(read.text.encode())}
         record.checks, record.results = merged.checks, {"recipe": read.text, **merged.as_dict()}
         source = merged.sources[read.models[0]][0]
         (folder / CARD).write_text(model_card(record, merged, source), encoding="utf-8")
@@ -519,16 +519,16 @@ def _strength(entry: str) -> tuple[str, float]:
 
 def _change_in(ref: str, base: Checkpoint) -> tuple[Delta, dict[str, str]]:
     """The vector in a folder, a delta's or a LoRA adapter's, and its entry in a record."""
-    import hashlib
 
     from surgery.delta import StoredDelta
+    from surgery.hashing import hash_bytes
     from surgery.lowrank import CONFIG, WEIGHTS, Adapter
 
     if (Path(ref) / CONFIG).is_file():
         settings = (Path(ref) / CONFIG).read_bytes()  # alpha, for one
         return Adapter(ref, base), {
             "ref": ref,
-            "hash": hashlib.sha256(settings + hash_of_tensors(Path(ref) / WEIGHTS).encode()).hexdigest(),
+            "hash": hash_bytes(settings + hash_of_tensors(Path(ref) / WEIGHTS).encode()),
         }
     vector = StoredDelta(ref)
     return vector, {"ref": ref, "hash": hash_of_tensors(Path(ref) / "delta.safetensors"), "base": vector.base_hash}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analyses.cli.given import spans_in
+from analyses.cli.given import hash_of, spans_in
 from analyses.cli.options import LOOK, Device, DryRun, ModelRef, Questions, Quiet, Seed, To, app, begin_record
 
 if TYPE_CHECKING:
@@ -226,7 +226,5 @@ def _file(ref: str) -> str:
 
 
 def _input(ref: str) -> dict[str, str]:
-    import hashlib
-
     file, named, _ = ref.partition(".safetensors:")
-    return {"ref": ref, "hash": hashlib.sha256(Path(file + ".safetensors" if named else file).read_bytes()).hexdigest()}
+    return {"ref": ref, "hash": hash_of(Path(file + ".safetensors" if named else file))}

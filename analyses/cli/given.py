@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,18 +27,20 @@ def spans_in(over: str) -> list[str]:
 def hash_of(path: Path) -> str:
     """Of a model's folder, of a safetensors file's tensors, or of another file's bytes."""
     from surgery.checkpoint import Checkpoint
+    from surgery.hashing import hash_file
 
     if path.is_dir():
         return Checkpoint(path).hash()
-    return hash_of_tensors(path) if path.suffix == ".safetensors" else hashlib.sha256(path.read_bytes()).hexdigest()
+    return hash_of_tensors(path) if path.suffix == ".safetensors" else hash_file(path)
 
 
 def hash_of_tensors(path: Path) -> str:
     import json
 
+    from surgery.hashing import hash_bytes
     from surgery.tensorfile import hash_file_tensors
 
-    return hashlib.sha256(json.dumps(hash_file_tensors(path), sort_keys=True).encode()).hexdigest()
+    return hash_bytes(json.dumps(hash_file_tensors(path), sort_keys=True).encode())
 
 
 def load_runs(ref: str) -> Runs:

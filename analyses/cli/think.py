@@ -413,6 +413,6 @@ def _questions(data: str, count: int | None, default: int, seed: int) -> list[Qu
 
 def _names(runs: Runs) -> list[str]:
     """The questions, each as a short hash."""
-    import hashlib
+    from surgery.hashing import hash_bytes
 
-    return sorted(hashlib.sha256(q.encode()).hexdigest()[:16] for q in runs.questions)
+    return sorted(hash_bytes(q.encode())[:16] for q in runs.questions)

@@ -131,7 +131,8 @@ class Rule:
         """Rows of the merged tensor as the file lays it out. Only where `by_rows` says so."""
         if self._trims:
             return self._from_pieces([self._trimmed(ref, rows) for ref in self._others], rows)
-        made = self._run(rows)
+        with _mergekits_words(self.name):
+            made = self._execute(rows)
         assert made is not None  # only an incomplete set of inputs is skipped
         return made
 
@@ -140,11 +141,11 @@ class Rule:
         if self._complete and self._drops:
             with _one_thread():  # the sums that rescale must not depend on how many share them
                 return self._from_pieces([self._dropped(ref) for ref in self._others])
-        return self._run(slice(None))
-
-    def _run(self, rows: slice) -> Tensor | None:
         with _seeded(self.seed, self.name), _mergekits_words(self.name):
-            return self.task.execute(tensors={ref: self._input(ref, rows) for ref in self.inputs})
+            return self._execute(slice(None))
+
+    def _execute(self, rows: slice) -> Tensor | None:
+        return self.task.execute(tensors={ref: self._input(ref, rows) for ref in self.inputs})
 
     def _input(self, ref: ModelReference, rows: slice = slice(None)) -> Tensor:
         source, name = self.inputs[ref]

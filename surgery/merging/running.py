@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint import INDEX, RECORD, Checkpoint, load_module, point_hash, read_headers
+from surgery.hashing import hash_bytes
 from surgery.headers import SINGLE
 from surgery.merging.planning import Plan, Road, loaders, plan, quiet, spans
 from surgery.merging.point import Merged
@@ -55,7 +55,7 @@ class MergedModel(Written):
             found[name] = point_hash(tensors, hashes)
             if adapter is not None:
                 words = json.dumps([found[name], hash_folder(adapter)], sort_keys=True)
-                found[name] = hashlib.sha256(words.encode()).hexdigest()
+                found[name] = hash_bytes(words.encode())
         return found
 
     def __str__(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from surgery.checkpoint import Checkpoint
+from surgery.hashing import hash_bytes
 from tests.families import save_tiny
 from tests.siblings import sibling
 
@@ -70,7 +70,7 @@ def test_a_merge_its_record_and_its_replay(surgery, here: Path) -> None:
     assert record["results"]["road"] == "stream"
     assert record["seeds"] == {"seed": 3}
     expected = {f"models/{n}": Checkpoint(here / "models" / n).hash() for n in ("base", "a", "b")}
-    expected["recipe"] = hashlib.sha256(RECIPE.encode()).hexdigest()
+    expected["recipe"] = hash_bytes(RECIPE.encode())
     assert {role: entry["hash"] for role, entry in record["inputs"].items()} == expected
     assert record["inputs"]["recipe"]["ref"] == "recipe.yml"
     assert "dare_ties by the rule of mergekit" in record["checks"][0]

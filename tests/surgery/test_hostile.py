@@ -662,7 +662,7 @@ def test_a_way_back_leads_nowhere_else(home: Path) -> None:
         save_file(
             tensors,
             folder / PATCH,
-            metadata={**patch.metadata, "sha256": _digest(again[name] for name in again.tensors)},
+            metadata={**patch.metadata, "content": _digest(again[name] for name in again.tensors)},
         )
         refused(lambda: undo(folder, home / "deep" / "back"), PATCH)
         assert not (home / "deep" / "back").exists()

@@ -69,7 +69,7 @@ def test_a_folder_that_changed_since_is_refused(what, tmp_path):
     path = tmp_path / "out" / ("model.safetensors" if what == "model" else PATCH)
     raw = bytearray(path.read_bytes())
     if what == "format":
-        path.write_bytes(bytes(raw).replace(b"reverse patch 1", b"reverse patch 9"))
+        path.write_bytes(bytes(raw).replace(b"reverse patch 2", b"reverse patch 9"))
     else:
         raw[-1] ^= 1
         path.write_bytes(raw)
