@@ -6,8 +6,9 @@ probe(model, runs, asked.values, kind=asked.kind)
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,27 @@ def right_or_wrong(runs: Sequence[Transcript]) -> list[bool | None]:
     """Whether each transcript's answer is right; None where it has no answer. Raises ValueError where one has no gold answer."""
     if any("gold" not in t.meta for t in runs):
         raise ValueError("These answers come without their gold answers; `surgery generate` writes them.")
-    return [grade(Question(t.question, t.meta["gold"]), t) for t in runs]
+    return [grade(Question(t.question, t.meta["gold"], None, t.meta.get("task", {})), t) for t in runs]
+
+
+def graded_by(question: Question) -> dict[str, Any]:
+    """What a transcript's `meta` must hold for its answer to be graded: ``gold``, and ``task``, which a reasoning-gym scorer looks at.
+
+    Tuples are lists in it, as JSON has them; scorers do not mind. What JSON has no word for is left out with all of ``task``: an answer
+    is then right when it is the gold one.
+    """
+    task = _listed(question.meta)
+    try:
+        kept = json.loads(json.dumps(task, allow_nan=False)) == task
+    except (TypeError, ValueError):
+        kept = False
+    return {"gold": question.answer, **({"task": task} if kept else {})}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _listed(inner) for key, inner in value.items()}
+    return [_listed(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def long_or_short(lengths: Sequence[Length | None]) -> tuple[list[int | None], int]:

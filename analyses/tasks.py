@@ -219,9 +219,20 @@ def load(spec: str, count: int | None = None, *, seed: int = 0, side: Side = "al
         return chained_sums(200 if count is None else count, seed=seed, side=side)
     if spec.startswith("gym:"):
         return reasoning_gym(spec[4:], 200 if count is None else count, seed=seed, side=side)
-    if spec.endswith((".jsonl", ".json")) or Path(spec).is_file():
+    if is_file(spec):
         return jsonl(spec, count, seed=seed, side=side)
     raise ValueError(f"task {spec!r}: must be 'sums', 'gym:NAME' (a reasoning-gym task) or the path of a .jsonl file")
+
+
+def held_out(spec: str, count: int | None = None, *, seed: int = 0) -> list[Question]:
+    """Questions to measure on: all of a file's, and of what is generated those of the test side."""
+    return load(spec, count, seed=seed, side="all" if is_file(spec) else "test")
+
+
+def is_file(spec: str) -> bool:
+    """Whether questions come from a file, there or not: whatever it is called, but for "sums" and "gym:NAME"."""
+    generated = spec == "sums" or spec.startswith("gym:")
+    return not generated and (spec.endswith((".jsonl", ".json")) or Path(spec).is_file())
 
 
 # ---------------------------------------------------------------------------------------------------------- grading
@@ -345,7 +356,16 @@ def grade(question: Question, given: Transcript | str | None) -> bool | None:
 
         entry = {"question": question.question, "answer": question.answer, "metadata": dict(question.meta)}
         score: Any = get_score_answer_fn(source.split(":", 1)[1])  # annotated there as taking nothing
-        return score(_final(text).strip(), entry) == 1.0
+        try:
+            return score(_final(text).strip(), entry) == 1.0
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+            SyntaxError,
+        ):  # it trips over what is not in the asked form
+            return False
     stated = re.findall(r"(?:answer|solution|result)\s*(?:is|:)\s*([^\n]+)", _final(text), flags=re.IGNORECASE)
     if stated and _plain(stated[-1]) == gold:
         return True

@@ -123,11 +123,17 @@ class Surgical(_Host):
         if self._terms and model.training and not return_outputs and self._begun != step:
             self._begun = step
             module = self._bare()
-            # some of TRL's trainers leave the division by the number of micro-batches to the step; a term counts once
-            divided = getattr(self, "loss_is_scaled_for_ga", True) is False
-            times = self.current_gradient_accumulation_steps if divided and self._objective is None else 1
+            # a term counts once
+            times = self.current_gradient_accumulation_steps if self._is_divided(num_items_in_batch) else 1
             loss = loss + times * sum(term(module, step) for term in self._terms)
         return loss
+
+    def _is_divided(self, num_items_in_batch: Any) -> bool:
+        """Whether the step divides what `compute_loss` gives by the number of micro-batches: as the Trainer itself decides it."""
+        if self.loss_is_scaled_for_ga is not None:
+            return not self.loss_is_scaled_for_ga
+        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return not counted and self.compute_loss_func is None
 
     def _count(self, p: Predictions) -> None:
         shares = getattr(self._objective, "shares", {})

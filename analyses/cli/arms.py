@@ -57,8 +57,7 @@ def arms(
     chosen = ways.split(",")
     if unknown := [way for way in chosen if way not in WAYS]:
         raise ValueError(f"There is no arm {unknown[0]!r}. Choose from {', '.join(WAYS)}.")
-    generated = not data.endswith((".jsonl", ".json"))
-    train = tasks.load(data, steps * batch_size if generated else None, seed=0, side="train")
+    train = tasks.load(data, None if tasks.is_file(data) else steps * batch_size, seed=0, side="train")
     held = tasks.load(target or data, items, seed=1, side="all" if target else "test")
     stems = [path.stem for path in keep or ()]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:

@@ -100,7 +100,7 @@ def sweep(
         raise FileExistsError(
             f"{to} holds a finished sweep; nothing is overwritten. Choose another --to, or remove it."
         )
-    questions = tasks.load(data, count, seed=seed, side="all" if data.endswith((".jsonl", ".json")) else "test")
+    questions = tasks.held_out(data, count, seed=seed)
     ref = str(add or steer or remove)
     if dry_run:
         arms = len(groups or [0]) * len((over or "").split(","))

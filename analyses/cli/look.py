@@ -220,7 +220,7 @@ def early_answers(
     if traces not in ("own", "gold"):
         raise ValueError(f"--traces {traces!r}: choose own or gold.")
     loaded = Model.load(model, device=device, dtype="float32")
-    questions = tasks.load(data, count, seed=seed, side="all" if data.endswith((".jsonl", ".json")) else "test")
+    questions = tasks.held_out(data, count, seed=seed)
     told = None if traces == "own" else [loaded.transcript(q.question, q.completion(loaded.markers)) for q in questions]
     found = early_answers(loaded, questions, told, max_new_tokens=max_new_tokens, seed=seed, progress=not quiet)
     _save_measure(
@@ -252,7 +252,7 @@ def drift(
     from surgery.model import Model
 
     after, before = (Model.load(ref, device=device, dtype="float32") for ref in (model, base))
-    questions = tasks.load(data, count, seed=seed, side="all" if data.endswith((".jsonl", ".json")) else "test")
+    questions = tasks.held_out(data, count, seed=seed)
     told = [before.transcript(q.question, q.completion(before.markers)) for q in questions]
     spans = [s for s in ("thinking", "answer") if any(s in t.spans for t in told)]
     found = drift(before, after, told, over=spans, seed=seed, progress=not quiet)

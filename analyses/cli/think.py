@@ -83,6 +83,7 @@ def generate(
     """Let MODEL answer questions, and keep the answers token by token."""
     record = begin_record("generate", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
     require_new(to)
+    from analyses.labels import graded_by
     from surgery.model import Model
     from surgery.runs import Runs, fingerprint
 
@@ -102,8 +103,8 @@ def generate(
         batch_size=batch_size,
         progress=not quiet,
     )
-    gold = {q.question: q.answer for q in questions}
-    kept = tuple(replace(t, meta={**t.meta, "gold": gold[t.question]}) for t in told)
+    gold = {q.question: graded_by(q) for q in questions}
+    kept = tuple(replace(t, meta={**t.meta, **gold[t.question]}) for t in told)
     runs = Runs(kept, fingerprint(loaded), {"model": model, **record.arguments, "typed": record.typed})
     if to.suffix == ".jsonl":
         runs.save(to)
@@ -407,8 +408,7 @@ def _site_of(direction: Direction) -> str:
 def _questions(data: str, count: int | None, default: int, seed: int) -> list[Question]:
     from analyses import tasks
 
-    from_file = data.endswith((".jsonl", ".json"))
-    return tasks.load(data, count if count or from_file else default, seed=seed, side="all" if from_file else "test")
+    return tasks.held_out(data, count if count or tasks.is_file(data) else default, seed=seed)
 
 
 def _names(runs: Runs) -> list[str]:

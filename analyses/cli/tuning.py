@@ -26,6 +26,7 @@ from analyses.cli.options import (
 from analyses.cli.written import write_model
 
 if TYPE_CHECKING:
+    from analyses.tasks import Question
     from finetune.objectives import Objective
     from finetune.rules import DRIFT
     from surgery.checkpoint import Checkpoint
@@ -129,15 +130,14 @@ def tune(
     loaded = Model.load(model, device=device, dtype="float32")
     base = loaded.checkpoint
     assert base is not None  # loaded from a folder
-    generated = not data.endswith((".jsonl", ".json"))
-    questions = tasks.load(data, steps * batch_size if generated else None, seed=seed, side="train")
+    questions = tasks.load(data, None if tasks.is_file(data) else steps * batch_size, seed=seed, side="train")
     if dry_run:
         typer.echo(
             f"{method}: {steps} steps of {batch_size} from {len(questions)} questions of {data}; first:\n{questions[0].question}\n{questions[0].completion(loaded.markers)}"
         )
         return
     workshop = to.with_name(f".{to.name}.tuning")  # logs and checkpoints until the model is written
-    held = tasks.load(data, 32, seed=seed + 1, side="test") if watch else []
+    held = _held_out(data, seed + 1) if watch else []
     watched = watches(watch.split(","), loaded, held, GENERAL_TEXT[:12], watch_every) if watch else []
     log = workshop / "log.jsonl"
     pulled = _drift(prior, loaded, base, record, alpha, rule) if prior else None
@@ -236,6 +236,19 @@ def _hiding(share: float | None, model: Model, seed: int) -> Any:
     from finetune.objectives import MaskedThought
 
     return MaskedThought(model.pad_id, share, seed=seed)
+
+
+def _held_out(data: str, seed: int) -> list[Question]:
+    """Questions to watch on: 32, or as many as a file has on its test side."""
+    from analyses import tasks
+
+    found = tasks.load(data, None if tasks.is_file(data) else 32, seed=seed, side="test")[:32]
+    if not found:
+        raise ValueError(
+            f"--watch measures on questions that are not trained on, and none of those in {data} is on the test side, where one in four goes: "
+            "give more questions, or leave --watch out."
+        )
+    return found
 
 
 def _reward(model: Model) -> Any:

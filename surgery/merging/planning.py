@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 Road = Literal["stream", "executor"]
+_LAYER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
     if layers is not None:
         if len(architecture.modules) != 1:
             return executor("the layers of a model of several parts are stacked anew")
-        return Plan(recipe, config, "stream", "", layout.folder, layers, said, folders, (), rules)
+        out = said or _promoted_by_role(rules)
+        return Plan(recipe, config, "stream", "", layout.folder, layers, out, folders, (), rules)
     placed: dict[str, Rule] = {}
     for name, rule in rules.items():
         weight = rule.task.output_weight
@@ -149,8 +152,19 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _promoted(rules: Mapping[str, Rule], layout: Checkpoint) -> torch.dtype | None:
-    """What the inputs' dtypes promote to where that is not the layout's own."""
-    wider = {rule.found for name, rule in rules.items() if rule.found != layout.tensors[name].dtype}
+    """What the inputs' dtypes and the layout's promote to, where they are not the layout's own."""
+    found = {name: {rule.found, layout.tensors[name].dtype} for name, rule in rules.items()}
+    wider = {dtype for dtypes in found.values() if len(dtypes) > 1 for dtype in dtypes}
+    return reduce(torch.promote_types, wider) if wider else None
+
+
+def _promoted_by_role(rules: Mapping[str, Rule]) -> torch.dtype | None:
+    """The same for layers stacked anew, where what is stored differently is a tensor of one layer and its like of another."""
+    found: dict[str, set[torch.dtype]] = {}
+    for name, rule in rules.items():
+        source, first = next(iter(rule.inputs.values()))
+        found.setdefault(_LAYER.sub(".", name), set()).update({rule.found, source.layout.tensors[first].dtype})
+    wider = {dtype for dtypes in found.values() if len(dtypes) > 1 for dtype in dtypes}
     return reduce(torch.promote_types, wider) if wider else None
 
 

@@ -577,9 +577,10 @@ def _landing(folder: Path, shapes: Mapping[str, Any], origins: str, base: Facts)
         return
     fix = "Add it to a model of its own base's architecture"
     try:
-        depths = {origin["layers"] for origin in json.loads(origins)}
+        known = json.loads(origins)
+        depths, ties = {origin["layers"] for origin in known}, {origin["tied"] for origin in known}
     except (ValueError, LookupError, TypeError, RecursionError):
-        depths = set()
+        depths, ties = set(), set()
     if depths - {anatomy.n_layers}:
         found = f"was measured on {min(depths)} layers, and {base.ref} has {anatomy.n_layers}: layers do not correspond"
         yield Problem("error", "delta", str(folder), found, fix)
@@ -601,6 +602,10 @@ def _landing(folder: Path, shapes: Mapping[str, Any], origins: str, base: Facts)
         found = f"does not fit {base.ref}: {len(wrong)} of {len(shapes)} sites differ, first {'; '.join(wrong[:3])}"
         yield Problem("error", "delta", str(folder), found, fix)
         return
+    tie = _across_ties(folder, [site for site in ("embed", "head") if site in shapes], ties, base)
+    if tie is not None:
+        absent = [site for site in absent if site != "head"]
+        yield tie
     if rows:
         found = f"has another vocabulary than {base.ref} ({'; '.join(rows)}): only the rows that both have move"
         yield Problem(
@@ -615,6 +620,26 @@ def _landing(folder: Path, shapes: Mapping[str, Any], origins: str, base: Facts)
             found,
             "Nothing to do if that is meant; otherwise use a model that has them",
         )
+
+
+def _across_ties(folder: Path, moved: list[str], ties: set[bool], base: Facts) -> Problem | None:
+    """What comes of a vector that moves the embedding or the head where its own models tie them and this one does not, or the reverse."""
+    if not moved:
+        return None
+    fix = 'Leave both out, with keep(at=["*.attn.**", "*.mlp.**"]), or use a model that does not tie them'
+    if len(ties) == 2:
+        found = "is a sum of vectors from models that tie the head to the embedding and from models that do not"
+        return Problem("error", "tie", str(folder), found, "Add each part by itself")
+    if base.tied and ("head" in moved or ties == {False}):
+        if len(moved) == 1:
+            found = f"moves {moved[0]} alone, and {base.ref} ties head to embed: one matrix for both"
+            return Problem("error", "tie", str(folder), found, fix)
+        found = f"moves embed and head, and {base.ref} has one matrix for both: it lands only if both move alike, which headers do not say"
+        return Problem("warning", "tie", str(folder), found, fix)
+    if base.tied is False and ties == {True} and "embed" in moved:
+        found = f"moves the embedding of models that tie the head to it: in {base.ref} the head moves as well"
+        return Problem("note", "tie", str(folder), found, "Nothing to do if that is meant")
+    return None
 
 
 def _recorded_hash(folder: Path) -> str | None:

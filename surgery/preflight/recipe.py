@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from surgery.headers import CheckpointError, require_shallow
 from surgery.preflight.facts import Problem, Severity
@@ -170,6 +170,14 @@ def lint(path: Path, to_folder: bool = True) -> tuple[Plan | None, list[Problem]
     return _Lint(where, found).run()
 
 
+class _Slice(NamedTuple):
+    """Models that are merged with one another. scopes: the parameters of the slice and of its module. base: the slice's own, or the recipe's."""
+
+    sources: list[Source]
+    scopes: tuple[Mapping[str, Any], ...]
+    base: Source | None
+
+
 class _Lint:
     def __init__(self, where: str, recipe: Mapping[str, Any]) -> None:
         self.where, self.recipe = where, recipe
@@ -186,10 +194,10 @@ class _Lint:
         slices = self.slices(base)
         self.choices()
         if method is not None and slices:
-            self.contract(name, method, base, slices)
-            self.parameters(name, method, base, slices)
-        layered = any(source.layers is not None for sources, _ in slices for source in sources)
-        plan = Plan(name, base, tuple(tuple(s) for s, _ in slices), layered, recipe) if slices or base else None
+            self.contract(name, method, slices)
+            self.parameters(name, method, slices)
+        layered = any(source.layers is not None for piece in slices for source in piece.sources)
+        plan = Plan(name, base, tuple(tuple(s.sources) for s in slices), layered, recipe) if slices or base else None
         return plan, self.problems
 
     def method(self) -> tuple[str, Method | None]:
@@ -272,8 +280,7 @@ class _Lint:
         )
         return None
 
-    def slices(self, base: Source | None) -> list[tuple[list[Source], tuple[Mapping[str, Any], ...]]]:
-        """Each slice's sources, and its own and its module's parameters."""
+    def slices(self, base: Source | None) -> list[_Slice]:
         given = [k for k in ("models", "slices", "modules") if self.recipe.get(k)]
         if len(given) != 1:
             words = "has none of models, slices and modules" if not given else f"has {' and '.join(given)}"
@@ -281,7 +288,7 @@ class _Lint:
                 "error", "recipe", "", words, "Keep exactly one: models: (whole models) or slices: (ranges of layers)"
             )
             return []
-        found: list[tuple[list[Source], tuple[Mapping[str, Any], ...]]] = []
+        found: list[_Slice] = []
         modules = self.recipe["modules"] if given == ["modules"] else {"": self.recipe}
         if not isinstance(modules, dict):
             self.say(
@@ -296,13 +303,13 @@ class _Lint:
             own = self.settings(module, f"{key}parameters") if name else {}
             whole = self.listed(module, "models", key)
             if whole:
-                found.append(([], ({}, own)))
+                found.append(_Slice([], ({}, own), base))
             for i, entry in enumerate(whole):
                 source = self.entry(entry, f"{key}models[{i}]", ("model", "parameters"))
                 if source:
-                    found[-1][0].append(source)
-            if whole and base and base.text not in [s.text for s in found[-1][0]]:  # as mergekit completes it
-                found[-1][0].append(base)
+                    found[-1].sources.append(source)
+            if whole and base and base.text not in [s.text for s in found[-1].sources]:  # as mergekit completes it
+                found[-1].sources.append(base)
             for i, entry in enumerate(self.listed(module, "slices", key)):
                 here = f"{key}slices[{i}]"
                 if not isinstance(entry, dict) or not isinstance(entry.get("sources"), list):
@@ -317,8 +324,10 @@ class _Lint:
                 ]
                 kept = [s for s in sources if s]
                 self.lengths(kept, here)
-                found.append((kept, (self.settings(entry, f"{here}.parameters"), own)))
-        return [(sources, scopes) for sources, scopes in found if sources]
+                its = entry.get("base_model")
+                its_base = base if its is None else self.source(its, f"{here}.base_model")
+                found.append(_Slice(kept, (self.settings(entry, f"{here}.parameters"), own), its_base))
+        return [piece for piece in found if piece.sources]
 
     def listed(self, module: Mapping[str, Any], name: str, key: str) -> list[Any]:
         entries = module.get(name) or []
@@ -390,14 +399,8 @@ class _Lint:
                 fix,
             )
 
-    def contract(
-        self,
-        name: str,
-        method: Method,
-        base: Source | None,
-        slices: list[tuple[list[Source], tuple[Mapping[str, Any], ...]]],
-    ) -> None:
-        if method.base == "required" and base is None:
+    def contract(self, name: str, method: Method, slices: list[_Slice]) -> None:
+        if method.base == "required" and any(piece.base is None for piece in slices):
             self.say(
                 "error",
                 "base",
@@ -406,7 +409,7 @@ class _Lint:
                 "Write base_model: the model that the others were tuned from",
             )
             return
-        for i, (sources, _) in enumerate(slices):
+        for i, (sources, _, base) in enumerate(slices):
             key = "models" if self.recipe.get("models") else f"slices[{i}]"
             texts = [s.text for s in sources]
             twice = next((t for t in texts if texts.count(t) > 1), None)
@@ -439,13 +442,12 @@ class _Lint:
         self,
         name: str,
         method: Method,
-        base: Source | None,
-        slices: list[tuple[list[Source], tuple[Mapping[str, Any], ...]]],
+        slices: list[_Slice],
     ) -> None:
         top = self.settings(self.recipe, "parameters")
         self.named(name, method, top, "parameters", per_model=False)
         missing: dict[str, list[str]] = {}
-        for i, (sources, scopes) in enumerate(slices):
+        for i, (sources, scopes, base) in enumerate(slices):
             key = "models" if self.recipe.get("models") else f"slices[{i}].sources"
             self.named(name, method, scopes[0], f"slices[{i}].parameters", per_model=False)
             for j, source in enumerate(sources):
@@ -473,7 +475,7 @@ class _Lint:
                             f"Add an entry without filter: - value: ... to {parameter}",
                         )
         for parameter, models in missing.items():
-            self.lacks(name, method, parameter, models, base)
+            self.lacks(name, method, parameter, models, slices[0].base)
         self.sums(name, slices, top)
 
     def lacks(self, name: str, method: Method, parameter: str, models: list[str], base: Source | None) -> None:
@@ -562,12 +564,10 @@ class _Lint:
                 "Write a number from 0 (the base) to 1 (the other)",
             )
 
-    def sums(
-        self, name: str, slices: list[tuple[list[Source], tuple[Mapping[str, Any], ...]]], top: Mapping[str, Any]
-    ) -> None:
+    def sums(self, name: str, slices: list[_Slice], top: Mapping[str, Any]) -> None:
         if name != "linear" or top.get("normalize") is False:
             return
-        for i, (sources, scopes) in enumerate(slices):
+        for i, (sources, scopes, _) in enumerate(slices):
             weights = [
                 next((s["weight"] for s in (x.parameters, *scopes, top) if "weight" in s), None) for x in sources
             ]

@@ -311,3 +311,12 @@ def test_an_interrupted_tune_resumes(blow: signal.Signals, models: Path, surgery
     assert again.code == 0, again.err
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert surgery("verify", tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("what", ["early-answers", "drift", "geometry"])
+def test_an_output_that_exists_is_told_before_anything_is_loaded(what: str, surgery, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    refs = {"early-answers": ["nowhere"]}.get(what, ["nowhere", "--base", "nowhere"])
+    done = surgery("measure", what, *refs, "--to", tmp_path / "there")
+    assert done.code == 2
+    assert "there exists already" in " ".join(done.err.split())

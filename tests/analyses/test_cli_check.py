@@ -56,6 +56,8 @@ def surgery(home: Path, *words: object) -> subprocess.CompletedProcess[str]:
         (["bad.yml"], 1, "Write merge_method: linear"),
         (["base"], 0, "base: no problems found"),
         (["apply", "base", "--add", "vector:0.7", "--to", "out"], 0, "apply base: no problems found"),
+        (["apply", "base", "--add", "vector", "--dtype", "auto"], 0, "apply base: no problems found"),
+        (["apply", "base", "--add", "vector", "--dtype", "int8"], 1, "is 'int8'"),
         (["apply", "base", "--add", "vectr"], 1, "Did you mean vector?"),
         (["nowhere"], 1, "nowhere is not here"),
         (["nowhere.yml"], 2, "There is no recipe nowhere.yml"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from surgery.checkpoint import Checkpoint, load_module
 from surgery.delta import StoredDelta
@@ -176,3 +176,29 @@ def test_a_damaged_adapter_is_refused(surgery, models: Path, tmp_path: Path) -> 
     (tmp_path / "lora" / WEIGHTS).unlink()
     (tmp_path / "lora" / "adapter_model.bin").write_bytes(data)
     assert "can run code when opened and is refused" in one_line(surgery(*words))
+
+
+def test_a_rank_above_every_matrix_keeps_all_of_it(surgery, models: Path, tmp_path: Path) -> None:
+    said = surgery(
+        "diff", models / "tuned", models / "base", "--to", tmp_path / "v", "--form", "low-rank", "--rank", 1000
+    )
+    assert said.code == 0, said.err
+    stored = StoredDelta(tmp_path / "v")
+    exact = Checkpoint(models / "tuned") - Checkpoint(models / "base")
+    assert all(torch.equal(stored[site], exact[site]) for site in exact)
+    assert stored.errors == {}
+
+
+def test_a_vector_is_looked_at_on_a_model_of_another_vocabulary(surgery, models: Path, tmp_path: Path) -> None:
+    assert surgery("diff", models / "tuned", models / "base", "--to", tmp_path / "v").code == 0
+    longer = tmp_path / "longer"
+    shutil.copytree(models / "base", longer)
+    config = json.loads((longer / "config.json").read_text())
+    tensors = load_file(longer / "model.safetensors")
+    embed = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = torch.cat([embed, embed[:8]])
+    (longer / "config.json").write_text(json.dumps(config | {"vocab_size": len(embed) + 8}))
+    save_file(tensors, longer / "model.safetensors", metadata={"format": "pt"})
+    said = surgery("inspect", tmp_path / "v", "--on", longer, "--at", "embed")
+    assert said.code == 0, said.err
+    assert "embed" in said.out

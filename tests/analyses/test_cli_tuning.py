@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from analyses.cli.tuning import METHODS, OBJECTIVES, RULES, SELECTS, tune
+from analyses.tasks import side_of
 from finetune.lift.selection import Select
 from finetune.rules import Rule
 from finetune.tune import Method
@@ -68,6 +69,23 @@ def test_a_watched_run_leaves_its_page(surgery, base: Path, tmp_path: Path) -> N
     assert done.code == 0, done.err
     assert (tmp_path / "out" / "log.jsonl").is_file()
     assert "<html" in (tmp_path / "out" / "log.html").read_text()
+
+
+def test_a_file_with_few_questions_is_watched_on_those_it_has(surgery, base: Path, tmp_path: Path) -> None:
+    def tuned(name: str, count: int):
+        texts = [f"What is {i} + {i}?" for i in range(count)]
+        rows = [{"question": q, "solution": "so", "answer": str(2 * i)} for i, q in enumerate(texts)]
+        (tmp_path / f"{name}.txt").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = ["--data", tmp_path / f"{name}.txt", "--watch", "nll", "--watch-every", "1"]
+        return texts, surgery("tune", base, *SHORT, *data, "--to", tmp_path / name)
+
+    texts, done = tuned("some", 14)
+    assert 0 < sum(side_of(text) == "test" for text in texts) < 32
+    assert done.code == 0, done.err
+    texts, done = tuned("few", next(i for i in range(14) if side_of(texts[i]) == "test"))
+    assert done.code == 2
+    assert "none of those in" in done.err
+    assert not (tmp_path / "few").exists()
 
 
 def test_grpo_says_when_nothing_is_ever_rewarded_differently(surgery, base: Path, tmp_path: Path) -> None:

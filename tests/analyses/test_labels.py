@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
-from analyses.labels import labels_of, long_or_short
+from analyses.labels import graded_by, labels_of, long_or_short
+from analyses.tasks import Question, grade, reasoning_gym
 from probes.directions import Length
 from surgery.transcript import Transcript
 
@@ -32,6 +36,36 @@ def test_an_answer_is_right_wrong_or_missing():
         labels_of(runs[:1], "right")
     with pytest.raises(ValueError, match=r"and there is none \(0 of 1"):
         labels_of(runs[2:], "right")
+
+
+def test_answers_of_a_gym_task_are_graded_by_its_own_scorer():
+    """The target by itself has the value of the gold expression, but it does not use the numbers as asked."""
+    question = reasoning_gym("countdown", 1, seed=3)[0]
+    right, wrong = told(answer=f"({question.answer})"), told(answer=str(question.meta["target"]))
+    assert [grade(question, t) for t in (right, wrong)] == [True, False]
+    runs = [replace(t, question=question.question, meta=graded_by(question)) for t in (right, wrong)]
+    assert labels_of(runs, "right").values == (1.0, 0.0)
+    with pytest.raises(ValueError, match="all of them are 1"):  # what the scorer looks at is needed
+        labels_of([replace(t, meta={"gold": question.answer}) for t in runs], "right")
+
+
+@pytest.mark.parametrize(
+    "name", ["sudoku", "knights_knaves", "maze", "word_ladder", "shortest_path", "prime_factorization"]
+)
+def test_a_gym_task_is_graded_alike_after_a_round_trip(name):
+    question = reasoning_gym(name, 1, seed=1)[0]
+    again = json.loads(json.dumps(graded_by(question)))
+    kept = Question(question.question, again["gold"], None, again["task"])
+    for said in (question.answer, f"answer: {question.answer}", "7", "none at all"):
+        assert grade(kept, said) == grade(question, said)
+
+
+def test_what_json_would_change_is_not_kept_for_the_grading():
+    kept = graded_by(Question("q", "7", None, {"source": "file", "line": 3}))
+    assert kept == {"gold": "7", "task": {"source": "file", "line": 3}}
+    assert json.loads(json.dumps(kept)) == kept
+    for value in ({1: 2}, float("nan"), object()):
+        assert graded_by(Question("q", "7", None, {"source": "x", "more": value})) == {"gold": "7"}
 
 
 def test_what_was_cut_off_is_long_or_not_known_and_never_short():

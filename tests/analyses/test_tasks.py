@@ -4,7 +4,19 @@ import re
 import pytest
 
 from analyses.general_text import GENERAL_TEXT, general_text
-from analyses.tasks import Question, accuracy, chained_sums, grade, jsonl, load, read, reasoning_gym, side_of
+from analyses.tasks import (
+    Question,
+    accuracy,
+    chained_sums,
+    grade,
+    held_out,
+    is_file,
+    jsonl,
+    load,
+    read,
+    reasoning_gym,
+    side_of,
+)
 from surgery.transcript import Markers
 
 
@@ -263,6 +275,21 @@ def test_load_by_word(tmp_path):
         load("sum", 5)
     with pytest.raises(FileNotFoundError):
         load("absent.jsonl", 5)
+
+
+def test_questions_to_measure_on_are_all_of_a_file_whatever_it_is_called(tmp_path, monkeypatch):
+    rows = [row(question=f"What is {i}?") for i in range(12)]
+    path = write(tmp_path, *rows)
+    other = path.rename(tmp_path / "questions.txt")
+    assert len(held_out(str(other))) == 12
+    assert {side_of(q.question) for q in held_out(str(other))} == {"train", "test"}
+    assert held_out("sums", 5, seed=1) == chained_sums(5, seed=1, side="test")
+    assert is_file(str(other))
+    assert is_file("absent.jsonl")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sums").mkdir()
+    assert not is_file("sums")
+    assert not is_file("gym:chain_sum")
 
 
 def test_accuracy_separates_missing_from_wrong():

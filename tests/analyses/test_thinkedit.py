@@ -399,3 +399,9 @@ def test_an_arm_without_a_single_length_is_no_effect_and_no_crash(judged: Judged
         assert math.isfinite(effects.loc["length", "difference"]) == there
         assert math.isnan(effects.loc["length", "heads_p"]) == there
         assert effects.loc["accuracy", "n"] == 16
+
+
+def test_a_contrast_needs_questions_with_a_short_and_a_long_answer(planted: PlantedLength, runs: Runs, found: Found):
+    one_each = Runs(tuple(runs.of([q])[0] for q in runs.questions[:6]))
+    with pytest.raises(ValueError, match=r"counts as short|both a shorter and a longer answer"):
+        rank_heads(planted.model, found.direction, one_each, TWO)

@@ -229,13 +229,14 @@ def test_a_term_is_added_once_a_step_whatever_the_accumulation() -> None:
     assert any(not torch.allclose(p, found[1][name], atol=1e-4) for name, p in without.module.named_parameters())
 
 
-def test_a_term_counts_once_where_the_host_divides_by_micro_batches(tmp_path: Path) -> None:
-    """As TRL's preference trainers do, whose own loss is here nothing."""
+@pytest.mark.parametrize("said", [False, None], ids=["by the host's word", "as the model takes no count"])
+def test_a_term_counts_once_where_the_host_divides_by_micro_batches(said: bool | None, tmp_path: Path) -> None:
+    """As TRL's preference trainers do, and the Trainer with a model whose loss takes no count of tokens; the host's own loss is here nothing."""
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
     class Silent(Trainer):
-        loss_is_scaled_for_ga = False
+        loss_is_scaled_for_ga = said
 
         def compute_loss(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Tensor:
             return 0.0 * sum(p.sum() for p in model.parameters())
@@ -246,6 +247,7 @@ def test_a_term_counts_once_where_the_host_divides_by_micro_batches(tmp_path: Pa
     norms = []
     for accumulate in (1, 2):
         m = model()
+        m.module.accepts_loss_kwargs = said is not None
         given = arguments(str(tmp_path / str(accumulate))) | {
             "gradient_accumulation_steps": accumulate, "per_device_train_batch_size": 4 // accumulate, "max_steps": 2
         }  # fmt: skip

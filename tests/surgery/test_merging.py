@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from surgery.checkpoint import Checkpoint
 from surgery.merging import RECIPE, RecipeError, merge, plan, read_recipe
 from surgery.proof import VerificationError
+from tests.families import save_tiny
 from tests.siblings import (
     DENSE,
     NAMES,
@@ -224,6 +225,29 @@ def test_stacked_layers(method, family, homes, tmp_path):
         kinds = json.loads((tmp_path / "ours" / "config.json").read_text())["layer_types"]
         before = json.loads((home / "base" / "config.json").read_text())["layer_types"]
         assert kinds == [before[i] for r in ranges for i in range(*r)]
+
+
+@pytest.mark.parametrize("order", [("base", "a"), ("a", "base")], ids=["bf16 first", "fp32 first"])
+@pytest.mark.parametrize("ranges", [((0, 1), (1, 3)), ((0, 2), (1, 3))], ids=["as many layers", "more layers"])
+def test_stacked_layers_keep_the_wider_dtype(order, ranges, tmp_path):
+    """Layers of a bf16 and of a float32 model: nothing is rounded away, whichever comes first."""
+    home = tmp_path / "home"
+    save_tiny("llama", home / "base", dtype=torch.bfloat16)
+    save_tiny("llama", home / "a", seed=1)
+    pieces = [
+        {"sources": [{"model": str(home / name), "layer_range": [*span]}]}
+        for name, span in zip(order, ranges, strict=True)
+    ]
+    merge({"merge_method": "passthrough", "slices": pieces}, tmp_path / "out")
+    ours, at = tensors_of(tmp_path / "out"), 0
+    for name, span in zip(order, ranges, strict=True):
+        source = tensors_of(home / name)
+        for layer in range(*span):
+            part = "mlp.up_proj.weight"
+            found = ours[f"model.layers.{at}.{part}"]
+            assert found.dtype == torch.float32
+            assert torch.equal(found, source[f"model.layers.{layer}.{part}"].float())
+            at += 1
 
 
 def test_shards_are_those_of_the_base(tmp_path):
