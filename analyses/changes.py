@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -17,8 +16,11 @@ from torch import Tensor
 from probes.steering import Steering, place, steered
 from surgery.drawn import Noise
 from surgery.edits import AddDirection, RemoveDirection
+from surgery.hashing import Digest
 from surgery.model import Model
+from surgery.seeds import seed_from_words
 from surgery.sites import Site, match
+from surgery.tensorfile import raw_bytes
 from surgery.weights import Delta, Weights, apply, pieces
 
 
@@ -107,7 +109,7 @@ def stand_in(change: Change, model: Model, *, seed: int, draw: int) -> Change:
     if isinstance(change, Editing):
         point = change.of(model.weights, 1.0)
         change = (point - model.weights).keep(sorted(point.changed_from(model.weights)))
-    return Noise(change, _number(seed, draw))
+    return Noise(change, seed_from_words(seed, draw))
 
 
 def _sites(change: Steering | Editing, model: Model) -> list[Site]:
@@ -131,25 +133,21 @@ def _random_like(vector: Float[Tensor, " d"], seed: int, draw: int, site: Site |
 
 
 def _generator(*parts: object) -> torch.Generator:
-    return torch.Generator().manual_seed(_number(*parts))
-
-
-def _number(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:6], "big")
+    return torch.Generator().manual_seed(seed_from_words(*parts))
 
 
 def digest(thing: Any) -> str:
     """A hash of numbers, words, tensors, points, vectors and dataclasses and collections of them."""
-    total = hashlib.sha256()
+    total = Digest()
     for piece in _bytes(thing):
         total.update(piece)
     return total.hexdigest()[:32]
 
 
-def _bytes(thing: Any) -> Iterator[bytes]:
+def _bytes(thing: Any) -> Iterator[bytes | memoryview]:
     if isinstance(thing, Tensor):
         yield f"{thing.dtype}{tuple(thing.shape)}".encode()
-        yield thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield raw_bytes(thing)
     elif isinstance(thing, Delta | Weights):
         for site, shape in thing.shapes().items():
             yield str(site).encode()

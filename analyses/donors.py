@@ -33,6 +33,7 @@ from surgery.delta import save_delta
 from surgery.drawn import Noise, Permuted
 from surgery.model import Model
 from surgery.runs import fingerprint
+from surgery.seeds import seed_from_numbers
 from surgery.transcript import Transcript
 from surgery.weights import Delta
 from surgery.whole import new_folder, write_whole
@@ -296,7 +297,7 @@ def transfer(
         questions=questions,
         **shared,
     )
-    drawn = {f"random {draw}": Noise(vector, _number(seed, draw)) for draw in range(draws)}
+    drawn = {f"random {draw}": Noise(vector, seed_from_numbers(seed, draw)) for draw in range(draws)}
     random = sweep(sibling, drawn, [1.0], questions=questions, **shared)
     prompted = None
     if prompt is not None:
@@ -340,7 +341,3 @@ def figure(table: DataFrame, ax: Axes | None = None) -> Axes:
 def _right(cell: Cell) -> np.ndarray:
     """Whether each question was answered right; a missing answer is not."""
     return np.array([value is True for value in cell.answers["right"]], dtype=float)
-
-
-def _number(*parts: int) -> int:
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])

@@ -20,21 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from analyses.changes import Change, Editing, acting, confined, digest, settled, stand_in
 from analyses.general_text import GENERAL_TEXT
-from analyses.scoring import Likelihood, quiet
+from analyses.scoring import Likelihood, Row, passages, predicted, quiet, surprise
 from analyses.shelf import Shelf
 from analyses.statistics import Estimate, Significance, bootstrap, followed, page, restricted_mean, wilson
 from analyses.tasks import Question, grade
-from probes.capture import pad_right
 from probes.steering import Steering
 from surgery.model import Model
 from surgery.proof import loops_at_end
-from surgery.rows import rows_are
 from surgery.transcript import Transcript
 from surgery.weights import Delta, Weights
 from surgery.whole import write_whole
@@ -553,54 +550,37 @@ class _Bench:
             ]
         return {name: tuple(column) for name, column in found.items()}
 
-    def _passages(self, untouched: list[Tensor] | None = None) -> dict[str, tuple]:
+    def _passages(self, untouched: dict[int, Tensor] | None = None) -> dict[str, tuple]:
         if not {"kl", "text_nll"} & set(self.measures):
             return {}
-        nats: list[float] = []
-        divergence: list[float] = []
+        nats, divergence = [0.0] * len(self._rows), [0.0] * len(self._rows)
         with quiet(self.model.module):
-            for i, logs in enumerate(self._log_probabilities()):
-                nats.append(
-                    -float(
-                        logs.gather(-1, torch.tensor(self._ids[i][1:], device=logs.device)[:, None])
-                        .cpu()
-                        .double()
-                        .sum()
-                    )
-                )
+            for row, logs, said in self._read():
+                nats[row] = float(surprise(logs, said).cpu().double().sum())
                 if "kl" in self.measures:
-                    before = logs if untouched is None else untouched[i].to(logs.device)
-                    divergence.append(float((logs.exp() * (logs - before)).sum(-1).clamp_min(0).cpu().double().sum()))
-        columns = {"tokens": [len(ids) - 1 for ids in self._ids], "kl": divergence, "nats": nats}
+                    before = logs if untouched is None else untouched[row].to(logs.device)
+                    divergence[row] = float((logs.exp() * (logs - before)).sum(-1).clamp_min(0).cpu().double().sum())
+        columns = {"tokens": [len(scored) for _, scored in self._rows], "kl": divergence, "nats": nats}
         kept = {"tokens", *(COLUMNS[m] for m in self.measures)}
         return {name: tuple(column) for name, column in columns.items() if name in kept}
 
     @cached_property
-    def _ids(self) -> list[list[int]]:
-        found = [list(ids) for ids in self.model.tokenizer(self.texts)["input_ids"] if len(ids) > 1]
-        if not found:
-            raise ValueError(f"none of {len(self.texts)} texts is longer than one token")
-        return found
+    def _rows(self) -> list[Row]:
+        return passages(self.model, self.texts)
 
     @cached_property
-    def _untouched(self) -> list[Tensor]:
+    def _untouched(self) -> dict[int, Tensor]:
+        """Of each passage the log-probabilities of the untouched model."""
         with quiet(self.model.module):
-            return [logs.cpu() for logs in self._log_probabilities()]
+            return {row: logs.cpu() for row, logs, _ in self._read()}
 
     @property
-    def _untouched_if_needed(self) -> list[Tensor] | None:
+    def _untouched_if_needed(self) -> dict[int, Tensor] | None:
         return self._untouched if "kl" in self.measures else None
 
-    def _log_probabilities(self) -> Iterator[Float[Tensor, "token vocab"]]:
-        """Of the next token, at every place of each passage but the last; passage by passage."""
-        for first in range(0, len(self._ids), _PASSAGES):
-            batch = self._ids[first : first + _PASSAGES]
-            ids, mask = pad_right(batch, self.model.pad_id)  # where causal attention does not look
-            inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
-            with rows_are([0] * len(batch)):  # nobody asked: all of it is as if the model said it
-                logits = self.model.module(**inputs, use_cache=False).logits
-            for row, passage in enumerate(batch):
-                yield logits[row, : len(passage) - 1].float().log_softmax(-1)
+    def _read(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        # nobody asked: all of a passage is as if the model said it
+        return predicted(self.model, self._rows, [0] * len(self._rows), _PASSAGES)
 
 
 # --- cells on disk ----------------------------------------------------------------------------------------------------

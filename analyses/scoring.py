@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +14,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from analyses.statistics import Estimate, percentile, resamples
+from analyses.statistics import Estimate, percentile
 from probes.capture import pad_right
+from probes.held_out import resampled_means
 from surgery.borrowing import evaluating
 from surgery.model import Model
 from surgery.rows import rows_are
 from surgery.transcript import Transcript, nobody_has, positions
 
+Row = tuple[Sequence[int], Sequence[int]]  # token ids, and which of them are scored
 # log-probabilities at some places, and the tokens that stand there -> nats a token
 Reading = Callable[[Float[Tensor, "token vocab"], Int[Tensor, " token"]], Float[Tensor, " token"]]
 
@@ -46,8 +48,7 @@ class Likelihood:
     def mean(self) -> Estimate:
         """Nats per token over all tokens (at least 0; lower is likelier, or surer), bootstrapped over items."""
         nats, tokens = np.array(self.nats), np.array(self.tokens)
-        counts = resamples(len(nats), 2000, self.seed)
-        drawn = (counts @ nats) / (counts @ tokens)
+        drawn = resampled_means(nats, tokens, 2000, self.seed)
         return percentile(nats.sum() / tokens.sum(), drawn, n=len(nats), seed=self.seed)
 
     def __str__(self) -> str:
@@ -62,7 +63,7 @@ def nll(
     ``over``: a span, or tokens of one ("answer", "answer[0]", "sentence[2]", ...; see `surgery.transcript.positions`). Transcripts
     without it are counted as missing; none with it is a ValueError. No padding enters: a batch of 8 is eight batches of 1.
     """
-    return _over(model, transcripts, over, batch_size, seed, _surprise)
+    return _over(model, transcripts, over, batch_size, seed, surprise)
 
 
 def entropy(
@@ -78,10 +79,16 @@ def entropy(
 def text_nll(model: Model, texts: Sequence[str], *, batch_size: int = 16, seed: int = 0) -> Likelihood:
     """Negative log-likelihood of plain texts, without a chat template. The first token has nothing before it and is
     not scored, unless the tokenizer begins every text with a token of its own."""
-    rows = [(ids, range(1, len(ids))) for ids in model.tokenizer(list(texts))["input_ids"] if len(ids) > 1]
+    rows = passages(model, texts)
+    return _likelihood(model, rows, [0] * len(rows), batch_size, seed, len(texts) - len(rows), surprise)
+
+
+def passages(model: Model, texts: Sequence[str]) -> list[Row]:
+    """Plain texts as rows to score, those of one token left out. Raises ValueError where none is left."""
+    rows: list[Row] = [(ids, range(1, len(ids))) for ids in model.tokenizer(list(texts))["input_ids"] if len(ids) > 1]
     if not rows:
         raise ValueError(f"none of {len(texts)} texts is longer than one token")
-    return _likelihood(model, rows, [0] * len(rows), batch_size, seed, len(texts) - len(rows), _surprise)
+    return rows
 
 
 def _over(
@@ -92,7 +99,7 @@ def _over(
     if not kept:
         raise ValueError(nobody_has(transcripts, over))
     prompts = [t.spans.get("prompt", (0, 0))[1] for t, _ in kept]
-    rows = [(t.ids, at) for t, at in kept]
+    rows: list[Row] = [(t.ids, at) for t, at in kept]
     return _likelihood(model, rows, prompts, batch_size, seed, len(transcripts) - len(rows), read)
 
 
@@ -114,40 +121,45 @@ def keeping(module: torch.nn.Module, positions: Sequence[int]) -> tuple[dict[str
 
 
 def _likelihood(
-    model: Model,
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-    prompts: Sequence[int],
-    batch_size: int,
-    seed: int,
-    missing: int,
-    read: Reading,
+    model: Model, rows: Sequence[Row], prompts: Sequence[int], batch_size: int, seed: int, missing: int, read: Reading
 ) -> Likelihood:
-    """rows: token ids, and which of them are scored. prompts: how many tokens of each row are its prompt."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size}: must be at least 1")
-    module, device = model.module, next(model.module.parameters()).device
     nats = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
-    with quiet(module):
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            # padding is on the right and attention looks left: no row sees it
-            ids, mask = pad_right([rows[row][0][: rows[row][1][-1] + 1] for row in batch], model.pad_id)
-            wanted = sorted({p - 1 for row in batch for p in rows[row][1]})
-            keep, places = keeping(module, wanted)
-            where = dict(zip(wanted, places, strict=True))
-            with rows_are([prompts[row] for row in batch], batch):
-                logits = module(
-                    input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep
-                ).logits
-            for line, row in enumerate(batch):
-                scored = list(rows[row][1])
-                chosen = logits[line, [where[p - 1] for p in scored]].float().log_softmax(-1)
-                nats[row] = read(chosen, ids[line, scored].to(device)).sum().item()
+    with quiet(model.module):
+        for row, log_p, said in predicted(model, rows, prompts, batch_size):
+            nats[row] = read(log_p, said).double().sum().item()
     return Likelihood(tuple(nats), tuple(len(at) for _, at in rows), missing, seed)
 
 
-def _surprise(log_p: Float[Tensor, "token vocab"], target: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
+def predicted(
+    model: Model, rows: Sequence[Row], prompts: Sequence[int], batch_size: int
+) -> Iterator[tuple[int, Float[Tensor, "token vocab"], Int[Tensor, " token"]]]:
+    """Which row, the log-probabilities at its scored tokens, and those tokens; every row once, short ones first.
+
+    prompts: how many tokens of each row are its prompt. To be used within `quiet`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: must be at least 1")
+    module, device = model.module, next(model.module.parameters()).device
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        # padding is on the right and attention looks left: no row sees it
+        ids, mask = pad_right([rows[row][0][: rows[row][1][-1] + 1] for row in batch], model.pad_id)
+        wanted = sorted({p - 1 for row in batch for p in rows[row][1]})
+        keep, places = keeping(module, wanted)
+        where = dict(zip(wanted, places, strict=True))
+        with rows_are([prompts[row] for row in batch], batch):
+            logits = module(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep).logits
+        for line, row in enumerate(batch):
+            scored = list(rows[row][1])
+            yield (
+                row,
+                logits[line, [where[p - 1] for p in scored]].float().log_softmax(-1),
+                ids[line, scored].to(device),
+            )
+
+
+def surprise(log_p: Float[Tensor, "token vocab"], target: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
     return -log_p.gather(-1, target[:, None])[:, 0]
 
 

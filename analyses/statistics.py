@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 
-from probes.held_out import resamples
+from probes.held_out import resampled_means, resamples
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ def bootstrap(
             f"{bad} of {rows.size} values are NaN or infinite: first leave missing items out or score them"
         )
     unit, units = _units(clusters, len(rows))
-    counts = resamples(units, draws, seed)
     if statistic is None:
-        sums, sizes = np.bincount(unit, weights=rows), np.bincount(unit)
-        return percentile(rows.mean(), (counts @ sums) / (counts @ sizes), n=units, seed=seed, level=level)
+        drawn = resampled_means(np.bincount(unit, weights=rows), np.bincount(unit), draws, seed)
+        return percentile(rows.mean(), drawn, n=units, seed=seed, level=level)
+    counts = resamples(units, draws, seed)
     drawn = np.array([statistic(np.repeat(rows, count[unit], axis=0)) for count in counts], dtype=float)
     return percentile(statistic(rows), drawn, n=units, seed=seed, level=level)
 

@@ -7,7 +7,6 @@ place in it alone), rewards over transcripts, LIFT, and a stop where rewards nev
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -31,8 +30,10 @@ from finetune.predictions import logits_at
 from finetune.rewards import Reward, Weighted, described
 from finetune.tune import Tuned, course
 from surgery.borrowing import evaluating
+from surgery.hashing import hash_bytes
 from surgery.model import Model
 from surgery.runs import fingerprint
+from surgery.seeds import seed_from_numbers
 from surgery.transcript import Transcript, read_transcript
 
 if TYPE_CHECKING:
@@ -325,7 +326,7 @@ class _Table:
                 asked,
                 samples=self.samples,
                 temperature=self.temperature,
-                seed=_seed(self.seed, trainer.state.global_step),
+                seed=seed_from_numbers(self.seed, trainer.state.global_step),
                 max_new_tokens=self.max_new_tokens,
                 batch_size=len(prompts),
             )
@@ -508,13 +509,7 @@ def _text(question: Any) -> str:
 
 def _hash(questions: Sequence[Any]) -> str:
     told = [repr(q) if is_dataclass(q) else _text(q) for q in questions]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-
-
-def _seed(*parts: int) -> int:
-    from numpy.random import SeedSequence
-
-    return int(SeedSequence(parts).generate_state(1)[0])
+    return hash_bytes(json.dumps(told).encode())[:16]
 
 
 def _lines(path: Path) -> list[str]:

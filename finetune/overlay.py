@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from numpy.random import SeedSequence
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -29,6 +28,7 @@ from finetune.lift import Select, budget, principal_indices
 from surgery.anatomy import Anatomy, Place
 from surgery.delta import scatter
 from surgery.model import Model
+from surgery.seeds import seed_from_numbers
 from surgery.sites import Site, match
 from surgery.weights import Delta
 
@@ -247,7 +247,7 @@ def overlay_(
         by_module.setdefault(model.anatomy.places[site].name.removesuffix(".weight"), []).append(site)
 
     def choose(site: Site, stored: Tensor) -> _Choice:
-        place, drawn = model.anatomy.places[site], int(SeedSequence((seed, linear.index(site))).generate_state(1)[0])
+        place, drawn = model.anatomy.places[site], seed_from_numbers(seed, linear.index(site))
         matrix = place.take(stored)
         count = budget(matrix.shape, density, lora_rank)  # type: ignore[arg-type]
         try:

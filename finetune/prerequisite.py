@@ -9,7 +9,6 @@ skill is learnt, in an adapter of their own, and gone afterwards.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -30,6 +29,7 @@ from finetune.examples import Collate, Example, Item, Over, examples, rows_of
 from finetune.hosts import Surgical
 from finetune.learner import as_before, one_device, require_versions
 from finetune.objectives import nll
+from surgery.hashing import hash_bytes
 from surgery.lowrank import Factored
 from surgery.model import Model
 from surgery.runs import fingerprint
@@ -311,7 +311,7 @@ def _put(learner: Any, adapter: str, file: TensorFile) -> None:
 
 def _digest(data: Mapping[str, Sequence[Example]]) -> str:
     told = {version: [(list(e.transcript.ids), e.weights) for e in members] for version, members in data.items()}
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    return hash_bytes(json.dumps(told).encode())[:16]
 
 
 def _vector(module: nn.Module, anatomy: Any, sites: Sequence[Site], name: str) -> Factored:

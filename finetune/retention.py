@@ -13,7 +13,6 @@ Source: Wołczyk et al., "Fine-tuning Reinforcement Learning Models is Secretly 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,9 @@ from finetune.examples import Collate, Example, Group, Item, Over, examples, row
 from finetune.objectives import kl_divergence
 from finetune.predictions import Predictions, predict
 from surgery.borrowing import evaluating
+from surgery.hashing import Digest, hash_bytes
 from surgery.model import Model
+from surgery.seeds import seed_from_numbers
 from surgery.sites import Site, match
 from surgery.tensorfile import save_whole
 
@@ -100,7 +101,7 @@ class Kickstarting:
     def answers(self, step: int) -> list[Any]:
         """What the learner, as it now is, says in this step: transcripts."""
         asked = [self._questions[i] for i in drawn(len(self._questions), self._batch_size, self._seed, step)]
-        draw = int(np.random.SeedSequence((self._seed, step)).generate_state(1)[0])
+        draw = seed_from_numbers(self._seed, step)
         with evaluating(self._learner.module):
             return self._learner.generate(asked, temperature=self._heat, seed=draw, max_new_tokens=self._length)
 
@@ -201,7 +202,7 @@ class Fisher:
         return cls(of(_START), of(_FISHER), int(about["sequences"]))
 
     def __repr__(self) -> str:
-        digest = hashlib.sha256()
+        digest = Digest()
         for name in sorted(self.diagonal):
             digest.update(
                 f"{name} {float(self.diagonal[name].double().sum())!r} {float(self.start[name].double().sum())!r}".encode()
@@ -272,7 +273,7 @@ class _Texts:
 
 
 def _digest(data: object) -> str:
-    return hashlib.sha256(repr(data).encode()).hexdigest()[:16]
+    return hash_bytes(repr(data).encode())[:16]
 
 
 def _both(module: nn.Module, start: Model, batch: dict[str, Tensor]) -> tuple[Predictions, Predictions]:
@@ -290,7 +291,7 @@ def _mean(p: Predictions, values: Tensor) -> Tensor:
 
 def _drawn(p: Predictions, seed: tuple[int, int]) -> Tensor:
     """The negative log-likelihood of tokens drawn from the predictions themselves."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    generator = torch.Generator().manual_seed(seed_from_numbers(*seed))
     chances = p.logits.detach().softmax(-1).cpu()
     tokens = torch.multinomial(chances, 1, generator=generator).squeeze(1).to(p.logits.device)
     return torch.nn.functional.cross_entropy(p.logits, tokens, reduction="none")

@@ -13,7 +13,6 @@ Differs: the paper writes ``g + a·scale·D`` with a = -1; here as in its code `
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import weakref
@@ -32,6 +31,7 @@ from finetune.lift.ledger import held
 from surgery.across import EMBED, HEAD, land
 from surgery.anatomy import Place
 from surgery.drawn import Alike, Noise, Permuted
+from surgery.hashing import Digest
 from surgery.lowrank import factor_pair
 from surgery.model import LiveWeights, Model
 from surgery.sites import Site, match
@@ -694,7 +694,7 @@ def _parts(
     prior: Delta, strengths: Mapping[Site, float], weights: LiveWeights, store: Store, rank: int | None, normalise: bool
 ) -> tuple[list[_Part], dict[Site, float], str]:
     """Every tensor of the prior that is not zero, bound to its parameter; the errors of its low-rank form; a hash of it all."""
-    parts, errors, digest = [], {}, hashlib.sha256()
+    parts, errors, digest = [], {}, Digest()
     for site in prior:
         if site not in strengths:
             continue

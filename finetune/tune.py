@@ -5,7 +5,6 @@ What is borrowed is given back, after an error too (see `finetune.learner`); onl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -23,6 +22,7 @@ from finetune.lift import Select
 from finetune.objectives import Objective, nll
 from finetune.rewards import Reward
 from finetune.rules import DRIFT
+from surgery.hashing import hash_bytes
 from surgery.model import Model
 from surgery.runs import fingerprint
 
@@ -151,7 +151,7 @@ def tune(
     _check_columns(objective, rows)
     if checkpoints:
         settings["start"] = fingerprint(model)
-    settings["data"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    settings["data"] = hash_bytes(json.dumps(rows).encode())[:16]
 
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback, ProgressCallback

@@ -7,7 +7,6 @@ the vector at that length carries the one mean to the other.
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import math
@@ -27,6 +26,7 @@ from probes.held_out import Score, auc_score, deal, units
 from surgery.linalg import principal_subspace
 from surgery.model import Model
 from surgery.runs import fingerprint
+from surgery.seeds import seed_from_words
 from surgery.sites import Site, match
 from surgery.tensorfile import save_whole
 from surgery.transcript import Transcript, nobody_has, parse_span, positions
@@ -188,8 +188,8 @@ class Direction(Mapping[Site, Tensor]):
         """The control: at each site a random direction of the same length. The vector at a site depends on ``(seed, site)`` only."""
         raw = {}
         for site, unit in self.vectors.items():
-            number = int.from_bytes(hashlib.sha256(f"{seed} {site}".encode()).digest()[:8], "little") >> 1
-            draw = torch.randn(len(unit), generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+            generator = torch.Generator().manual_seed(seed_from_words(seed, site))
+            draw = torch.randn(len(unit), generator=generator, dtype=torch.float64)
             raw[site] = draw / draw.norm() * self.norms[site]
         about = {"method": "random", "seed": seed, "like": dict(self.about)}
         return Direction.of(raw, **about, **({"model": self.about["model"]} if "model" in self.about else {}))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from numpy.typing import ArrayLike
 
 _CHUNK = 1 << 20  # resampled rows that are in work at once
@@ -53,6 +53,14 @@ def resamples(units: int, draws: int, seed: int) -> Int[np.ndarray, "draws units
     if units < 1 or draws < 1:
         raise ValueError(f"{draws} bootstrap draws of {units} units: both must be at least 1")
     return np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=draws)
+
+
+def resampled_means(
+    sums: Num[np.ndarray, "units ..."], sizes: Num[np.ndarray, " units"], draws: int, seed: int
+) -> Float[np.ndarray, "draws ..."]:
+    """The mean over all members in each bootstrap sample of units, from each unit's sum and its number of members."""
+    counts = resamples(len(sizes), draws, seed)
+    return ((counts @ sums).T / (counts @ sizes)).T
 
 
 def deal(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.held_out import resamples
+from probes.held_out import resampled_means
 from surgery.tensorfile import save_whole
 
 
@@ -39,8 +39,7 @@ def interval(
         return nothing, nothing, n
     sums = torch.zeros(n, values.shape[1], dtype=torch.float64)
     sums.index_add_(0, torch.from_numpy(unit), values.double())
-    counts = resamples(n, draws, seed)
-    drawn = (counts @ sums.numpy()) / (counts @ np.bincount(unit))[:, None]
+    drawn = resampled_means(sums.numpy(), np.bincount(unit), draws, seed)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high, n
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.hashing import hash_bytes
 from surgery.model import Model
 from surgery.runs import fingerprint
 from surgery.sites import Site
@@ -156,7 +156,7 @@ def _differences(there: Mapping[str, Any], asked: Mapping[str, Any], keys: Seque
 
 
 def _hash(words: object) -> str:
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+    return hash_bytes(json.dumps(words).encode())
 
 
 def _replace(path: Path, data: bytes) -> None:

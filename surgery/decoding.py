@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from surgery.borrowing import no_generation_settings
 from surgery.rows import are_apart
+from surgery.seeds import seed_from_numbers
 from surgery.transcript import end_tokens
 
 if TYPE_CHECKING:
@@ -136,9 +136,7 @@ class GumbelNoise:
 
     def __init__(self, seeds: Sequence[tuple[int, int, int]], heat: float):
         self._heat = heat
-        self._rows = [
-            torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0])) for seed in seeds
-        ]
+        self._rows = [torch.Generator().manual_seed(seed_from_numbers(*seed)) for seed in seeds]
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self._rows])

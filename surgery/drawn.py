@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from surgery.anatomy import Anatomy
+from surgery.seeds import seed_from_words
 from surgery.sites import Site
 from surgery.weights import Delta, Origin, some_rows
 
@@ -39,8 +39,7 @@ class _Drawn(Alike):
         return False
 
     def _generator(self, site: Site) -> torch.Generator:
-        digest = hashlib.sha256(f"{self._seed} {site}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+        return torch.Generator().manual_seed(seed_from_words(self._seed, site))
 
 
 class Noise(_Drawn):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.tasks import Question, Side, chained_sums, side_of
+from surgery.seeds import seed_from_words
 
 PICTURE = "#"  # the token that stands for a piece of a picture
 PIECES = 4  # tokens a picture: quarters of 4 x 4 pixels
@@ -85,4 +85,4 @@ def pixels_of(questions: Sequence[Question], pixels: Tensor | None) -> dict[str,
 
 def stream(seed: int, name: str) -> int:
     """A seed of its own for everything that is drawn by a name."""
-    return int.from_bytes(hashlib.sha256(f"seeing {seed} {name}".encode()).digest()[:4], "big")
+    return seed_from_words("seeing", seed, name) % 2**32

@@ -15,6 +15,7 @@ from finetune.distributed import Peers, Shards, is_sharded
 from finetune.lift.ledger import Ledger, age_dtype
 from finetune.lift.selection import OF_GRADIENTS, Choice, Matrix, Select, budget, check_block, check_select, choose
 from finetune.lift.shards import SHARDED, choose_shards
+from surgery.seeds import seed_from_numbers
 from surgery.sites import Site, match
 
 if TYPE_CHECKING:
@@ -558,7 +559,7 @@ def _matrices(group: dict[str, Any], ledger: Ledger) -> list[Matrix]:
             name=f"{name} after {group['steps']} steps",
             W=p.detach(),
             count=budget(p.shape, **(own.get(name) or _budget_of(group)), block=block),
-            seed=_seed(group["seed"], refreshes, position),
+            seed=seed_from_numbers(group["seed"], refreshes, position),
             own=name in own,
             gradient=p.grad,
             start=basis,
@@ -607,12 +608,6 @@ def _overridden(names: Iterable[str], overrides: Mapping[str, Override]) -> dict
             budget((1, 1), **limit)
         found |= {str(site): limit for site in match(pattern, sites)}
     return found
-
-
-def _seed(*parts: int) -> int:
-    from numpy.random import SeedSequence
-
-    return int(SeedSequence(parts).generate_state(1)[0])
 
 
 def _check_saved(p: Tensor, name: str, found: dict[str, Tensor], keys: tuple[str, ...]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from surgery.checkpoint import Checkpoint
 from surgery.merging.recipe import RecipeError
+from surgery.seeds import seed_from_words
 from surgery.weights import Weights
 
 if TYPE_CHECKING:
@@ -305,9 +304,8 @@ def _bin(counts: np.ndarray, keep: int) -> tuple[int, int]:
 @contextmanager
 def _seeded(*key: object) -> Iterator[None]:
     """torch's own generator, seeded by the key, for the length of a block; then as it was."""
-    number = int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:8], "little") >> 1
     state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(number)
+    torch.default_generator.manual_seed(seed_from_words(*key))
     try:
         yield
     finally:

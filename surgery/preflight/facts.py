@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+from surgery.hashing import hash_bytes, hash_file
 from surgery.headers import (
     MAX_JSON,
     RECORD,
@@ -378,14 +378,13 @@ def _tokenizer(folder: Path) -> tuple[str | None, dict[str, int], list[Problem]]
         return None, {}, [Problem("warning", "tokenizer", str(folder), found, fix)]
     path = folder / present[0]
     if path.suffix != ".json":
-        return hashlib.sha256(path.read_bytes()).hexdigest(), {}, []
+        return hash_file(path), {}, []
     try:
         if path.stat().st_size > MAX_JSON:
             raise CheckpointError(
                 f"{path} has {path.stat().st_size} bytes, more than any tokenizer. Download it again."
             )
-        with path.open("rb") as file:
-            digest, vocabulary = _content(_File(hashlib.file_digest(file, "sha256").digest(), path))
+        digest, vocabulary = _content(_File(hash_file(path), path))
     except CheckpointError as error:
         return None, {}, [_said("tokenizer", path, error)]
     return digest, vocabulary, []
@@ -395,7 +394,7 @@ def _tokenizer(folder: Path) -> tuple[str | None, dict[str, int], list[Problem]]
 class _File:
     """A file as its bytes: wherever they lie, they are the same."""
 
-    digest: bytes
+    digest: str
     path: Path = field(compare=False)
 
 
@@ -404,7 +403,7 @@ def _content(file: _File) -> tuple[str, dict[str, int]]:
     """The hash of a vocabulary, and the vocabulary; siblings have the same, and it is read once."""
     vocabulary = _read_vocabulary(file.path)
     text = "\n".join(f"{i} {token}" for token, i in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), vocabulary
+    return hash_bytes(text.encode("utf-8", "surrogatepass")), vocabulary
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
