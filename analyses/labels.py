@@ -71,7 +71,9 @@ def right_or_wrong(runs: Sequence[Transcript]) -> list[bool | None]:
     """Whether each transcript's answer is right; None where it has no answer. Raises ValueError where one has no gold answer."""
     if any("gold" not in t.meta for t in runs):
         raise ValueError("These answers come without their gold answers; `surgery generate` writes them.")
-    return [grade(Question(t.question, t.meta["gold"], None, t.meta.get("task", {})), t) for t in runs]
+    tasks = [t.meta.get("task") for t in runs]
+    known = [task if isinstance(task, Mapping) else {} for task in tasks]
+    return [grade(Question(t.question, t.meta["gold"], None, task), t) for t, task in zip(runs, known, strict=True)]
 
 
 def graded_by(question: Question) -> dict[str, Any]:

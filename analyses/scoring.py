@@ -126,7 +126,7 @@ def _likelihood(
     nats = [0.0] * len(rows)
     with quiet(model.module):
         for row, log_p, said in predicted(model, rows, prompts, batch_size):
-            nats[row] = read(log_p, said).double().sum().item()
+            nats[row] = read(log_p, said).cpu().double().sum().item()
     return Likelihood(tuple(nats), tuple(len(at) for _, at in rows), missing, seed)
 
 

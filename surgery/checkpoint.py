@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from logging import getLogger
 from pathlib import Path
@@ -42,7 +43,7 @@ class Checkpoint(Weights):
         self.layout = self
         self._shapes = {site: self._site_shape(site) for site in self.anatomy.places}
         self._files: dict[str, TensorFile] = {}
-        self._last: tuple[str, Tensor] = ("", torch.empty(0))
+        self._last: dict[int, tuple[str, Tensor]] = {}  # of each thread
 
     def shapes(self) -> Mapping[Site, torch.Size]:
         return self._shapes
@@ -57,9 +58,9 @@ class Checkpoint(Weights):
 
     def stored(self, name: str) -> Tensor:
         """A tensor as the file has it, by the file's name for it."""
-        last = self._last  # one look: another thread may put its own there
-        if last[0] != name:  # a walk in chunks asks for the same one many times
-            self._last = last = (name, self._file(self.tensors[name].file)[name])
+        last = self._last.get(threading.get_ident())
+        if last is None or last[0] != name:  # a walk in chunks asks for the same one many times
+            last = self._last[threading.get_ident()] = (name, self._file(self.tensors[name].file)[name])
         return last[1]
 
     def _file(self, name: str) -> TensorFile:

@@ -27,8 +27,12 @@ from surgery.whole import new_folder
 
 FILE = "delta.safetensors"
 Form = Literal["auto", "dense", "sparse", "low-rank"]
-_FORMAT = "model-surgery delta 2"
-_READABLE = {"model-surgery delta 1", _FORMAT}  # the first knew no low-rank form
+_FORMAT = "model-surgery delta 3"
+_READABLE = {
+    "model-surgery delta 1",
+    "model-surgery delta 2",
+    _FORMAT,
+}  # the earlier ones knew their base by another hash
 _PARTS = ({"value"}, {"index", "value"}, {"left", "right"})
 _MOST, _WIDEST = 1 << 33, 1 << 26  # entries of one tensor and of one row of it: a few positions could claim any size
 
@@ -36,7 +40,7 @@ _MOST, _WIDEST = 1 << 33, 1 << 26  # entries of one tensor and of one row of it:
 class StoredDelta(Factored):
     """A Delta read lazily from a folder that `save_delta` wrote.
 
-    base_hash: the hash of the checkpoint it was measured from.
+    base_hash: the hash of the checkpoint it was measured from; empty where that is not known.
     errors:    relative Frobenius error in [0, 1] of each site stored as factors, 0 where they are exact.
     Raises CheckpointError for a folder that holds no delta, or a damaged one.
     """
@@ -60,7 +64,7 @@ class StoredDelta(Factored):
                 f"{path} is a safetensors file but not a delta: its format is {metadata.get('format')!r}, expected {_FORMAT!r}."
             )
         try:
-            self.base_hash = str(metadata["base_hash"])
+            self.base_hash = str(metadata["base_hash"]) if metadata["format"] == _FORMAT else ""
             self._shapes = {Site.parse(s): _size(shape) for s, shape in json.loads(metadata["shapes"]).items()}
             self.errors = {Site.parse(s): float(e) for s, e in json.loads(metadata.get("errors", "{}")).items()}
             self._origins = frozenset(Origin(**said) for said in json.loads(metadata.get("origins", "[]")))

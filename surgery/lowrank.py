@@ -230,6 +230,9 @@ class Adapter(Factored):
     def scaling(self, site: Site | str) -> float:
         return self._pairs_at[self._existing(site)][0][0].scale
 
+    def by_rows(self, site: Site) -> bool:
+        return self._is_product(site) or self.base.by_rows(site)
+
     def _read(self, site: Site, rows: slice) -> Tensor:
         if self._is_product(site):
             left, right = self._product(site, rows)

@@ -97,14 +97,17 @@ class Record:
             wrong = [name for name, kind in _KINDS.items() if not isinstance(said.get(name, kind()), kind)]
             if wrong:
                 raise TypeError(f"{wrong[0]} is no {_KINDS[wrong[0]].__name__}")
-            made = cls(**{"hash": "SHA-256", **said})  # records once said nothing of it
+            return cls(**{"hash": "SHA-256", **said})  # records once said nothing of it
         except (ValueError, TypeError, AttributeError) as error:
             raise RecordError(f"{path} is damaged: {str(error)[:300]}") from error
-        if made.hash != cls.hash:
+
+    def require_comparable(self) -> None:
+        """Raise RecordError where the outputs are known by a hash that this version does not take."""
+        if self.hash != type(self).hash:
             raise RecordError(
-                f"{path} knows its outputs by {made.hash}, and this version knows files by {cls.hash}: they cannot be compared. Run the command again."
+                f"The record of this {self.command} knows its outputs by {self.hash}, and this version knows files by {type(self).hash}: they "
+                "cannot be compared. Run the command again."
             )
-        return made
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,9 @@ class Replayed:
 
 def verify(folder: str | os.PathLike[str]) -> list[str]:
     """What differs from the record, in words: changed tensors or files, missing ones, extra ones. Empty when all is as recorded."""
-    recorded = Record.load(folder).outputs
+    record = Record.load(folder)
+    record.require_comparable()
+    recorded = record.outputs
     found = hash_folder(Path(folder))
     problems = [f"{name} is missing" for name in recorded if name not in found]
     problems += [f"{name} is not in the record" for name in found if name not in recorded]
@@ -143,6 +148,7 @@ def replay(
     import fnmatch
 
     record = Record.load(folder)
+    record.require_comparable()
     if record.command not in commands:
         raise RecordError(
             f"The record's command is {record.command!r}; this version knows {', '.join(sorted(commands))}."

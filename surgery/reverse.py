@@ -48,9 +48,6 @@ class Reverse:
         if self.refused:
             return
         before = self._layout.stored(name)
-        if after.dtype != before.dtype:
-            self.refuse(f"it was stored as {after.dtype} where the original has {before.dtype}")
-            return
         was, now = _bits(before.reshape(-1)[at : at + after.numel()]), _bits(after.reshape(-1))
         narrow = np.int32 if at + len(was) < 2**31 else np.int64
         grown = 0

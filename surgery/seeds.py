@@ -15,5 +15,5 @@ def seed_from_numbers(*parts: int) -> int:
 
 def seed_from_words(*parts: object) -> int:
     """63 bits, from words and numbers: a seed, a tensor, a model."""
-    said = json.dumps(parts, default=str).encode()
+    said = json.dumps(parts, default=lambda part: part.item() if hasattr(part, "item") else str(part)).encode()
     return int.from_bytes(hashlib.sha256(said).digest()[:8], "little") >> 1

@@ -1,7 +1,7 @@
 """Weights are points, changes are vectors.
 
 ``point - point = vector``, ``point + vector = point``, ``vector + vector = vector``; ``point + point`` is a TypeError. Everything is
-lazy: an expression costs nothing until `write` or `installed` walks it, one tensor at a time. Expressions are kept as sums of their
+lazy: an expression costs nothing until `write` or `installed` walks it, tensor by tensor. Expressions are kept as sums of their
 leaves, so ``base + (tuned - base)`` *is* ``tuned``, to the bit.
 """
 
@@ -73,7 +73,7 @@ class _Tensors(Mapping[Site, Tensor]):
         return self._read(self._resolve(site), rows)
 
     def by_rows(self, site: Site) -> bool:
-        """Whether some rows of the tensor at a whole site cost less than all of it."""
+        """Whether some rows of the tensor at a whole site cost less than all of it. Where it is so, several threads may read at once."""
         return True
 
     def strips(self, site: Site, pieces: Iterable[slice]) -> Iterator[Tensor]:

@@ -1,6 +1,6 @@
 """Writing a point as a model folder: streamed, hashed while it goes, proved by reloading, there whole or not at all.
 
-`write` walks any point one tensor at a time into a temporary folder beside the destination, loads what it wrote as anybody would
+`write` walks any point, a few tensors side by side, into a temporary folder beside the destination, loads what it wrote as anybody would
 (`surgery.proof`), keeps a way back (`surgery.reverse`), and only then renames.
 """
 
@@ -14,9 +14,8 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,6 +149,22 @@ def write(
     return written
 
 
+def _one_core() -> None:
+    """For the thread that calls: torch asks how many there are at its first work, and keeps to the answer."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+def _done(work: Callable[..., _Learnt], *given: Any) -> Future[_Learnt]:
+    """What is done here and now, or its fault, as if it came from another thread."""
+    done: Future[_Learnt] = Future()
+    try:
+        done.set_result(work(*given))
+    except Exception as error:  # told in its turn
+        done.set_exception(error)
+    return done
+
+
 def _flush(path: Path) -> None:
     """The file's bytes are on the disk when this returns."""
     with path.open("rb") as written:
@@ -179,34 +194,47 @@ class _Job:
     kept: dict[Site, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._cores = torch.get_num_threads()
-        self._whole, self._given_up, self._room = threading.Lock(), threading.Event(), _Room()
+        self._given_up, self._room = threading.Event(), _Room()
         self._changed, self._homes = self.weights.changed_from(self.layout), self.layout.anatomy.stored_in()
         self.altered = {n for n, t in self.layout.tensors.items() if self._touched(n) or self._out(t) != t.dtype}
+        restored = next((t for t in self.layout.tensors.values() if self._out(t) != t.dtype), None)
+        if restored is not None:
+            self.reverse.refuse(f"it was stored as {self._out(restored)} where the original has {restored.dtype}")
 
     def write_file(self, path: Path, bar: Any) -> None:
-        """One safetensors file of the layout: its tensors side by side, one on each core."""
+        """One safetensors file of the layout, its tensors side by side.
+
+        What is read by rows goes to threads of one core each. What is there whole comes one at a time and in the file's order, on the
+        thread that called and with all its cores: an edit is code of its caller's.
+        """
         stored = sorted((t for t in self.layout.tensors.values() if t.file == path.name), key=lambda t: t.begin)
         planned = ((t.name, self._out(t), t.shape) for t in stored)
         text, size = header_bytes(planned, self.layout.metadata[path.name])
-        lengths = (t.shape.numel() * self._out(t).itemsize for t in stored)
-        begins = accumulate(lengths, initial=len(text))
+        begin, work = len(text), []  # of each tensor what comes of it, and the bytes that the bar has not counted yet
         with path.open("wb", buffering=0) as file, self._threads() as pool:
             if hasattr(os, "posix_fallocate"):  # a disk too small is known before the work, and writing is faster
                 os.posix_fallocate(file.fileno(), 0, size)
             sink = _Sink(file)
             sink.put(text, 0)
-            work = [pool.submit(self._write_tensor, sink, *where) for where in zip(stored, begins, strict=False)]
-            for tensor, done in zip(stored, work, strict=True):  # in the file's order, of faults as well
+            for tensor in stored:
+                if self._by_rows(self._touched(tensor.name)):
+                    work.append((pool.submit(self._write_aside, sink, tensor, begin), tensor.end - tensor.begin))
+                else:
+                    work.append((_done(self._write_tensor, sink, tensor, begin), 0))
+                    if work[-1][0].exception():
+                        break
+                    bar.update(tensor.end - tensor.begin)
+                begin += tensor.shape.numel() * self._out(tensor).itemsize
+            for tensor, (done, size) in zip(stored, work, strict=False):  # in the file's order, of faults as well
                 self._learn(tensor, done.result())
-                bar.update(tensor.end - tensor.begin)
+                bar.update(size)
 
     @contextmanager
     def _threads(self) -> Iterator[ThreadPoolExecutor]:
-        """A thread for each core, and torch on one core in each of them. Left early, what they are at is given up."""
-        torch.set_num_threads(1)  # what threads begin with
+        """Threads with one core each. Left early, what they are at is given up."""
+        cores = torch.get_num_threads()
         try:
-            with ThreadPoolExecutor(min(self._cores, _THREADS)) as pool:
+            with ThreadPoolExecutor(min(cores, _THREADS), initializer=_one_core) as pool:
                 try:
                     yield pool
                 except BaseException:
@@ -214,17 +242,11 @@ class _Job:
                     pool.shutdown(cancel_futures=True)
                     raise
         finally:
-            torch.set_num_threads(self._cores)
+            torch.set_num_threads(cores)  # what threads begin with
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """For a tensor that is there whole: one at a time, and torch on all cores."""
-        with self._whole:
-            torch.set_num_threads(self._cores)
-            try:
-                yield
-            finally:
-                torch.set_num_threads(1)
+    def _write_aside(self, sink: _Sink, tensor: Stored, begin: int) -> _Learnt:
+        with torch.no_grad():
+            return self._write_tensor(sink, tensor, begin)
 
     def _write_tensor(self, sink: _Sink, tensor: Stored, begin: int) -> _Learnt:
         """One stored tensor, a chunk at a time, hashed as it was and as it is while the processor's cache has it."""
@@ -232,17 +254,16 @@ class _Job:
         before, altered = self.layout.stored(tensor.name).reshape(-1), tensor.name in self.altered
         was, now, at = Digest(), Digest(), 0
         kept: dict[Site, Kept] = {}
-        with nullcontext() if self._by_rows(changed) else self._alone():
-            for piece in self._pieces(tensor, changed, kept):
-                if self._given_up.is_set():
-                    break
-                data = raw_bytes(piece)
-                now.update(data)
-                if altered:
-                    was.update(raw_bytes(before[at : at + piece.numel()]))
-                    self.reverse.add(tensor.name, at, piece)
-                begin += sink.put(data, begin)
-                at += piece.numel()
+        for piece in self._pieces(tensor, changed, kept):
+            if self._given_up.is_set():
+                break
+            data = raw_bytes(piece)
+            now.update(data)
+            if altered:
+                was.update(raw_bytes(before[at : at + piece.numel()]))
+                self.reverse.add(tensor.name, at, piece)
+            begin += sink.put(data, begin)
+            at += piece.numel()
         return _Learnt(now.hexdigest(), was.hexdigest() if altered else None, kept)
 
     def _learn(self, tensor: Stored, learnt: _Learnt) -> None:

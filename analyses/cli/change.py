@@ -531,4 +531,8 @@ def _change_in(ref: str, base: Checkpoint) -> tuple[Delta, dict[str, str]]:
             "hash": hash_bytes(settings + hash_of_tensors(Path(ref) / WEIGHTS).encode()),
         }
     vector = StoredDelta(ref)
-    return vector, {"ref": ref, "hash": hash_of_tensors(Path(ref) / "delta.safetensors"), "base": vector.base_hash}
+    return vector, {
+        "ref": ref,
+        "hash": hash_of_tensors(Path(ref) / "delta.safetensors"),
+        **({"base": vector.base_hash} if vector.base_hash else {}),
+    }

@@ -528,7 +528,8 @@ def check_delta(folder: Path, base: Facts) -> list[Problem]:
     problems += _landing(
         folder, {str(name): shape for name, shape in shapes.items()}, metadata.get("origins", "[]"), base
     )
-    measured, known = metadata.get("base_hash", ""), _recorded_hash(base.folder)
+    of_now = metadata["format"] == "model-surgery delta 3"  # the earlier ones knew their base by another hash
+    measured, known = metadata.get("base_hash", "") if of_now else "", _recorded_hash(base.folder)
     ref = _recorded_base(folder)
     if known and measured and known != measured:
         found = f"was measured from {ref or 'a base'} (hash {measured[:12]}), not from {base.ref} (hash {known[:12]})"

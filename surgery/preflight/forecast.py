@@ -25,9 +25,10 @@ from surgery.preflight.facts import SHORT, Facts
 MIB = 1 << 20
 IMPORTS = 262 * MIB  # the interpreter, torch, transformers as far as a config needs it
 MERGEKIT = 54 * MIB
-CHUNKS = 15 * MIB  # pieces in flight on two cores: computed, hashed, written
+CHUNKS = 7.5 * MIB  # pieces in flight in one thread: computed, hashed, written
 RULE = 20 * MIB  # what a rule of mergekit's adds where chunks are enough
-TRIMS = 35 * MIB  # and one that looks for the largest entries
+TRIMS = 17.5 * MIB  # and one that looks for the largest entries, in each thread
+THREADS = min(8, os.cpu_count() or 1)  # as many as the writer takes
 PROOF = 30 * MIB  # the architecture's code, and activations
 PROBES = 8  # tokens whose logits are compared, three times over
 UNDO_LIMIT = 32 * MIB
@@ -89,9 +90,11 @@ def peak_memory(
         copies = RULE_COPIES.get(method, OTHER_COPIES)
         spread = SCATTERED if 4 * largest < MAPPED else 1.0
         rule += RULE if method in IN_CHUNKS else spread * copies * 4 * largest * models
-        rule += TRIMS if method == "ties" else 0
+        rule += THREADS * TRIMS if method == "ties" else 0
     libraries = IMPORTS + (MERGEKIT if method else 0)
-    writing = CHUNKS + max(held, rule)  # the largest tensor, an embedding, comes first: little is held by then
+    writing = THREADS * CHUNKS + max(
+        held, rule
+    )  # the largest tensor, an embedding, comes first: little is held by then
     proof = PROOF + 3 * PROBES * 4 * vocabulary + (held + patch if kept else 0)
     return libraries + max(writing, proof)
 

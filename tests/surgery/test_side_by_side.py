@@ -1,13 +1,19 @@
 """Tensors are written side by side, one on each core: nothing of that shows in what is written, said or left behind."""
 
+import json
 import sys
+import threading
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from surgery import Checkpoint, Scale, apply, merge, write, writing
+from surgery.record import Record, RecordError, verify
+from surgery.reverse import Reverse
+from surgery.tensorfile import TensorFile
 from tests.families import FAMILIES, save_tiny
 from tests.siblings import sibling, siblings
 
@@ -118,3 +124,77 @@ def test_when_one_tensor_fails_the_others_are_given_up(on_cores, tmp_path):
     assert len(seen) < len(apply(broken, base, "*.*.*").changed_from(base))
     assert torch.get_num_threads() == 2
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def test_edits_are_applied_in_order_on_the_thread_that_asked(on_cores, tmp_path):
+    """So that one that draws, counts, or uses what its caller switched off gives the same as ever."""
+    base = Checkpoint(save_tiny("llama", tmp_path / "base"))
+    other = Checkpoint(sibling(base.folder, tmp_path / "other", seed=1))
+    layer = torch.nn.Linear(32, 32)
+    drawn = []
+
+    def draws(site, W):
+        drawn.append(site)
+        return (W @ layer.weight[:, : W.shape[1]].float()[: W.shape[1]]) + 0.01 * torch.randn_like(W)
+
+    found = []
+    for cores in (1, 5):
+        on_cores(cores)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            point = apply(draws, base + 0.3 * (other - base), ["*.attn.q", "*.attn.k"])
+            found.append(write(point, tmp_path / f"on {cores}").hashes)
+    assert found[0] == found[1]
+    half = len(drawn) // 2
+    assert drawn[:half] == drawn[half:]
+
+
+def test_what_is_read_by_rows_has_one_core_whatever_is_there_whole(on_cores, tmp_path, monkeypatch):
+    """The threads of a file keep to one core each, though a whole tensor of it has them all."""
+    base = Checkpoint(save_tiny("llama", tmp_path / "base"))
+    other = Checkpoint(sibling(base.folder, tmp_path / "other", seed=1))
+    seen = []
+    real = writing._Tally.add
+
+    def add(self, *given):
+        seen.append((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        return real(self, *given)
+
+    monkeypatch.setattr(writing._Tally, "add", add)
+    on_cores(4)
+    write(apply(Scale(0.5), base + 0.3 * (other - base), ["embed", "0.attn.q"]), tmp_path / "out")
+    assert set(seen) == {(True, 4), (False, 1)}
+
+
+def test_unaligned_tensors_are_read_once_by_each_thread(on_cores, unchecked, tmp_path, monkeypatch):
+    base = save_tiny("llama", tmp_path / "base", dtype=torch.bfloat16)
+    raw = (base / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].rstrip(b" ")
+    header += b" " * (1 - len(header) % 2)  # of odd length
+    (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+    other = Checkpoint(sibling(base, tmp_path / "other", seed=1))
+    asked = []
+    real = TensorFile.__getitem__
+
+    def get(self, name):
+        asked.append((threading.get_ident(), str(self.path), name))
+        return real(self, name)
+
+    monkeypatch.setattr(TensorFile, "__getitem__", get)
+    on_cores(4)
+    start = Checkpoint(base)
+    job = writing._Job(start + 0.3 * (other - start), start, None, None, Reverse(start))
+    job.write_file(tmp_path / "model.safetensors", tqdm(disable=True))
+    assert len(asked) == len(set(asked))
+
+
+def test_a_record_by_another_hash_is_read_and_not_compared(tmp_path):
+    folder = write(Checkpoint(save_tiny("llama", tmp_path / "base")), tmp_path / "out").folder
+    path = Record("edit", {}).save(folder)
+    said = json.loads(path.read_text())
+    assert said.pop("hash") == "BLAKE3"
+    path.write_text(json.dumps(said))
+    assert Record.load(folder).command == "edit"
+    with pytest.raises(RecordError, match="knows its outputs by SHA-256"):
+        verify(folder)
