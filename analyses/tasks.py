@@ -358,14 +358,8 @@ def grade(question: Question, given: Transcript | str | None) -> bool | None:
         score: Any = get_score_answer_fn(source.split(":", 1)[1])  # annotated there as taking nothing
         try:
             return score(_final(text).strip(), entry) == 1.0
-        except (
-            ValueError,
-            TypeError,
-            LookupError,
-            ArithmeticError,
-            SyntaxError,
-        ):  # it trips over what is not in the asked form
-            return False
+        except (ValueError, TypeError, LookupError, ArithmeticError, SyntaxError):
+            return False  # it trips over what is not in the asked form
     stated = re.findall(r"(?:answer|solution|result)\s*(?:is|:)\s*([^\n]+)", _final(text), flags=re.IGNORECASE)
     if stated and _plain(stated[-1]) == gold:
         return True
