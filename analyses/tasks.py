@@ -211,7 +211,7 @@ def _row(path: Path, number: int, line: bytes) -> Question:
 
 
 def load(spec: str, count: int | None = None, *, seed: int = 0, side: Side = "all") -> list[Question]:
-    """Questions by a word, for the command line: "sums", "gym:NAME" or the path of a .jsonl file.
+    """Questions by a word, for the command line: "sums", "gym:NAME" or the path of a file of JSON lines.
 
     ``count``: 200 for generated tasks and every line of a file when None.
     """
@@ -221,7 +221,9 @@ def load(spec: str, count: int | None = None, *, seed: int = 0, side: Side = "al
         return reasoning_gym(spec[4:], 200 if count is None else count, seed=seed, side=side)
     if is_file(spec):
         return jsonl(spec, count, seed=seed, side=side)
-    raise ValueError(f"task {spec!r}: must be 'sums', 'gym:NAME' (a reasoning-gym task) or the path of a .jsonl file")
+    raise ValueError(
+        f"task {spec!r}: must be 'sums', 'gym:NAME' (a reasoning-gym task) or a file of JSON lines; there is no file of that name."
+    )
 
 
 def held_out(spec: str, count: int | None = None, *, seed: int = 0) -> list[Question]:

@@ -38,7 +38,6 @@ class Reverse:
 
     def __init__(self, layout: Checkpoint, limit: int = UNDO_LIMIT):
         self._layout, self._limit = layout, limit
-        self._tensors: dict[str, Tensor] = {}
         self._pieces: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self._size, self._lock = 0, threading.Lock()
         self.refused: str | None = None if limit else "it was asked not to keep a way back"
@@ -62,7 +61,8 @@ class Reverse:
             self.refuse(f"the original of what changed takes more than {self._limit / 2**20:.0f} MiB")
 
     def refuse(self, why: str) -> None:
-        self.refused, self._pieces, self._tensors = why, {}, {}
+        if self._limit:
+            self.refused, self._pieces = why, {}
 
     def save(self, folder: Path, base_hash: str, point: str) -> str:
         """Write the patch into the new folder, and say what it holds; or say why there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -284,8 +285,7 @@ def edit(
 
     steps: list[Step] = read_edits(Path(edits)) if edits else []
     for entry in scale or []:
-        sites, _, factor = entry.rpartition(":")
-        steps.append(read_edit({"scale": {"factor": factor, "at": sites}}, f"--scale {entry}"))
+        steps.append(read_edit({"scale": _scaling(entry)}, f"--scale {entry}"))
     ranked = _ranking(remove, at, heads, runs, over, strength, device)
     if remove is not None and ranked is None:
         where = at[0] if at is not None and len(at) == 1 else at
@@ -336,6 +336,19 @@ def edit(
         reproducible=["*.safetensors", "heads.csv"],
     )
     typer.echo(written)
+
+
+def _scaling(entry: str) -> dict[str, Any]:
+    sites, _, factor = entry.rpartition(":")
+    try:
+        number = float(factor)
+    except ValueError:
+        number = math.nan
+    if not sites or not math.isfinite(number):
+        raise ValueError(
+            f"--scale {entry}: sites and then a factor, a finite number, are needed, as in 12.mlp.down:0.5; the factor here is {factor!r}."
+        )
+    return {"factor": number, "at": sites}
 
 
 def _ranking(

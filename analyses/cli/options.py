@@ -31,7 +31,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Questions = Annotated[
     str,
     typer.Option(
-        help="'sums', 'gym:NAME' (a reasoning-gym task), or a .jsonl file with question, answer and perhaps solution."
+        help="'sums', 'gym:NAME' (a reasoning-gym task), or a file of JSON lines with question, answer and perhaps solution."
     ),
 ]
 

@@ -144,6 +144,8 @@ def test_edit_refuses(surgery, home: Path, tmp_path: Path) -> None:
         (["--edits", tmp_path / "bad.yml"], ["bad.yml, edit 2", "'shrink'", "Edits are"]),
         (["--edits", tmp_path / "none.yml"], ["none.yml is not a file"]),
         (["--scale", "1.mlp.up"], ["--scale 1.mlp.up"]),
+        (["--scale", "2:1.mlp.up"], ["--scale 2:1.mlp.up", "sites and then a factor", "'1.mlp.up'"]),
+        (["--scale", ":2"], ["--scale :2", "sites and then a factor"]),
         (["--scale", "1.mlp.up:much"], ["--scale 1.mlp.up:much", "finite number", "'much'"]),
         (["--scale", "9.mlp.up:2"], ["--scale 9.mlp.up:2", "matches no site"]),
         (["--remove", u], ["--remove", "at is missing"]),

@@ -56,6 +56,12 @@ def test_a_change_over_the_limit_keeps_no_way_back_and_says_so(limit, why, tmp_p
     assert not (tmp_path / "back").exists()
 
 
+def test_whoever_asks_for_no_way_back_is_told_that_whatever_else_stands_in_its_way(tmp_path):
+    base = Checkpoint(save_tiny("llama", tmp_path / "model"))
+    written = write(apply(Scale(0.5), base, "*.mlp.up"), tmp_path / "out", dtype=torch.bfloat16, undo_limit=0)
+    assert "no undo: it was asked not to keep a way back" in written.checks
+
+
 def test_another_dtype_keeps_no_way_back(tmp_path):
     base = Checkpoint(save_tiny("llama", tmp_path / "model"))
     written = write(base, tmp_path / "out", dtype=torch.bfloat16)
