@@ -68,7 +68,7 @@ class Kickstarting:
     learner:    the model that trains; it generates `batch_size` answers of at most `max_new_tokens` tokens in every step, by (seed, step)
                 and its weights alone. That costs as much as generating does.
     start:      the starting model: a second copy, which nobody trains.
-    until:      the weight falls linearly to 0 over so many steps; None keeps it.
+    until:      the weight falls linearly to 0 over so many steps, and nothing is generated from then on; None keeps it.
     Raises ValueError for a weight that is not above 0 and, when called, where `start` shares parameters with the module that trains or
     `learner` does not.
     Source: Schmitt et al., "Kickstarting Deep Reinforcement Learning", arXiv 1803.03835.
@@ -89,10 +89,12 @@ class Kickstarting:
     def __call__(self, module: nn.Module, step: int, /) -> Float[Tensor, ""]:
         if not _shared(module, self._learner.module):
             raise ValueError("Kickstarting's learner is not the model that trains: give the one that is tuned.")
-        said = self.answers(step)
-        batch = Collate(0)(rows_of(examples(said)))
+        weight = self.weight_at(step)
+        if not weight:
+            return torch.zeros((), device=next(module.parameters()).device)
+        batch = Collate(0)(rows_of(examples(self.answers(step))))
         now, then = _both(module, self._start, batch)
-        return self.weight_at(step) * _mean(now, kl_divergence(now.logits, then.logits))
+        return weight * _mean(now, kl_divergence(now.logits, then.logits))
 
     def weight_at(self, step: int) -> float:
         """The weight when `step` optimizer steps are done."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from surgery.transcript import THINK, Markers, Transcript
+from surgery.transcript import THINK, Markers, Transcript, opens_thinking
 
 Grader = Callable[[Any, Transcript], bool | None]
 
@@ -47,7 +47,7 @@ class Answer:
 @dataclass(frozen=True)
 class ThinkFormat:
     """1 where the completion opens its thinking at once, closes it, each marker once, and has text in the thinking and an answer after
-    it; else 0.
+    it; else 0. After a prompt that ends in the opening marker the completion has none of its own.
 
     Source: DeepSeek-AI, "DeepSeek-R1", arXiv 2501.12948, section 2.2.2 (format reward).
     """
@@ -56,6 +56,8 @@ class ThinkFormat:
 
     def __call__(self, question: Any, transcript: Transcript) -> float:
         text = transcript.completion or ""
+        if opens_thinking(transcript.prompt or "", self.markers):
+            text = self.markers.open + text
         once = text.count(self.markers.open) == text.count(self.markers.close) == 1
         body = text.removeprefix(self.markers.open)
         return float(once and body != text and bool(transcript.thinking) and bool(transcript.answer))
@@ -135,7 +137,7 @@ class Overlong:
 
 @dataclass(frozen=True)
 class Weighted:
-    """A weighted sum of rewards by name. A part that abstains adds nothing; where all abstain, so does the sum.
+    """A weighted sum of rewards by name. A part that abstains adds nothing; where all that have a weight abstain, so does the sum.
 
     parts: name -> (reward, weight); weight 0 only measures. Raises ValueError for weights that are not finite, or all 0.
     """
@@ -153,7 +155,8 @@ class Weighted:
 
     def total(self, values: Mapping[str, float | None]) -> float | None:
         """The sum of values that `each` gave."""
-        given = [self.parts[name][1] * value for name, value in values.items() if value is not None]
+        weights = {name: weight for name, (_, weight) in self.parts.items() if weight}
+        given = [weight * value for name, weight in weights.items() if (value := values[name]) is not None]
         return sum(given) if given else None
 
     def __call__(self, question: Any, transcript: Transcript) -> float | None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from surgery.model import Model
-from surgery.transcript import SENTENCE, THINK, Markers, Transcript, read_transcript
+from surgery.transcript import SENTENCE, THINK, Markers, Transcript, opens_thinking, read_transcript
 
 Grader = Callable[[Transcript], bool | None]
 _BODY = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)
@@ -104,10 +104,15 @@ class Steps:
     def of(cls, transcript: Transcript, markers: Markers = THINK) -> Steps | None:
         """None where the transcript has no thinking, or none with a word in it."""
         text = completion_text(transcript)
-        opened = text.find(markers.open)
-        closed = text.find(markers.close, max(opened, 0))
-        begin, end = opened + len(markers.open), len(text) if closed < 0 else closed
-        if opened < 0 or not text[begin:end].strip():
+        if opens_thinking(transcript.prompt or "", markers):
+            begin = 0
+        elif (opened := text.find(markers.open)) >= 0:
+            begin = opened + len(markers.open)
+        else:
+            return None
+        closed = text.find(markers.close, begin)
+        end = len(text) if closed < 0 else closed
+        if not text[begin:end].strip():
             return None
         parts = [found.groups() for piece in _sentences(text[begin:end]) if (found := _BODY.fullmatch(piece))]
         gaps = [left[2] + right[0] for left, right in pairwise(parts)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -125,6 +126,23 @@ def test_steps_put_together_are_the_text(thinking: str, answer: str, closed: boo
             assert steps.keeping(range(len(steps))) == steps
         else:
             assert not thinking.strip()
+
+
+def test_steps_are_those_of_a_prompt_that_opens_the_thinking_too() -> None:
+    opening = Model(MODEL.module, copy.deepcopy(MODEL.tokenizer))
+    opening.tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    for plain, t in zip(told(), told(opening), strict=True):
+        steps, same = Steps.of(t), Steps.of(plain)
+        assert steps is not None and same is not None
+        assert (steps.bodies, steps.gaps, steps.after) == (same.bodies, same.gaps, same.after)
+        assert steps.before == same.before.removeprefix("<think>\n") == ""
+        assert retold(opening, t, steps.text()) == t
+    assert Steps.of(opening.transcript("q", "</think>7")) is None
+    for recipe in (shuffle_steps, delete_steps, corrupt_digits, flawed_prefix):
+        for t, plain in zip(recipe(opening, told(opening)), recipe(MODEL, told()), strict=True):
+            assert t.thinking == plain.thinking
+            assert t.completion == (plain.completion or "").removeprefix("<think>\n")
+            same_reading(opening, t)
 
 
 def test_the_same_words_give_the_same_transcript() -> None:

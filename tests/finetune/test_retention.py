@@ -142,6 +142,20 @@ def test_kickstarting_is_the_divergence_to_the_start_on_what_the_learner_says() 
     assert kept.weight_at(1000) == 0.5
 
 
+def test_kickstarting_says_nothing_once_its_weight_is_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, now = model(), moved()
+    term = Kickstarting(now, start, WORDS, batch_size=2, max_new_tokens=4, until=3)
+    asked: list[int] = []
+    answers = term.answers
+    monkeypatch.setattr(term, "answers", lambda step: asked.append(step) or answers(step))
+    values = [value(term, now, step) for step in range(6)]
+    assert all(v > 0 for v in values[:3])
+    assert values[3:] == [0, 0, 0]
+    assert asked == [0, 1, 2]
+    with pytest.raises(ValueError, match="learner is not the model that trains"):
+        Kickstarting(start, start, WORDS, until=1)(now.module, 1)
+
+
 def test_kickstarting_says_something_else_by_seed_step_temperature_and_weights() -> None:
     start, now = model(), moved()
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from analyses.tasks import Question, grade
 from finetune.rewards import Answer, CosineLength, NearLength, Overlong, ThinkFormat, Weighted, described
 from surgery.transcript import Markers, Transcript, read_transcript
-from tests.families import characters
+from tests.families import VOCABULARY, characters
 
 TOKENIZER = characters()
 QUESTION = Question("2 + 2?", "4")
@@ -22,8 +22,14 @@ QUESTION = Question("2 + 2?", "4")
 
 def said(text: str, end: bool = True) -> Transcript:
     """A transcript of one token a character; the end token is one more."""
-    ids = [TOKENIZER.get_vocab()[{" ": "Ġ", "\n": "Ċ"}.get(c, c)] for c in text]
+    ids = [VOCABULARY[{" ": "Ġ", "\n": "Ċ"}.get(c, c)] for c in text]
     return read_transcript(TOKENIZER, "2 + 2?", [1], ids + [TOKENIZER.eos_token_id] * end)
+
+
+def goes_on(text: str, prompt: str = "2 + 2?<think>\n") -> Transcript:
+    """What is said after a prompt that has opened the thinking."""
+    ids = [[VOCABULARY[{" ": "Ġ", "\n": "Ċ"}.get(c, c)] for c in part] for part in (prompt, text)]
+    return read_transcript(TOKENIZER, "2 + 2?", *ids)
 
 
 def of_length(tokens: int, answer: str = "4") -> Transcript:
@@ -77,9 +83,28 @@ def test_format_is_one_thinking_at_the_start_and_an_answer(text: str, good: bool
     assert ThinkFormat()(QUESTION, said(text)) == float(good)
 
 
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("so</think>4", True),
+        ("so\n</think>\n4\n", True),
+        ("</think>4", False),
+        ("so</think>", False),
+        ("so 4", False),
+        ("<think>so</think>4", False),
+        ("so</think>4</think>", False),
+        ("so</think>4<think>more</think>5", False),
+        ("", False),
+    ],
+)
+def test_format_goes_on_where_the_prompt_has_opened_the_thinking(text: str, good: bool) -> None:
+    assert ThinkFormat()(QUESTION, goes_on(text)) == float(good)
+    assert ThinkFormat()(QUESTION, goes_on(text, "Say <think>, then 4.")) == ThinkFormat()(QUESTION, said(text))
+
+
 def test_format_takes_other_markers() -> None:
     other = Markers("[", "]")
-    ids = [TOKENIZER.get_vocab()[c] for c in "[so]4"]
+    ids = [VOCABULARY[c] for c in "[so]4"]
     transcript = read_transcript(TOKENIZER, "2 + 2?", [1], ids, other)
     assert ThinkFormat(other)(QUESTION, transcript) == 1
     assert ThinkFormat()(QUESTION, transcript) == 0
@@ -142,6 +167,14 @@ def test_a_weighted_sum_adds_what_does_not_abstain() -> None:
     assert reward.each(QUESTION, bare) == {"answer": 1.0, "near": None, "seen": 0.0}
     assert reward(QUESTION, bare) == 2.0
     assert Weighted({"near": (NearLength(10), 1.0)})(QUESTION, bare) is None
+
+
+def test_a_part_of_weight_0_only_measures() -> None:
+    answer = Answer(grade, missing=None)
+    reward = Weighted({"answer": (answer, 1.0), "length": (Overlong(256, 64), 0.0)})
+    for transcript in (said("<think>two</think>4"), said("5"), said("<think>no answer")):
+        assert reward(QUESTION, transcript) == answer(QUESTION, transcript)
+        assert reward.each(QUESTION, transcript)["length"] == 0
 
 
 @pytest.mark.parametrize(
