@@ -28,6 +28,7 @@ from finetune.hosts import Surgical
 from finetune.learner import Adapter, Trains, bar, check_budget, learner, one_device, require_versions
 from finetune.predictions import logits_at
 from finetune.rewards import Reward, Weighted, described
+from finetune.rules import DRIFT
 from finetune.tune import Tuned, course
 from surgery.borrowing import evaluating
 from surgery.hashing import hash_bytes
@@ -50,7 +51,8 @@ _PART = "rewards/"
 class Round:
     """The completions of one optimizer step.
 
-    reward:   mean over the completions that were scored. parts: the same for each part of a `Weighted` reward, without its weight.
+    reward:   mean over the completions that were scored. parts: the same for each part of a `Weighted` reward, without its weight; NaN where
+              none was.
     flat:     share in [0, 1] of the groups all of whose rewards are equal: they give no gradient.
     unscored: completions for which the reward abstained.
     length:   mean tokens of a completion. cut: share in [0, 1] that the cap cut off.
@@ -169,6 +171,7 @@ def grpo(
         "density": density, "lora_rank": lora_rank, "filter_rank": filter_rank, "refresh": refresh, "weight_decay": weight_decay,
         "schedule": schedule, "warmup": warmup, "max_grad_norm": max_grad_norm, "autocast": autocast, "patience": patience,
         "vllm": served, "seed": seed, "reward": described(reward), "data": _hash(questions), "start": fingerprint(model),
+        "DRIFT": any(isinstance(c, DRIFT) for c in callbacks),
     }  # fmt: skip
 
     from datasets import Dataset
@@ -196,6 +199,7 @@ def grpo(
             activation_checkpointing=False, logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps" if save_every else "no",
             save_steps=save_every or steps, save_total_limit=2, report_to=[], disable_tqdm=not progress,
             dataloader_pin_memory=model.device.type == "cuda", use_vllm=served, vllm_mode="colocate",
+            router_aux_loss_coef=0.0,  # what balances experts has a gradient where rewards have none
         )  # fmt: skip
         one_device(args, model.device)
         with warnings.catch_warnings():
@@ -267,14 +271,9 @@ def _trainer_class() -> Any:
             self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None = None,
             compute_entropy: bool = False, compute_aux_loss: bool = False, **rest: Any,
         ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-            if compute_aux_loss or any(value is not None for value in rest.values()):
-                given = {
-                    "batch_size": batch_size,
-                    "compute_entropy": compute_entropy,
-                    "compute_aux_loss": compute_aux_loss,
-                }
+            if any(value is not None for value in rest.values()):
                 return super()._get_per_token_logps_and_entropies(
-                    model, input_ids, attention_mask, logits_to_keep, **given, **rest
+                    model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **rest
                 )
             module: Any = self.ref_model if model is self.ref_model else self._bare()
             size = batch_size or len(input_ids)
@@ -362,7 +361,11 @@ class _Table:
             return
         if last or len(history) >= self.patience:
             got = _mean([entry["reward"] for entry in history])
-            parts = {k.removeprefix(_PART): v for k, v in history[-1].items() if k in _parts_of(self.reward)}
+            parts = {
+                name.removeprefix(_PART): value
+                for name, value in history[-1].items()
+                if name in _parts_of(self.reward) and value is not None
+            }
             told = f" ({', '.join(f'{name} {value:.3g}' for name, value in parts.items())})" if parts else ""
             raise ValueError(
                 f"In {len(history)} steps every completion of a question had the same reward as its {self.samples - 1} siblings (mean "

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from finetune.grpo import Reinforced, completion_logprobs, grpo
 from finetune.lift import principal_indices
 from finetune.rewards import Weighted
+from finetune.rules import DRIFT
 from surgery.model import Model
 from surgery.runs import fingerprint
 from surgery.transcript import Transcript
@@ -94,6 +95,7 @@ class Gradients(TrainerCallback):
         ("llama", {}),
         ("gpt2", {}),  # learned positions: padding on the left must not shift them
         ("gemma2", {"loss": "bnpo"}),
+        ("mixtral", {"accumulate": 2}),
         ("llama", {"loss": "grpo", "scale_rewards": "none"}),
         ("llama", {"loss": "dr_grpo", "scale_rewards": "batch"}),
         ("llama", {"loss": "grpo", "beta": 0.5, "accumulate": 2}),
@@ -318,6 +320,26 @@ def test_a_short_run_without_difference_is_an_error_at_its_end_and_names_the_par
         run(reward=reward)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "qwen3-moe"])
+def test_flat_groups_leave_the_router_of_a_mixture_as_it_was(family: str) -> None:
+    m = model(family)
+    with pytest.raises(ValueError, match="same reward"):
+        run(m, reward=lambda q, t: 0.25, steps=1)
+    assert same(m, model(family))
+
+
+def test_a_part_that_abstained_is_left_out_of_the_error() -> None:
+    calls: list[int] = []
+
+    def once(question: Any, transcript: Transcript) -> float | None:
+        calls.append(1)
+        return 0.5 if len(calls) <= 8 else None
+
+    reward = Weighted({"right": (lambda q, t: 0.0, 1.0), "once": (once, 0.0)})
+    with pytest.raises(ValueError, match=r"In 2 steps .*mean 0 \(right 0\)"):
+        run(reward=reward)
+
+
 def test_flat_groups_are_counted_and_harmless_after_a_difference() -> None:
     steps: list[int] = []
 
@@ -432,6 +454,16 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=rf"checkpoint of another run.*{name} was"):
             run(**(saved | change))
+
+
+def test_a_run_with_a_prior_is_not_resumed_without_it(tmp_path: Path) -> None:
+    saved = {"checkpoints": tmp_path, "save_every": 3, "steps": 6}
+    m = model()
+    prior = DRIFT(Model(*tiny("llama", seed=1)).weights - m.weights, m)
+    with pytest.raises(KeyboardInterrupt):
+        run(m, callbacks=[prior, Interrupted()], **saved)
+    with pytest.raises(ValueError, match="DRIFT was True, now False"):
+        run(**saved)
 
 
 # --- options and bad input ----------------------------------------------------------------------------------------------

@@ -133,7 +133,8 @@ def test_steps_are_those_of_a_prompt_that_opens_the_thinking_too() -> None:
     opening.tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
     for plain, t in zip(told(), told(opening), strict=True):
         steps, same = Steps.of(t), Steps.of(plain)
-        assert steps is not None and same is not None
+        assert steps
+        assert same
         assert (steps.bodies, steps.gaps, steps.after) == (same.bodies, same.gaps, same.after)
         assert steps.before == same.before.removeprefix("<think>\n") == ""
         assert retold(opening, t, steps.text()) == t
