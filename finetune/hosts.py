@@ -91,6 +91,11 @@ class Surgical(_Host):
             if getattr(objective, "reference", False) and reference is None and not _adapted(self._bare()):
                 self._reference = copy.deepcopy(self._bare()).requires_grad_(False).eval()
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if reset := getattr(self._objective, "reset", None):
+            reset()  # a checkpoint brings its own past
+        return super().train(*args, **kwargs)
+
     def _bare(self) -> Any:
         """The transformers module inside whatever wraps it."""
         module = self.accelerator.unwrap_model(self.model)

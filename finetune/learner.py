@@ -100,7 +100,7 @@ def check_budget(
             f"{trains} tuning needs fp32 weights, or its steps vanish in rounding. Load the model with dtype='float32'."
         )
     if trains == "shira":
-        _check_room(model, _adapted_layers(model), RANK if lora_rank is None else lora_rank)
+        _check_room(model, adapted_layers(model), RANK if lora_rank is None else lora_rank)
 
 
 def one_device(arguments: Any, ours: torch.device) -> None:
@@ -153,7 +153,7 @@ def with_adapter(model: Model, kind: Adapter, rank: int, seed: int = 0) -> Any:
     """
     from peft import LoraConfig, ShiraConfig, get_peft_model
 
-    layers = _adapted_layers(model)
+    layers = adapted_layers(model)
     if kind == "shira":
         _check_room(model, layers, rank)
         config: Any = ShiraConfig(
@@ -164,7 +164,8 @@ def with_adapter(model: Model, kind: Adapter, rank: int, seed: int = 0) -> Any:
     return get_peft_model(model.module, config)  # type: ignore[arg-type]
 
 
-def _adapted_layers(model: Model) -> list[str]:
+def adapted_layers(model: Model) -> list[str]:
+    """The layers that an adapter lies beside: those of every attention and MLP matrix. Raises ValueError for experts that are one tensor."""
     packed = [s for s in linear_sites(model.weights) if model.anatomy.places[s].expert is not None]
     if packed:
         raise ValueError(

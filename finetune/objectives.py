@@ -36,7 +36,8 @@ class Objective(Protocol):
     """A function of predictions. It may also have, as attributes: `columns` (names of the columns that the data must have), `reference`
     (true where it asks for the starting model's logits), `grouped` (true where the data must be groups), `fault` (says what is wrong with a
     group of these columns, None where nothing is), `shares` (name -> which tokens count, whose share of the learnt tokens' weight, in
-    [0, 1], the trainer logs by that name), and `state_dict` and `load_state_dict`, which go into checkpoints."""
+    [0, 1], the trainer logs by that name), `state_dict` and `load_state_dict`, which go into checkpoints, and `reset`, called where a run
+    begins."""
 
     def __call__(self, p: Predictions, /) -> Tensor: ...
 
@@ -126,6 +127,12 @@ class Sum(Additive):
             raise ValueError(f"The state has parts {sorted(state)}, this objective ({self!r}) has {sorted(expected)}.")
         for name, part in expected.items():
             part.load_state_dict(state[name])
+
+    def reset(self) -> None:
+        """Let each part that remembers something forget it."""
+        for _, part in self.parts:
+            if reset := getattr(part, "reset", None):
+                reset()
 
     def _stateful(self) -> Iterator[tuple[int, Any]]:
         return ((i, part) for i, (_, part) in enumerate(self.parts) if hasattr(part, "state_dict"))
@@ -337,7 +344,7 @@ class Glow(Additive):
     of weight times ℓ̄, in nats.
     alpha, beta: above 0. The source names no defaults; its code mentions 3 and 10. low, high: bounds of the weight.
 
-    What it remembers, one number a sequence, goes into checkpoints; the processes of a distributed run share it. Measuring without
+    What it remembers, one number a sequence, is of one run and goes into its checkpoints; the processes of a distributed run share it. Measuring without
     gradients (an evaluation) leaves it as it is.
     Source: "Learning from Mistakes: Negative Reasoning Samples Enhance Out-of-Domain Generalization".
     Differs: a sequence without a past has weight 1, where the code takes the batch's mean loss for its past, which would depend on how
@@ -380,6 +387,10 @@ class Glow(Additive):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.before = dict(zip(state["sample"], state["loss"], strict=True))
+
+    def reset(self) -> None:
+        """Forget all sequences."""
+        self.before = {}
 
     def __repr__(self) -> str:
         return f"Glow(alpha={self.alpha:g}, beta={self.beta:g}, low={self.low:g}, high={self.high:g})"

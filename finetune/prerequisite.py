@@ -27,7 +27,7 @@ from finetune.checkpoints import checkpoints as checkpoints_of
 from finetune.checkpoints import last_complete, require_same_run
 from finetune.examples import Collate, Example, Item, Over, examples, rows_of
 from finetune.hosts import Surgical
-from finetune.learner import as_before, one_device, require_versions
+from finetune.learner import adapted_layers, as_before, one_device, require_versions
 from finetune.objectives import nll
 from surgery.hashing import hash_bytes
 from surgery.lowrank import Factored
@@ -91,7 +91,7 @@ def prereq_tune(
                its steps; the same call then goes on where it was stopped, and gives the same bits. callbacks: of the trainer of every stage.
 
     Batch j of a stage depends on ``(seed, j)`` alone. Raises ValueError where the versions of knowledge and skill are not the same, for
-    numbers below 1, for a model whose matrices are no linear layers, and for a folder of another run; RuntimeError under a launcher of
+    numbers below 1, for a model whose experts are one tensor together, and for a folder of another run; RuntimeError under a launcher of
     several processes; FloatingPointError where a loss is not finite.
     Source: Liu et al. 2024 (arXiv 2410.19290), Prereq-Tune: ranks 32 and 64, multi-version.
     Differs: learning rates and lengths are ours (the paper: 3e-5, 15 and 50 epochs of 8-billion-parameter models).
@@ -118,7 +118,8 @@ def prereq_tune(
     names = {version: f"knowledge{k}" for k, version in enumerate(knowledge)}  # PEFT's names take no dots
     facts = {version: [e for (e,) in _alone(data, knowledge_over)] for version, data in knowledge.items()}
     tasks = {version: [e for (e,) in _alone(data, skill_over)] for version, data in skill.items()}
-    weights, sites = model.weights, _linear(model)
+    weights, layers = model.weights, adapted_layers(model)
+    sites = linear_sites(weights)
     losses: dict[str, list[float]] = {}
     settings = {
         **{name: value for name, value in counts.items() if name != "save_every"}, "knowledge_lr": knowledge_lr, "skill_lr": skill_lr,
@@ -130,9 +131,7 @@ def prereq_tune(
         kept = Path(checkpoints) if checkpoints else Path(borrowed.enter_context(tempfile.TemporaryDirectory()))
         module = borrowed.enter_context(as_before(model.module))
         torch.manual_seed(seed)  # adapters begin at random
-        learner = _with_adapters(
-            module, weights.anatomy, sites, {**dict.fromkeys(names.values(), knowledge_rank), _SKILL: skill_rank}
-        )
+        learner = _with_adapters(module, layers, {**dict.fromkeys(names.values(), knowledge_rank), _SKILL: skill_rank})
         borrowed.callback(learner.unload)
         for version, name in names.items():
             batches = batches_of({version: facts[version]}, knowledge_steps, batch_size, seed)
@@ -170,31 +169,12 @@ def _alone(data: Sequence[Item], over: Over) -> list[tuple[Example, ...]]:
     return groups
 
 
-def _linear(model: Model) -> list[Site]:
-    """The attention and MLP matrices that are linear layers."""
-    from transformers.pytorch_utils import Conv1D
-
-    def holds(site: Site) -> bool:
-        name = model.anatomy.places[site].name
-        if not name.endswith(".weight"):
-            return False
-        return isinstance(model.module.get_submodule(name.removesuffix(".weight")), nn.Linear | Conv1D)
-
-    sites = [site for site in linear_sites(model.weights) if holds(site)]
-    if not sites:
-        raise ValueError(f"None of the matrices of {model!r} is a linear layer that an adapter could be put on.")
-    return sites
-
-
-def _with_adapters(module: nn.Module, anatomy: Any, sites: Sequence[Site], ranks: Mapping[str, int]) -> Any:
+def _with_adapters(module: nn.Module, layers: list[str], ranks: Mapping[str, int]) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    targets = sorted({anatomy.places[site].name.removesuffix(".weight") for site in sites})
     learner: Any = None
     for name, rank in ranks.items():
-        config = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
-        )
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, lora_dropout=0.0, task_type="CAUSAL_LM")
         if learner is None:
             learner = get_peft_model(module, config, adapter_name=name)  # type: ignore[arg-type]
         else:

@@ -308,3 +308,16 @@ def test_a_resumed_run_weighs_by_the_past_it_had(tmp_path: Path) -> None:
         tune(m := model(), taught(m), objective=nll + Glow(), callbacks=[Stopping()], **saved)
     again = tune(m := model(), taught(m), objective=nll + Glow(), **saved)
     assert again.losses == pytest.approx(whole.losses, rel=1e-6)
+
+
+def test_a_run_begins_without_the_past_of_another() -> None:
+    glow, sum_ = Glow(), nll + 0.5 * Glow()
+    for of, fresh in ((glow, Glow()), (sum_, nll + 0.5 * Glow())):
+        options: dict[str, Any] = {"objective": of, "steps": 3, "batch_size": 4, "autocast": False}
+        tune(m := model(), taught(m), **options)
+        again, alone = model(), model()
+        tune(again, taught(again), **options)
+        tune(alone, taught(alone), **options | {"objective": fresh})
+        for one, other in zip(again.module.parameters(), alone.module.parameters(), strict=True):
+            assert torch.equal(one, other)
+    assert len(glow.before) == 8

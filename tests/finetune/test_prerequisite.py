@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from finetune.examples import examples
-from finetune.prerequisite import Prerequisite, _linear, _with_adapters, batches_of, prereq_tune
+from finetune.learner import adapted_layers
+from finetune.prerequisite import Prerequisite, _with_adapters, batches_of, prereq_tune
 from surgery.delta import StoredDelta, save_delta
 from surgery.model import Model
 from surgery.transcript import Transcript
+from surgery.weights import linear_sites
 from tests.families import tiny
 from tests.oracles import prerequisite as oracle
 
@@ -59,8 +61,7 @@ def test_it_is_what_a_dense_loop_gives(family: str) -> None:
     for part in m.module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0  # gpt2 has some, and what it drops is not the oracle's
-    sites, anatomy = _linear(m), m.anatomy
-    names = sorted({anatomy.places[s].name.removesuffix(".weight") for s in sites})
+    sites, names = linear_sites(m.weights), adapted_layers(m)
     facts, tasks = data(m)
     done = run(m, seed=7, skill_steps=8)
 
@@ -71,7 +72,7 @@ def test_it_is_what_a_dense_loop_gives(family: str) -> None:
     twin = copy.deepcopy(m.module)
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        learner = _with_adapters(twin, anatomy, sites, {"knowledge0": 3, "knowledge1": 3, "skill": 5})
+        learner = _with_adapters(twin, names, {"knowledge0": 3, "knowledge1": 3, "skill": 5})
     starts = {
         name: [learner.base_model.model.get_submodule(n).lora_A[name].weight.detach().clone() for n in names]
         for name in ("knowledge0", "knowledge1", "skill")
@@ -94,7 +95,7 @@ def test_it_is_what_a_dense_loop_gives(family: str) -> None:
         whole = {name: 2 * B @ A for name, (A, B) in zip(names, pairs, strict=True)}
         assert set(found[what]) == set(sites)
         for site in sites:
-            place = anatomy.places[site]
+            place = m.anatomy.places[site]
             part = whole[place.name.removesuffix(".weight")]
             part = part if place.rows is None else part[place.rows]
             torch.testing.assert_close(found[what][site], part, rtol=2e-3, atol=1e-5)
@@ -222,6 +223,14 @@ def test_vectors_are_points_files_and_adapters(tmp_path: Any) -> None:
     assert torch.equal(before, m.module(input_ids=ids).logits)
     assert not torch.equal(before, skilled)
     assert not torch.equal(skilled, knowing)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+def test_experts_that_are_one_tensor_are_refused(family: str) -> None:
+    m = model(family)
+    with pytest.raises(ValueError, match=r"experts of this model are one tensor together .*are no layers"):
+        run(m)
+    assert not any("lora" in name for name, _ in m.module.named_modules())
 
 
 @pytest.mark.usefixtures("unchecked")
