@@ -26,6 +26,7 @@ from torch import Tensor
 from finetune.checkpoints import last_complete
 from finetune.hosts import Surgical
 from finetune.learner import Adapter, Trains, bar, check_budget, learner, one_device, require_versions
+from finetune.monitors import read_log
 from finetune.predictions import logits_at
 from finetune.rewards import Reward, Weighted, described
 from finetune.rules import DRIFT
@@ -36,6 +37,7 @@ from surgery.model import Model
 from surgery.runs import fingerprint
 from surgery.seeds import seed_from_numbers
 from surgery.transcript import Transcript, read_transcript
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -56,8 +58,8 @@ class Round:
     flat:     share in [0, 1] of the groups all of whose rewards are equal: they give no gradient.
     unscored: completions for which the reward abstained.
     length:   mean tokens of a completion. cut: share in [0, 1] that the cap cut off.
-    entropy:  of the next token, in nats, mean over the completions' tokens.
-    kl:       from the starting model, in nats a token (its k3 estimate); NaN where beta is 0.
+    entropy:  of the next token, in nats, mean over the completions' tokens of each micro-batch and then over micro-batches.
+    kl:       from the starting model, in nats a token (its k3 estimate), mean alike; NaN where beta is 0.
     """
 
     step: int
@@ -312,10 +314,8 @@ class _Table:
         """Start the log, or go on with that of the first `done` steps."""
         if self.log is None:
             return
-        path = Path(self.log)
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= done] if done and path.is_file() else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        kept = [line for line in read_log(self.log) if line["step"] <= done] if done else []
+        write_whole(self.log, "".join(json.dumps(line) + "\n" for line in kept))
 
     def answered(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         """Complete the prompts, `samples` neighbours of each: token ids, and the transcripts for `judged`."""
@@ -513,8 +513,3 @@ def _text(question: Any) -> str:
 def _hash(questions: Sequence[Any]) -> str:
     told = [repr(q) if is_dataclass(q) else _text(q) for q in questions]
     return hash_bytes(json.dumps(told).encode())[:16]
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file; a last one cut short by a kill is left out."""
-    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]

@@ -20,7 +20,8 @@ Grader = Callable[[Any, Transcript], bool | None]
 
 @runtime_checkable
 class Reward(Protocol):
-    """What a completion is worth; None abstains: the completion then counts neither in its group's mean nor for the gradient."""
+    """What a completion is worth; None abstains: the completion then counts neither in its group's mean nor in its deviation, and has no
+    advantage. Its tokens stay among those that the loss is averaged over, and the KL, where it has a weight, acts on them."""
 
     def __call__(self, question: Any, transcript: Transcript, /) -> float | None: ...
 

@@ -433,12 +433,16 @@ def test_an_interrupted_run_goes_on_bit_for_bit(trains: Any, tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         run(callbacks=[Interrupted()], **saved, **options)
     assert len(read(tmp_path / "log")) == 4 * 8
+    (tmp_path / "before").hardlink_to(tmp_path / "log")
+    with (tmp_path / "log").open("a") as log:
+        log.write('{"step": 5, "ques')
     torch.manual_seed(99)
     again, rest = run(**saved, **options)
     assert same(whole, again)
     assert rest.losses == done.losses
     assert [vars(r) for r in rest.rounds] == [vars(r) for r in done.rounds]
     assert read(tmp_path / "log") == read(tmp_path / "whole")
+    assert (tmp_path / "before").read_text().count("\n") == 4 * 8  # another file took its place
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
