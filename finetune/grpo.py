@@ -24,13 +24,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from finetune.checkpoints import last_complete
-from finetune.hosts import Surgical
+from finetune.hosts import Surgical, Term
 from finetune.learner import Adapter, Trains, bar, check_budget, learner, one_device, require_versions
+from finetune.lift import Select
 from finetune.monitors import read_log
 from finetune.predictions import logits_at
 from finetune.rewards import Reward, Weighted, described
 from finetune.rules import DRIFT
-from finetune.tune import Tuned, course
+from finetune.tune import DEFAULTS, Tuned, course, named
 from surgery.borrowing import evaluating
 from surgery.hashing import hash_bytes
 from surgery.model import Model
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 Loss = Literal["dapo", "grpo", "dr_grpo", "bnpo"]
 Scale = Literal["group", "batch", "none"]
 LEARNING_RATES: dict[Trains, float] = {"lift": 2e-4, "full": 1e-5, "lora": 2e-4, "shira": 2e-4}
-_DEFAULTS = {"filter_rank": 16, "refresh": None}
 _PART = "rewards/"
 
 
@@ -114,6 +114,8 @@ def grpo(
     lora_rank: int | None = None,
     filter_rank: int = 16,
     refresh: int | None = None,
+    select: Select = "largest",
+    options: Mapping[str, Any] | None = None,
     weight_decay: float = 0.0,
     schedule: str = "constant_with_warmup",
     warmup: int = 0,
@@ -121,6 +123,7 @@ def grpo(
     autocast: bool = True,
     patience: int = 10,
     vllm: bool | None = None,
+    terms: Sequence[Term] = (),
     callbacks: Sequence[Any] = (),
     seed: int = 0,
     log: str | Path | None = None,
@@ -132,7 +135,8 @@ def grpo(
 
     questions:  texts, or objects that have the text as ``question``; each step asks `groups` of them.
     reward:     ``(question, transcript) -> number``, or None to abstain (see `finetune.rewards`).
-    trains:     what is trained, as the method of `tune`: "lift", "full", "lora" or "shira"; density, lora_rank, filter_rank and refresh likewise.
+    trains:     what is trained, as the method of `tune`: "lift", "full", "lora" or "shira"; density, lora_rank, filter_rank,
+                refresh and select likewise. options: further ones of `LIFT` (block, scope, overrides, min_change, grow_to, agreement).
     groups, samples: questions a step, and completions of each, 2 or more; `accumulate` micro-batches share their ``groups * samples``.
     lr:         by default 2e-4, 1e-5 for full. schedule, warmup, weight_decay, max_grad_norm: as in `tune`.
     beta:       weight of the KL from the starting model, 0 or more.
@@ -144,7 +148,7 @@ def grpo(
     vllm:       whether vLLM samples; by default where it is installed, on a GPU, for a model that was loaded from a folder. Its samples
                 depend on the batch.
     log:        a file for every completion, a JSON line each: step, question, sample, text, completion, tokens, finished, reward, parts.
-    callbacks, seed, autocast, checkpoints, save_every, progress: as in `tune`; a resumed run goes on bit for bit.
+    terms, callbacks, seed, autocast, checkpoints, save_every, progress: as in `tune`; a resumed run goes on bit for bit.
 
     Each step is on-policy: its completions are drawn from the weights it changes, without dropout in either, so probability ratios are 1
     and clipping has no say.
@@ -160,9 +164,9 @@ def grpo(
     _check(trains, steps, groups, samples, accumulate, beta, loss, scale_rewards, temperature, max_new_tokens, patience)
     more = {
         name: value
-        for name, value in {"filter_rank": filter_rank, "refresh": refresh}.items()
-        if value != _DEFAULTS[name]
-    }
+        for name, value in {"filter_rank": filter_rank, "refresh": refresh, "select": select}.items()
+        if value != DEFAULTS[name]
+    } | dict(options or {})
     check_budget(model, trains, density, lora_rank, more)
     _check_data(questions, groups, save_every, checkpoints)
     peak = LEARNING_RATES[trains] if lr is None else lr
@@ -170,10 +174,11 @@ def grpo(
     settings = {
         "method": "grpo", "trains": trains, "steps": steps, "groups": groups, "samples": samples, "accumulate": accumulate, "lr": peak,
         "beta": beta, "loss": loss, "scale_rewards": scale_rewards, "temperature": temperature, "max_new_tokens": max_new_tokens,
-        "density": density, "lora_rank": lora_rank, "filter_rank": filter_rank, "refresh": refresh, "weight_decay": weight_decay,
+        "density": density, "lora_rank": lora_rank, "filter_rank": filter_rank, "refresh": refresh, "select": select,
+        "options": dict(options or {}), "weight_decay": weight_decay,
         "schedule": schedule, "warmup": warmup, "max_grad_norm": max_grad_norm, "autocast": autocast, "patience": patience,
         "vllm": served, "seed": seed, "reward": described(reward), "data": _hash(questions), "start": fingerprint(model),
-        "DRIFT": any(isinstance(c, DRIFT) for c in callbacks),
+        "terms": [named(t) for t in terms], "DRIFT": any(isinstance(c, DRIFT) for c in callbacks),
     }  # fmt: skip
 
     from datasets import Dataset
@@ -215,6 +220,7 @@ def grpo(
                 processing_class=model.tokenizer,
                 optimizers=(student.lift, None),
                 callbacks=list(callbacks),
+                terms=terms,
                 settings=settings,
             )
         # TRL would load the reference by the model's name: these weights need not be those of any name
@@ -369,7 +375,7 @@ class _Table:
             told = f" ({', '.join(f'{name} {value:.3g}' for name, value in parts.items())})" if parts else ""
             raise ValueError(
                 f"In {len(history)} steps every completion of a question had the same reward as its {self.samples - 1} siblings (mean "
-                f"{got:.3g}{told}), so there was no gradient and nothing was learnt. Ask easier or harder questions, begin from a model "
+                f"{got:.3g}{told}), so rewards had no gradient and nothing was learnt of them. Ask easier or harder questions, begin from a model "
                 "that answers some of them, draw more samples, raise the temperature, or add a reward that grades what there is."
             )
 

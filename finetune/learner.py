@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,6 +26,7 @@ Adapter = Literal["lora", "shira"]
 Trains = Literal["lift", "full", "lora", "shira"]
 DENSITY = 0.05  # of LIFT, where no budget is given
 RANK = 16  # of an adapter, likewise
+_OPTIONS = sorted(signature(LIFT).parameters.keys() - {"params", "lr", "density", "lora_rank", "weight_decay", "seed"})
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def check_budget(
         raise ValueError("lora_rank is a budget of lift, lora and shira; full trains everything.")
     if density is not None or lora_rank is not None:
         budget((1, 1), density, lora_rank)
+    if unknown := [name for name in options if name not in _OPTIONS]:
+        raise ValueError(f"LIFT has no option {unknown[0]!r} to be given here. Choose from {', '.join(_OPTIONS)}.")
     refresh, select = options.get("refresh"), options.get("select", "largest")
     if refresh is not None and refresh < 1:
         raise ValueError(f"refresh={refresh}: choose anew every 1 or more steps, or None to keep the first choice.")

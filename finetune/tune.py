@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -28,7 +29,7 @@ from surgery.runs import fingerprint
 
 Method = Literal["lift", "full", "lora", "shira", "grpo"]
 LEARNING_RATES: dict[Trains, float] = {"lift": 1e-3, "full": 1e-4, "lora": 1e-3, "shira": 1e-3}
-_DEFAULTS = {"filter_rank": 16, "refresh": None, "select": "largest"}
+DEFAULTS = {"filter_rank": 16, "refresh": None, "select": "largest"}  # of LIFT
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def tune(
                  ``shira`` a PEFT adapter on the same matrices, merged into them at the end (`finetune.learner.with_adapter`). ``grpo``
                  reinforces what is rewarded: the data are questions, and reward is
                  ``(question, transcript) -> number``; see `finetune.grpo.grpo`, whose result it gives.
-    options:     further ones of the method: of `LIFT` (block, scope, overrides, min_change, grow_to, agreement), or of `grpo` (trains, groups,
-                 samples, beta, temperature, max_new_tokens, ...).
+    options:     further ones of the method: of `LIFT` (block, scope, overrides, min_change, grow_to, agreement), and for ``grpo`` its own too
+                 (trains, groups, samples, beta, temperature, max_new_tokens, log for the completions, ...).
     steps:       optimizer steps. batch_size: transcripts a step, in `accumulate` micro-batches.
     lr:          peak learning rate; by default 1e-3 for lift, lora and shira, 1e-4 for full, which suit the specimen (its weights are large).
     density:     lift's budget, fraction of each matrix in (0, 1], default 0.05; or lora_rank: a LoRA's count of parameters (for
@@ -122,18 +123,19 @@ def tune(
     batch = accumulate if method == "grpo" else batch_size  # whose batches are groups of samples
     _check(method, steps, batch, accumulate, shared, save_every, checkpoints, watch, log)
     chosen = {"filter_rank": filter_rank, "refresh": refresh, "select": select}
-    more = {name: value for name, value in chosen.items() if value != _DEFAULTS[name]} | dict(options or {})
+    more = {name: value for name, value in chosen.items() if value != DEFAULTS[name]} | dict(options or {})
     if method == "grpo" or reward is not None:
         idle = {
-            "batch_size": batch_size != 16, "select": select != "largest", "over": over != "completion", "objective": objective is not nll,
-            "corrupt": corrupt is not None, "terms": bool(terms), "watch": bool(watch), "reward": method != "grpo",
+            "batch_size": batch_size != 16, "over": over != "completion", "objective": objective is not nll,
+            "corrupt": corrupt is not None, "reward": method != "grpo",
         }  # fmt: skip
         if useless := [name for name, given in idle.items() if given]:
             raise ValueError(f"{useless[0]} has no use with method={method!r}: leave it out.")
+        measured = [_recorder(model, watch, log)] if log else []
         return _reinforced(
             model, data, reward, more, steps=steps, accumulate=accumulate, lr=lr, density=density, lora_rank=lora_rank, weight_decay=weight_decay,
-            warmup=warmup, max_grad_norm=max_grad_norm, autocast=autocast, callbacks=callbacks, seed=seed, checkpoints=checkpoints,
-            save_every=save_every, progress=progress, **({"schedule": schedule} if schedule else {}),
+            warmup=warmup, max_grad_norm=max_grad_norm, autocast=autocast, terms=terms, callbacks=[*callbacks, *measured], seed=seed,
+            checkpoints=checkpoints, save_every=save_every, progress=progress, **({"schedule": schedule} if schedule else {}),
         )  # fmt: skip
     trains = cast(Trains, method)
     check_budget(model, trains, density, lora_rank, more)
@@ -143,8 +145,8 @@ def tune(
         "method": method, "steps": steps, "lr": peak, "batch_size": batch_size, "accumulate": accumulate, "density": density,
         "lora_rank": lora_rank, "filter_rank": filter_rank, "refresh": refresh, "select": select, "weight_decay": weight_decay,
         "schedule": schedule, "warmup": warmup, "max_grad_norm": max_grad_norm, "over": over, "autocast": autocast, "seed": seed,
-        "options": dict(options or {}), "objective": _named(objective), "corrupt": corrupt and _named(corrupt),
-        "terms": [_named(t) for t in terms], "DRIFT": any(isinstance(c, DRIFT) for c in callbacks),
+        "options": dict(options or {}), "objective": named(objective), "corrupt": corrupt and named(corrupt),
+        "terms": [named(t) for t in terms], "DRIFT": any(isinstance(c, DRIFT) for c in callbacks),
         "processes": processes,
     }  # fmt: skip
     rows = rows_of(examples(data, over))
@@ -196,10 +198,8 @@ def tune(
         if progress:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(bar())
-        if watch and log:
-            from finetune.monitors import Recorder
-
-            trainer.add_callback(Recorder(model, watch, log))
+        if log:
+            trainer.add_callback(_recorder(model, watch, log))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         student.merge()
         history = trainer.state.log_history
@@ -225,6 +225,12 @@ def course(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _recorder(model: Model, watch: Sequence[Any], log: str | Path) -> Any:
+    from finetune.monitors import Recorder
+
+    return Recorder(model, watch, log)
+
+
 def _reinforced(
     model: Model, questions: Sequence[Any], reward: Reward | None, options: Mapping[str, Any], **shared: Any
 ) -> Tuned:
@@ -232,7 +238,10 @@ def _reinforced(
 
     if reward is None:
         raise ValueError("method='grpo' needs a reward, (question, transcript) -> number: see finetune.rewards.")
-    return grpo(model, questions, reward, **shared, **options)
+    own = signature(grpo).parameters.keys() - shared.keys() - {"model", "questions", "reward", "options"}
+    mine = {name: value for name, value in options.items() if name in own}
+    lifts = {name: value for name, value in options.items() if name not in own}
+    return grpo(model, questions, reward, options=lifts, **shared, **mine)
 
 
 def _check(
@@ -263,12 +272,12 @@ def _check_columns(objective: Objective, rows: list[dict[str, Any]]) -> None:
     missing = [name for name in getattr(objective, "columns", ()) if name not in here]
     if missing:
         raise ValueError(
-            f"{_named(objective)} needs the column {missing[0]!r} of every example; these have {', '.join(here) or 'none'}."
+            f"{named(objective)} needs the column {missing[0]!r} of every example; these have {', '.join(here) or 'none'}."
         )
     alone = sum(len(row["input_ids"]) < 2 for row in rows)
     if getattr(objective, "grouped", False) and alone:
         raise ValueError(
-            f"{_named(objective)} compares the members of a group, but {alone} of the {len(rows)} items are alone. Give groups: "
+            f"{named(objective)} compares the members of a group, but {alone} of the {len(rows)} items are alone. Give groups: "
             "[[better, worse], ...]."
         )
     fault = getattr(objective, "fault", None)
@@ -277,5 +286,6 @@ def _check_columns(objective: Objective, rows: list[dict[str, Any]]) -> None:
             raise ValueError(f"Item {index} of the data: {wrong}")
 
 
-def _named(function: Any) -> str:
+def named(function: Any) -> str:
+    """A function, an objective or a term in words, the same in every process: by them a run knows its checkpoints."""
     return getattr(function, "__name__", None) or repr(function)

@@ -106,7 +106,6 @@ def tune(
     record = begin_record("tune", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
     taught = {
         "--over": over != "completion", "--objective": objective != "nll", "--mask-thought": mask_thought is not None,
-        "--select": select != "largest", "--block": block != 1, "--scope": scope != "matrix", "--watch": bool(watch),
     }  # fmt: skip
     reinforced = {"--samples": samples is not None, "--beta": beta is not None}
     led = {
@@ -145,17 +144,18 @@ def tune(
         "steps": steps, "lr": lr, "accumulate": accumulate, "density": density, "lora_rank": lora_rank, "filter_rank": filter_rank,
         "refresh": refresh, "weight_decay": weight_decay, "seed": seed, "save_every": save_every, "progress": not quiet,
         "checkpoints": workshop / "checkpoints" if save_every else None, "callbacks": [pulled] if pulled else [],
+        "select": select, "watch": watched, "log": log if watched else None,
     }  # fmt: skip
+    options: dict[str, Any] = {
+        name: value for name, value, usual in (("block", block, 1), ("scope", scope, "matrix")) if value != usual
+    }
     if method == "grpo":
         each = samples or 8
         if batch_size % each:
             raise ValueError(f"--batch-size {batch_size} is no multiple of the {each} samples of each question.")
-        options = {"groups": batch_size // each, "samples": each, "beta": beta or 0.0}
+        options |= {"groups": batch_size // each, "samples": each, "beta": beta or 0.0}
         done = tune(loaded, questions, method="grpo", reward=_reward(loaded), options=options, **shared)
     else:
-        options = {
-            name: value for name, value, usual in (("block", block, 1), ("scope", scope, "matrix")) if value != usual
-        }
         done = tune(
             loaded,
             [loaded.transcript(q.question, q.completion(loaded.markers)) for q in questions],
@@ -164,10 +164,7 @@ def tune(
             over=_spans(over),
             objective=_objective(objective),
             corrupt=_hiding(mask_thought, loaded, seed),
-            select=select,  # type: ignore[arg-type] - tune names the choices
             options=options,
-            watch=watched,
-            log=log if watched else None,
             **shared,
         )
     record.results = {"losses": done.losses, "trainable": done.trainable}

@@ -88,6 +88,29 @@ def test_a_file_with_few_questions_is_watched_on_those_it_has(surgery, base: Pat
     assert not (tmp_path / "few").exists()
 
 
+def test_grpo_is_watched_and_takes_the_options_of_lift(surgery, base: Path, tmp_path: Path) -> None:
+    words = [
+        "--method",
+        "grpo",
+        "--samples",
+        "2",
+        "--watch",
+        "nll",
+        "--watch-every",
+        "1",
+        "--select",
+        "random",
+        "--block",
+        "4",
+        "--scope",
+        "global",
+    ]
+    done = surgery("tune", base, *SHORT, *words, "--to", tmp_path / "out")
+    assert "same reward" in done.err  # of a model that answers nothing
+    lines = [json.loads(line) for line in (tmp_path / ".out.tuning" / "log.jsonl").read_text().splitlines()]
+    assert "nll" in {line["monitor"] for line in lines}
+
+
 def test_grpo_says_when_nothing_is_ever_rewarded_differently(surgery, base: Path, tmp_path: Path) -> None:
     done = surgery("tune", base, *SHORT, "--method", "grpo", "--samples", "2", "--to", tmp_path / "out")
     assert done.code == 2
@@ -102,8 +125,7 @@ def test_grpo_says_when_nothing_is_ever_rewarded_differently(surgery, base: Path
         (["--alpha", "1"], "--alpha belongs to --prior"),
         (["--watch-every", "2"], "--watch-every belongs to --watch"),
         (["--samples", "4"], "--samples has no use with --method lift"),
-        (["--method", "grpo", "--select", "random"], "--select has no use with --method grpo"),
-        (["--method", "grpo", "--watch", "nll"], "--watch has no use with --method grpo"),
+        (["--method", "grpo", "--objective", "dft"], "--objective has no use with --method grpo"),
         (["--method", "grpo", "--samples", "3"], "no multiple of the 3 samples"),
         (["--method", "full", "--block", "4"], "full does not have them: leave out block"),
         (["--over", "thinking:much"], "give spans with weights"),

@@ -131,6 +131,29 @@ def test_the_gradient_of_each_step_is_the_equations(family: str, options: dict[s
             assert float((given - own).norm() / whole) < 1e-4
 
 
+@pytest.mark.parametrize("loss", ["dapo", "grpo"])
+def test_a_term_adds_its_gradient_once_however_the_step_is_divided(loss: Any) -> None:
+    steps: list[int] = []
+
+    def spring(module: Any, step: int) -> torch.Tensor:
+        steps.append(step)
+        return 0.05 * sum(p.square().sum() for p in module.parameters())
+
+    def first(**options: Any) -> dict[str, torch.Tensor]:
+        m = model()
+        kept = Gradients(m.module)
+        run(m, callbacks=[kept], max_grad_norm=0.0, loss=loss, **options)
+        return kept.gradients[0]
+
+    plain, start = first(), tensors(model())
+    for accumulate in (1, 2, 4):
+        steps.clear()
+        found = first(terms=[spring], accumulate=accumulate)
+        assert steps == [0, 1]
+        for name, given in found.items():
+            torch.testing.assert_close(given - plain[name], 0.1 * start[name], rtol=1e-3, atol=2e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3"])
 def test_log_probabilities_are_those_without_padding(family: str) -> None:
     m = model(family)
@@ -454,7 +477,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         other.module.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     for name, change in {
         "seed": {"seed": 1}, "samples": {"samples": 2}, "beta": {"beta": 1.0}, "data": {"questions": ASKED[::-1]},
-        "reward": {"reward": Weighted({"l": (letters, 1.0)})}, "start": {"m": other},
+        "reward": {"reward": Weighted({"l": (letters, 1.0)})}, "start": {"m": other}, "terms": {"terms": [lambda module, step: 0.0]},
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=rf"checkpoint of another run.*{name} was"):
             run(**(saved | change))
@@ -484,7 +507,7 @@ def plain() -> Model:
         {"steps": 3}, {"groups": 4}, {"samples": 2}, {"lr": 2e-3}, {"beta": 1.0}, {"loss": "grpo"},
         {"scale_rewards": "none"}, {"scale_rewards": "batch"}, {"temperature": 3.0}, {"max_new_tokens": 3}, {"density": 0.1},
         {"lora_rank": 1}, {"filter_rank": 2}, {"refresh": 1}, {"weight_decay": 0.5}, {"schedule": "linear"}, {"warmup": 2},
-        {"max_grad_norm": 1e-9}, {"autocast": True}, {"seed": 1}, {"trains": "lora"},
+        {"max_grad_norm": 1e-9}, {"autocast": True}, {"seed": 1}, {"trains": "lora"}, {"select": "random"}, {"options": {"block": 4}},
     ],
     ids=str,
 )  # fmt: skip
@@ -510,6 +533,12 @@ def test_every_option_changes_something(option: dict[str, Any], plain: Model) ->
         ({"questions": [1, 2, 3]}, ValueError, "1 is no question"),
         ({"questions": []}, ValueError, "0 questions"),
         ({"density": 0.1}, ValueError, "density.*full"),
+        ({"options": {"block": 4}}, ValueError, "full does not have them: leave out block"),
+        (
+            {"trains": "lift", "options": {"blocks": 4, "lr": 1.0}},
+            ValueError,
+            "LIFT has no option 'blocks'.*agreement.*block",
+        ),
         ({"trains": "lift", "density": 0.0}, ValueError, "density"),
         ({"save_every": 2}, ValueError, "checkpoints"),
         ({"save_every": 0}, ValueError, "save_every=0"),

@@ -563,6 +563,37 @@ def test_grpo_is_the_function_of_that_name() -> None:
             tune(model(), asked, **bad)
 
 
+def test_grpo_is_watched_and_held_back_and_takes_the_options_of_lift(tmp_path: Path) -> None:
+    def reward(question: Any, transcript: Transcript) -> float:
+        return float(sum(transcript.ids) % 17)
+
+    steps: list[int] = []
+
+    def spring(module: Any, step: int) -> torch.Tensor:
+        steps.append(step)
+        return sum(p.square().sum() for p in module.parameters())
+
+    def tuned(**options: Any) -> Model:
+        m, small = model(), {"groups": 2, "samples": 2, "max_new_tokens": 4}
+        given: dict[str, Any] = {"method": "grpo", "reward": reward, "steps": 2, "autocast": False} | options
+        tune(m, [q.question for q in QUESTIONS[:4]], **given | {"options": small | given.get("options", {})})
+        return m
+
+    plain, log = tuned(), tmp_path / "log"
+    assert same(tuned(watch=[every(1, lambda model, step: {"twice": 2 * step}, "counted")], log=log), plain)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["twice"] for line in lines if line["monitor"] == "counted"] == [0, 2, 4]
+    assert not same(tuned(terms=[spring]), plain)
+    assert steps == [0, 1]
+    for options in ({"select": "random"}, {"options": {"block": 4}}, {"options": {"scope": "global"}}):
+        assert not same(tuned(**options), plain)
+    for bad in ({"options": {"blocks": 4}}, {"options": {"lr": 1.0}}):
+        with pytest.raises(ValueError, match=f"LIFT has no option '{next(iter(bad['options']))}'"):
+            tuned(**bad)
+        with pytest.raises(ValueError, match="LIFT has no option"):
+            run(**bad)
+
+
 def test_a_trainer_keeps_to_one_device() -> None:
     """Arguments as they are with two GPUs in sight: in one process, and in the second of two."""
     here = torch.device("cuda", 0)
