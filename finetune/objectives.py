@@ -294,7 +294,7 @@ def _reference(p: Predictions) -> Tensor:
 
 
 def coverage(samples: int = 16) -> Additive:
-    """Direct coverage optimisation: minus the log of the chance that one of `samples` answers is the target. In nats.
+    """Direct coverage optimisation (DCO, direct-coverage-opt): minus the log of the chance that one of `samples` answers is the target. In nats.
 
     ``-log(1 - (1 - p)^N)`` with p the probability of the whole target. The gradient is that of cross-entropy times `coverage_factor`, which
     fades once p is large beside 1/N: confidence beyond what N tries need is not learnt. N = 1 is the sequence's cross-entropy. Long

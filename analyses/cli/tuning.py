@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 
 # written out, so that a name mistyped is told before libraries are loaded for seconds
 METHODS = ("lift", "full", "lora", "shira", "grpo")
-OBJECTIVES = ("nll", "dft", "asft", "coverage", "glow")
+OBJECTIVES = {
+    "nll": "plain fine-tuning", "dft": "dynamic fine-tuning", "asft": "anchored fine-tuning", "coverage": "direct coverage optimisation, DCO",
+    "glow": "gain-based loss weighting",
+}  # fmt: skip
+_OBJECTIVES = tuple(f"{name} ({paper})" for name, paper in OBJECTIVES.items())
 SELECTS = (
     "largest", "smallest", "random", "magnitude", "gradient", "movement", "hybrid", "random-triplets", "smallest-triplets",
 )  # fmt: skip
@@ -57,7 +61,7 @@ def tune(
     over: Annotated[
         str, typer.Option(help="What is learnt: a span, or several with weights, as in 'thinking:0.5,answer:2'.")
     ] = "completion",
-    objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = "nll",
+    objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(_OBJECTIVES)}.")] = "nll",
     mask_thought: Annotated[
         float | None, typer.Option(help="Hide this share of the tokens to learn in the input, in (0, 1].", show_default=False)
     ] = None,
@@ -113,11 +117,12 @@ def tune(
         "--alpha": (alpha, prior, "--prior"),
         "--rule": (rule, prior, "--prior"),
     }
-    for what, given, choices in (
-        ("method", method, METHODS), ("objective", objective, OBJECTIVES), ("select", select, SELECTS), ("rule", rule or "adaptive", RULES),
+    for what, given, choices, told in (
+        ("method", method, METHODS, METHODS), ("objective", objective, OBJECTIVES, _OBJECTIVES), ("select", select, SELECTS, SELECTS),
+        ("rule", rule or "adaptive", RULES, RULES),
     ):  # fmt: skip
         if given not in choices:
-            raise ValueError(f"There is no {what} {given!r}. Choose {', '.join(choices)}.")
+            raise ValueError(f"There is no {what} {given!r}. Choose {', '.join(told)}.")
     _refuse_idle(method, reinforced if method != "grpo" else taught, led)
     from analyses import tasks
     from analyses.general_text import GENERAL_TEXT

@@ -2,7 +2,8 @@
 
 retelling   a transcript with other words in it, cut short, or taken apart into steps; graders
 equations   the arithmetic that a text claims, and whether it holds
-selection   which transcripts are learnt: rejection sampling, seldom right, long and short, prefixes, single steps, pairs, no question
+selection   which transcripts are learnt: rejection sampling (RFT), seldom right, long and short, prefixes (UPFT), single steps (DCO), pairs by
+            length (ThinkPO), no question (QFFT)
 steps       steps shuffled, deleted, inserted, miscounted; prefixes with one flaw in them
 critical    the tokens whose replacement ruins the answer
 

@@ -193,7 +193,8 @@ def length_pairs(
     over: Over = "completion",
     seed: int = 0,
 ) -> list[tuple[Example, Example]]:
-    """Preference pairs by length: of each question the longest and the shortest thinking, as groups for a preference objective.
+    """The pairs of thinking preference optimisation (ThinkPO): of each question the longest and the shortest thinking, as groups for a preference
+    objective.
 
     The first of a pair is the preferred one (column ``positive`` 1), the second the other (0). Long traces of a reasoner and short ones of
     another model go in together.
@@ -202,7 +203,7 @@ def length_pairs(
     least_gap: tokens of thinking by which the two must differ, at least 1.
 
     Raises ValueError where no question has two lengths.
-    Source: Yang et al. 2025 (arXiv 2502.13173), ThinkPO: DPO with the long trace chosen, the short one rejected.
+    Source: Yang et al., "Thinking Preference Optimization", arXiv 2502.13173: DPO with the long trace chosen, the short one rejected.
     """
     if prefer not in get_args(Prefer) or least_gap < 1:
         raise ValueError(
@@ -228,12 +229,14 @@ def length_pairs(
 def prefix_only(
     transcripts: Sequence[Transcript], tokens: int = 16, *, whole_share: float = 0.1, seed: int = 0
 ) -> list[Transcript]:
-    """The first few tokens of one sample of each question, right or wrong, and a share of them whole.
+    """Unsupervised prefix fine-tuning (UPFT): the first few tokens of one sample of each question, right or wrong, and a share of the samples
+    whole.
 
     tokens:      of the completion; 8 to 32 in the paper. The first sample of a question is taken.
     whole_share: probability in [0, 1] with which an item stays whole, so that its format and its end are not forgotten.
 
-    `prefix_entropy` says how much there is in the prefixes. Source: Ji et al. 2025 (arXiv 2503.02875), UPFT.
+    `prefix_entropy` says how much there is in the prefixes.
+    Source: Ji et al., "The First Few Tokens Are All You Need", arXiv 2503.02875.
     Differs: the paper puts a task template before the whole ones; here their prompt is as it was.
     """
     if not 0 <= whole_share <= 1:
@@ -280,11 +283,13 @@ def prefix_entropy(transcripts: Sequence[Transcript], tokens: int = 16) -> float
 
 
 def question_free(model: Model, transcripts: Sequence[Transcript]) -> list[Transcript]:
-    """The completions alone: no question, no system prompt, no template; before them only what the tokenizer itself begins a text with.
+    """Question-free fine-tuning (QFFT): the completions alone, without question, system prompt and template; before them only what the tokenizer
+    itself begins a text with.
 
     `Transcript.question` still says which question it answered, so that splits by question stay possible; the tokens do not.
     Where the tokenizer begins with nothing, nothing predicts the first token of the completion, and it is not learnt.
-    Raises ValueError where no completion has a token to learn. Source: Liu et al. 2025 (arXiv 2506.12860), QFFT.
+    Raises ValueError where no completion has a token to learn.
+    Source: Liu et al., "QFFT, Question-Free Fine-Tuning for Adaptive Reasoning", arXiv 2506.12860.
     """
     start = _begins(model)
     kept = []

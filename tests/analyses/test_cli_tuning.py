@@ -122,6 +122,7 @@ def test_grpo_says_when_nothing_is_ever_rewarded_differently(surgery, base: Path
     ("words", "message"),
     [
         (["--objective", "rlhf"], "There is no objective 'rlhf'"),
+        (["--objective", "dco"], "coverage (direct coverage optimisation, DCO)"),
         (["--alpha", "1"], "--alpha belongs to --prior"),
         (["--watch-every", "2"], "--watch-every belongs to --watch"),
         (["--samples", "4"], "--samples has no use with --method lift"),
