@@ -8,9 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery.hashing import hash_bytes
 from surgery.whole import write_whole
 
 _COMPLETE = "complete.json"
+
+
+def digest(data: Any) -> str:
+    """What data are known by in a run's settings: 16 hexadecimal digits of the hash of their JSON."""
+    return hash_bytes(json.dumps(data).encode())[:16]
 
 
 def mark_complete(checkpoint: Path, settings: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from finetune.checkpoints import last_complete
+from finetune.checkpoints import digest, last_complete
 from finetune.hosts import Surgical, Term
 from finetune.learner import Adapter, Trains, bar, check_budget, learner, one_device, require_versions
 from finetune.lift import Select
@@ -33,7 +33,6 @@ from finetune.rewards import Reward, Weighted, described
 from finetune.rules import DRIFT
 from finetune.tune import DEFAULTS, Tuned, course, named
 from surgery.borrowing import evaluating
-from surgery.hashing import hash_bytes
 from surgery.model import Model
 from surgery.runs import fingerprint
 from surgery.seeds import seed_from_numbers
@@ -177,7 +176,7 @@ def grpo(
         "density": density, "lora_rank": lora_rank, "filter_rank": filter_rank, "refresh": refresh, "select": select,
         "options": dict(options or {}), "weight_decay": weight_decay,
         "schedule": schedule, "warmup": warmup, "max_grad_norm": max_grad_norm, "autocast": autocast, "patience": patience,
-        "vllm": served, "seed": seed, "reward": described(reward), "data": _hash(questions), "start": fingerprint(model),
+        "vllm": served, "seed": seed, "reward": described(reward), "data": digest([repr(q) if is_dataclass(q) else _text(q) for q in questions]), "start": fingerprint(model),
         "terms": [named(t) for t in terms], "DRIFT": any(isinstance(c, DRIFT) for c in callbacks),
     }  # fmt: skip
 
@@ -514,8 +513,3 @@ def _mean(values: Sequence[float | None]) -> float:
 
 def _text(question: Any) -> str:
     return getattr(question, "question", question)
-
-
-def _hash(questions: Sequence[Any]) -> str:
-    told = [repr(q) if is_dataclass(q) else _text(q) for q in questions]
-    return hash_bytes(json.dumps(told).encode())[:16]

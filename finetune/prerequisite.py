@@ -24,12 +24,11 @@ import torch
 from torch import nn
 
 from finetune.checkpoints import checkpoints as checkpoints_of
-from finetune.checkpoints import last_complete, require_same_run
+from finetune.checkpoints import digest, last_complete, require_same_run
 from finetune.examples import Collate, Example, Item, Over, examples, rows_of
 from finetune.hosts import Surgical
 from finetune.learner import adapted_layers, as_before, one_device, require_versions
 from finetune.objectives import nll
-from surgery.hashing import hash_bytes
 from surgery.lowrank import Factored
 from surgery.model import Model
 from surgery.runs import fingerprint
@@ -124,7 +123,7 @@ def prereq_tune(
     settings = {
         **{name: value for name, value in counts.items() if name != "save_every"}, "knowledge_lr": knowledge_lr, "skill_lr": skill_lr,
         "schedule": schedule, "max_grad_norm": max_grad_norm, "autocast": autocast, "seed": seed, "start": fingerprint(model),
-        "knowledge": _digest(facts), "skill": _digest(tasks),
+        "knowledge": _known(facts), "skill": _known(tasks),
     }  # fmt: skip
     how = _Training(model, schedule, max_grad_norm, autocast, seed, settings, save_every, tuple(callbacks))
     with ExitStack() as borrowed:
@@ -289,9 +288,9 @@ def _put(learner: Any, adapter: str, file: TensorFile) -> None:
         parameter.copy_(file[name])
 
 
-def _digest(data: Mapping[str, Sequence[Example]]) -> str:
+def _known(data: Mapping[str, Sequence[Example]]) -> str:
     told = {version: [(list(e.transcript.ids), e.weights) for e in members] for version, members in data.items()}
-    return hash_bytes(json.dumps(told).encode())[:16]
+    return digest(told)
 
 
 def _vector(module: nn.Module, anatomy: Any, sites: Sequence[Site], name: str) -> Factored:

@@ -25,11 +25,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from finetune.checkpoints import digest
 from finetune.examples import Collate, Example, Group, Item, Over, examples, rows_of
 from finetune.objectives import kl_divergence
 from finetune.predictions import Predictions, predict
 from surgery.borrowing import evaluating
-from surgery.hashing import Digest, hash_bytes
+from surgery.hashing import Digest
 from surgery.model import Model
 from surgery.seeds import seed_from_numbers
 from surgery.sites import Site, match
@@ -109,7 +110,7 @@ class Kickstarting:
 
     def __repr__(self) -> str:
         return (
-            f"Kickstarting(<{len(self._questions)} questions, {_digest(self._questions)}>, weight={self._weight:g}, until={self._until}, batch_size={self._batch_size}, "
+            f"Kickstarting(<{len(self._questions)} questions, {digest(self._questions)}>, weight={self._weight:g}, until={self._until}, batch_size={self._batch_size}, "
             f"max_new_tokens={self._length}, temperature={self._heat:g}, seed={self._seed})"
         )
 
@@ -204,12 +205,12 @@ class Fisher:
         return cls(of(_START), of(_FISHER), int(about["sequences"]))
 
     def __repr__(self) -> str:
-        digest = Digest()
+        sums = Digest()
         for name in sorted(self.diagonal):
-            digest.update(
+            sums.update(
                 f"{name} {float(self.diagonal[name].double().sum())!r} {float(self.start[name].double().sum())!r}".encode()
             )
-        return f"<Fisher: {len(self.diagonal)} tensors, {self.sequences} sequences, {digest.hexdigest()[:16]}>"
+        return f"<Fisher: {len(self.diagonal)} tensors, {self.sequences} sequences, {sums.hexdigest()[:16]}>"
 
 
 def fisher_diagonal(
@@ -270,12 +271,8 @@ class _Texts:
         return Collate(0)(rows_of(chosen))
 
     def __repr__(self) -> str:
-        digest = _digest([(e.transcript.ids, e.weights) for (e,) in self.groups])
-        return f"<{len(self.groups)} texts, {digest}>, batch_size={self._batch_size}, seed={self._seed}"
-
-
-def _digest(data: object) -> str:
-    return hash_bytes(repr(data).encode())[:16]
+        known = digest([(e.transcript.ids, e.weights) for (e,) in self.groups])
+        return f"<{len(self.groups)} texts, {known}>, batch_size={self._batch_size}, seed={self._seed}"
 
 
 def _both(module: nn.Module, start: Model, batch: dict[str, Tensor]) -> tuple[Predictions, Predictions]:

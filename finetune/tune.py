@@ -5,7 +5,6 @@ What is borrowed is given back, after an error too (see `finetune.learner`); onl
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from finetune.checkpoints import last_complete
+from finetune.checkpoints import digest, last_complete
 from finetune.examples import Collate, Item, Over, examples, rows_of
 from finetune.hosts import Corruption, Surgical, Term
 from finetune.learner import Trains, bar, check_budget, learner, one_device, require_versions
@@ -23,7 +22,6 @@ from finetune.lift import Select
 from finetune.objectives import Objective, nll
 from finetune.rewards import Reward
 from finetune.rules import DRIFT
-from surgery.hashing import hash_bytes
 from surgery.model import Model
 from surgery.runs import fingerprint
 
@@ -153,7 +151,7 @@ def tune(
     _check_columns(objective, rows)
     if checkpoints:
         settings["start"] = fingerprint(model)
-    settings["data"] = hash_bytes(json.dumps(rows).encode())[:16]
+    settings["data"] = digest(rows)
 
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
