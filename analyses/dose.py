@@ -303,7 +303,7 @@ def sweep(
     span: str | Sequence[str] | None = None,
     target: Target | None = None,
     measures: Sequence[str] | None = None,
-    length: str = "thinking",
+    length: str | None = None,
     controls: int = 5,
     texts: Sequence[str] = GENERAL_TEXT[:16],
     samples: int = 1,
@@ -329,7 +329,8 @@ def sweep(
                that the cap cut off is longer than was seen, an answer without the span is missing); ``cut`` (share that the cap cut off);
                ``loops`` (share cut off while repeating up to 8 tokens, at least 4 times in a row); and on general text ``kl`` (of the changed
                model from the untouched, nats a token, over the whole vocabulary) and ``text_nll`` (nats a token)
-    length     the span whose length is measured: "thinking", "answer" or "completion"
+    length     the span whose length is measured: "thinking", "answer" or "completion"; by default the thinking where an answer of the
+               untouched model has it, else the answer (`settings` says which)
     controls   random stand-ins for each arm, see `stand_in`
     texts      general text. It has no spans: a steering acts on all of it
     samples, temperature, max_new_tokens, batch_size  as in `Model.generate`
@@ -384,12 +385,14 @@ def sweep(
         def measured(line: Line, strength: float, change: Callable[[], Change | None]) -> Cell:
             held = shelf.find(_part(line, strength)) if shelf else None
             cell = _cell(held) if held else None
+            if held:
+                bench.length = held.get("span", bench.length)
             if cell is None:
                 cell = Cell(line, strength, *bench.measure(change(), strength))
                 if line == _UNTOUCHED:
                     bench.require_lengths(cell)
                 if shelf:
-                    shelf.keep(_part(*cell.key), asdict(cell))
+                    shelf.keep(_part(*cell.key), {**asdict(cell), "span": bench.length})
             bar.update()
             return cell
 
@@ -474,7 +477,7 @@ class _Bench:
     texts: list[str]
     measures: tuple[str, ...]
     target: Target | None
-    length: str
+    length: str | None  # of the default: None until the untouched model has answered
     samples: int
     temperature: float | None
     max_new_tokens: int
@@ -508,12 +511,12 @@ class _Bench:
         if not len(ended):
             raise ValueError(
                 f"None of the untouched model's {len(untouched.answers['question'])} answers has a span {self.length!r}, so there is no length "
-                "to follow. Measure another span, as in length='completion', or other measures."
+                "to follow. Follow another one, as with --length completion (in Python length='completion')."
             )
         if not ended.any():
             raise ValueError(
                 f"The cap of {self.max_new_tokens} tokens cut off all {len(ended)} spans {self.length!r} of the untouched model: how long they "
-                "are is not known. Raise max_new_tokens, or leave out the measure 'length'."
+                "are is not known. Raise --max-new-tokens (in Python max_new_tokens)."
             )
 
     def _answers(self) -> dict[str, tuple]:
@@ -541,6 +544,8 @@ class _Bench:
             asking = [q for q in self.questions if isinstance(q, Question)]
             found["right"] = [grade(asking[i], t) for i, t in zip(index, given, strict=True)]
         if "length" in self.measures:
+            if self.length is None:
+                self.length = "thinking" if any("thinking" in t.spans for t in given) else "answer"
             found["length"], found["ended"] = lengths(given, self.length)
         if "cut" in self.measures:
             found["cut"] = [not t.finished for t in given]

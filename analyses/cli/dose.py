@@ -70,8 +70,12 @@ def sweep(
     samples: Annotated[int, typer.Option(help="Answers to each; one is greedy.", min=1)] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.", min=1)] = 64,
     length: Annotated[
-        str, typer.Option(help="Span whose length is measured: thinking, answer or completion.")
-    ] = "thinking",
+        str | None,
+        typer.Option(
+            help="Span whose length is measured: thinking, answer or completion; by default thinking, or answer where MODEL writes none.",
+            show_default=False,
+        ),
+    ] = None,
     passages: Annotated[int, typer.Option(help="Passages of general text.", min=1, max=40)] = 16,
     budget: Annotated[float, typer.Option(help="KL on general text, nats a token, that marks the knee.", min=0)] = 0.05,
     device: Device = "auto",
@@ -144,13 +148,15 @@ def sweep(
     knees.to_csv(to / "knees.csv", index=False)
     figures.save(figures.panels(figures.sweep, table), to / "sweep.png")
     figures.save(figures.draw(figures.frontier, table), to / "frontier.png")
-    record.results = {"knees": knees.to_dict("records"), "notes": notes}
+    counted = found.settings["length"]
+    record.results = {"knees": knees.to_dict("records"), "length": counted, "notes": notes}
     record.save(to, reproducible=["sweep.csv", "knees.csv"])
     typer.echo(
         table[table["draw"].isna()]
         .pivot_table(index=["arm", "strength"], columns="measure", values="value", sort=False)
         .to_string(float_format="%.4g")
     )
+    typer.echo(f"length is counted over {counted}")
     for row in knees.to_dict("records"):
         where = (
             f"the knee {row['side']} 0 is at {row['strength']:g}"

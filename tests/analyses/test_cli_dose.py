@@ -127,6 +127,26 @@ def test_it_replays_and_resumes(surgery, home: Path, tmp_path: Path, monkeypatch
     assert (tmp_path / "broken" / "sweep.csv").read_bytes() == (tmp_path / "whole" / "sweep.csv").read_bytes()
 
 
+def test_lengths_are_of_the_answer_where_the_model_writes_no_thinking(surgery, home: Path, tmp_path: Path) -> None:
+    short = [word for word in SHORT if word not in ("--length", "completion")]
+    words = ["sweep", home / "base", "--add", home / "vector", "--strengths", "1", "--controls", 0, *short]
+    said = surgery(*words, "--to", tmp_path / "out")
+    assert said.code == 0, said
+    assert "length is counted over answer" in said.out
+    assert Record.load(tmp_path / "out").results["length"] == "answer"
+    assert Sweep.load(tmp_path / "out" / "sweep.json").settings["length"] == "answer"
+    whole = (tmp_path / "out" / "sweep.csv").read_text()
+    (tmp_path / "out" / "record.json").unlink()  # as if it had been interrupted just before the end
+    again = surgery(*words, "--to", tmp_path / "out")
+    assert again.code == 0, again
+    assert (tmp_path / "out" / "sweep.csv").read_text() == whole
+    assert Record.load(tmp_path / "out").results["length"] == "answer"
+    said = surgery(*words, "--length", "thinking", "--to", tmp_path / "thinking")
+    assert "--length" in said.err
+    said = surgery(*words, "--length", "completion", "--max-new-tokens", 1, "--samples", 1, "--to", tmp_path / "cut")
+    assert "--max-new-tokens" in said.err
+
+
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(surgery, home: Path, tmp_path: Path) -> None:
     words = [
         "--steer",
