@@ -24,7 +24,8 @@ from analyses.shelf import Shelf
 from analyses.statistics import Estimate, crossed_bootstrap
 from analyses.tasks import Question, grade
 from surgery.borrowing import give_back_memory
-from surgery.model import Model
+from surgery.checkpoint import Checkpoint
+from surgery.model import Model, find
 from surgery.transcript import Transcript
 from surgery.whole import write_whole
 
@@ -140,7 +141,8 @@ def arms(
               is missing counts 0).
     choices:  name -> questions with named options, for what should have been kept: measures ``NAME_nll`` (nats of the right option
               among them) and ``NAME_accuracy``. texts: general text, ``text_nll``.
-    to:       folder for the runs. A finished run found there is not done again; another comparison's folder is an error.
+    to:       folder for the runs. A finished run found there is not done again; another comparison's folder is an error, as is one of
+              a model of the same name with other weights.
 
     Raises ValueError for no ways, no seeds, a way named "untuned", options that `tune` does not take, and questions that cannot be judged.
     """
@@ -150,7 +152,7 @@ def arms(
         )
     judge = _Judge(target, choices or {}, tuple(texts), generate, max_new_tokens)
     settings = {
-        "model": model, "ways": {name: dict(way) for name, way in ways.items()}, "shared": shared, "train": digest(list(train)),
+        "model": model, "weights": Checkpoint(find(model)).hash(), "ways": {name: dict(way) for name, way in ways.items()}, "shared": shared, "train": digest(list(train)),
         "judge": judge.settings(), "max_new_tokens": max_new_tokens,
     }  # fmt: skip
     shelf = Shelf(to, "comparison", settings)

@@ -7,16 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery.record import RECORD
 from surgery.whole import write_whole
 
 _PLAN = "plan.json"
+
+
+def require_unfinished(to: Path, kind: str) -> None:
+    """Raise FileExistsError where a folder holds finished work, which has its record: only what was interrupted goes on."""
+    if (to / RECORD).exists():
+        raise FileExistsError(
+            f"{to} holds a finished {kind}; nothing is overwritten. Choose another --to, or remove it."
+        )
 
 
 class Shelf:
     """kind: what the work is called, in errors. plan: what all its parts have in common, as JSON holds it.
 
     Raises FileExistsError for a folder with another plan, naming what differs, and for one that holds something else. Nothing is written
-    before the first part is kept.
+    before the folder is claimed, or the first part kept.
     """
 
     def __init__(self, folder: str | Path, kind: str, plan: Mapping[str, Any]):
@@ -32,12 +41,17 @@ class Shelf:
         elif self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
             raise FileExistsError(f"{folder} exists and is not a {kind}. Choose another folder, or remove it.")
 
-    def find(self, name: str) -> dict[str, Any] | None:
-        """The part of this name, if it is finished."""
+    def claim(self) -> None:
+        """Write the plan, for work that leaves other files in the folder before its first part is finished."""
+        if not (self._folder / _PLAN).exists():
+            write_whole(self._folder / _PLAN, json.dumps(self._plan, indent=2) + "\n")
+
+    def find(self, name: str) -> Any:
+        """The part of this name, or None where it is not finished."""
         path = self._folder / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def keep(self, name: str, part: Mapping[str, Any]) -> None:
-        if not (self._folder / _PLAN).exists():
-            write_whole(self._folder / _PLAN, json.dumps(self._plan, indent=2) + "\n")
+    def keep(self, name: str, part: Any) -> None:
+        """Keep a part, which JSON can hold; one of that name is replaced."""
+        self.claim()
         write_whole(self._folder / f"{name}.json", json.dumps(part) + "\n")

@@ -12,19 +12,18 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analyses.plan import Plan
+from analyses.shelf import Shelf, require_unfinished
 from analyses.statistics import Estimate
 from analyses.tasks import accuracy, chained_sums
 from surgery.borrowing import give_back_memory
 from surgery.checkpoint import Checkpoint
 from surgery.model import Model, find
-from surgery.record import RECORD, Record, typed
+from surgery.record import Record, typed
 from surgery.weights import Delta
-from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -34,19 +33,19 @@ ARMS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "lr": 1e-4},
 }
 STRENGTHS = (-0.5, 0.0, 0.5, 1.0, 1.5)
-_PLAN = "study.json"
 
 
 def study(plan: Plan, to: str | Path, *, progress: bool = True) -> Path:
     """Run the study into a folder and give the path of its page, ``report.html``.
 
-    A folder that holds an unfinished study of the same plan is resumed. Raises FileExistsError for a finished one, or one of
-    another plan.
+    A folder that holds an unfinished study of the same plan and model is resumed. Raises FileExistsError for a finished one, or one of
+    another plan or of other weights.
     """
     folder = Path(to)
-    begin(plan, folder)
+    require_unfinished(folder, "study")
     record = Record("study", {**asdict(plan), "to": str(folder)}, typed(), seeds={"seed": plan.seed})
     study = _Study(plan, folder, progress)
+    study.shelf.claim()
     for name, stage in study.stages():
         study.run(name, stage)
     from analyses.report import write_report
@@ -59,78 +58,61 @@ def study(plan: Plan, to: str | Path, *, progress: bool = True) -> Path:
     return folder / "report.html"
 
 
-def begin(plan: Plan, folder: Path) -> None:
-    """Claim a folder for a plan, or take up the unfinished study in it."""
-    wanted = json.dumps(asdict(plan), indent=2) + "\n"
-    if folder.exists() and (not (folder / _PLAN).is_file() or (folder / RECORD).is_file()):
-        what = "holds a finished study" if (folder / RECORD).is_file() else "exists and is not a study"
-        raise FileExistsError(f"{folder} {what}; nothing is overwritten. Choose another --to, or remove it.")
-    if folder.exists() and (folder / _PLAN).read_text(encoding="utf-8") != wanted:
-        raise FileExistsError(
-            f"{folder} holds an unfinished study with other settings (see {folder / _PLAN}). Choose another --to, or remove it."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / _PLAN).exists():
-        write_whole(folder / _PLAN, wanted)
-
-
 class _Study:
     """The stages, and what they share."""
 
     def __init__(self, plan: Plan, folder: Path, progress: bool):
         self.plan, self.folder, self.progress = plan, folder, progress
         self._models: dict[str, Model] = {}
+        self.base = Checkpoint(find(plan.model))  # both task vectors are measured from it
+        self.base_hash = self.base.hash()
+        self.shelf = Shelf(folder, "study", {**asdict(plan), "weights": self.base_hash})
         self.train = chained_sums(plan.steps * plan.batch_size, seed=plan.seed, side="train")
         wanted = max(plan.held_out, plan.sweep_items, plan.faith_items, plan.drift_items)
         self.test = chained_sums(wanted, seed=plan.seed + 1, side="test")
         self.watched = chained_sums(plan.watch_items, seed=plan.seed + 2, side="test")
 
     def stages(self) -> list[tuple[str, Callable[[], Any]]]:
-        tuned = [(f"arms/{arm}/tuned.json", lambda arm=arm: self.tune(arm)) for arm in ARMS]
+        tuned = [(f"arms/{arm}/tuned", lambda arm=arm: self.tune(arm)) for arm in ARMS]
         return [
             *tuned,
-            ("tables/accuracy.json", self.accuracy),
-            ("tables/sweep.json", self.sweep),
-            ("tables/early_answers.json", self.early_answers),
-            ("tables/drift.json", self.drift),
-            ("tables/geometry.json", self.geometry),
+            ("tables/accuracy", self.accuracy),
+            ("tables/sweep", self.sweep),
+            ("tables/early_answers", self.early_answers),
+            ("tables/drift", self.drift),
+            ("tables/geometry", self.geometry),
         ]
 
     def run(self, name: str, stage: Callable[[], Any]) -> None:
-        path = self.folder / name
-        if path.exists():
+        if self.shelf.find(name) is not None:
             return
         began = time.monotonic()
         self._say(name)
-        rows = stage()
-        write_whole(path, json.dumps(rows, indent=1, allow_nan=True) + "\n")
-        clock = self.clock()
-        clock[name] = round(time.monotonic() - began, 1)
+        self.shelf.keep(name, stage())
+        self.shelf.keep("clock", self.clock() | {name: round(time.monotonic() - began, 1)})
         give_back_memory()
-        write_whole(self.folder / "clock.json", json.dumps(clock, indent=1) + "\n")
 
     def clock(self) -> dict[str, float]:
         """Seconds each finished stage took."""
-        path = self.folder / "clock.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return self.shelf.find("clock") or {}
 
     def results(self) -> dict[str, Any]:
         """Every stage's table, and the watches' lines."""
         from finetune.monitors import read_log
 
-        tables = {name: json.loads((self.folder / name).read_text(encoding="utf-8")) for name, _ in self.stages()}
+        tables = {name: self.shelf.find(name) for name, _ in self.stages()}
         logs = {arm: read_log(self.folder / "arms" / arm / "log.jsonl") for arm in ARMS}
         return {
             "plan": asdict(self.plan),
-            "arms": {arm: tables[f"arms/{arm}/tuned.json"] for arm in ARMS},
+            "arms": {arm: tables[f"arms/{arm}/tuned"] for arm in ARMS},
             "logs": logs,
-            **{Path(name).stem: table for name, table in tables.items() if name.startswith("tables/")},
+            **{name.removeprefix("tables/"): table for name, table in tables.items() if name.startswith("tables/")},
             "clock": self.clock(),
             "example": asdict(self.test[0]),
         }
 
     def headline(self) -> dict[str, str]:
-        rows = json.loads((self.folder / "tables/accuracy.json").read_text(encoding="utf-8"))["rows"]
+        rows = self.shelf.find("tables/accuracy")["rows"]
         return {row["arm"]: f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}] (n={row['n']})" for row in rows}
 
     # --- stages ---------------------------------------------------------------------------------------------------------------
@@ -275,15 +257,6 @@ class _Study:
         return {"rows": _rows(found.frame()), "summary": _rows(found.summary(seed=self.plan.seed))}
 
     # --- what stages share ----------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def base(self) -> Checkpoint:
-        """The base on disk: both task vectors are measured from it."""
-        return Checkpoint(find(self.plan.model))
-
-    @cached_property
-    def base_hash(self) -> str:
-        return self.base.hash()
 
     def _load(self, role: str, dtype: str) -> Model:
         if role not in self._models:

@@ -48,12 +48,9 @@ def arms(
     from analyses.arms import arms as compare
     from analyses.figures import draw, paired, panels, save, trade_off
     from analyses.general_text import GENERAL_TEXT
-    from surgery.record import RECORD
+    from analyses.shelf import require_unfinished
 
-    if (to / RECORD).exists():
-        raise FileExistsError(
-            f"{to} holds a finished comparison; nothing is overwritten. Choose another --to, or remove it."
-        )
+    require_unfinished(to, "comparison")
     chosen = ways.split(",")
     if unknown := [way for way in chosen if way not in WAYS]:
         raise ValueError(f"There is no arm {unknown[0]!r}. Choose from {', '.join(WAYS)}.")

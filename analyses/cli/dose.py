@@ -97,13 +97,10 @@ def sweep(
     from analyses import figures, tasks
     from analyses.dose import sweep
     from analyses.general_text import GENERAL_TEXT
+    from analyses.shelf import require_unfinished
     from surgery.model import Model
-    from surgery.record import RECORD
 
-    if (to / RECORD).exists():
-        raise FileExistsError(
-            f"{to} holds a finished sweep; nothing is overwritten. Choose another --to, or remove it."
-        )
+    require_unfinished(to, "sweep")
     questions = tasks.held_out(data, count, seed=seed)
     ref = str(add or steer or remove)
     if dry_run:

@@ -30,12 +30,9 @@ def seeing(
     from analyses import figures
     from analyses.seeing import Course
     from analyses.seeing import seeing as study
-    from surgery.record import RECORD
+    from analyses.shelf import require_unfinished
 
-    if (to / RECORD).exists():
-        raise FileExistsError(
-            f"{to} holds a finished study; nothing is overwritten. Choose another --to, or remove it."
-        )
+    require_unfinished(to, "study")
     course, chosen = Course().shortened(share), arms.split(",")
     if dry_run:
         typer.echo(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,16 @@ def test_an_interrupted_comparison_goes_on(
             compared(folder, tmp_path / "of", **other)
     with pytest.raises(FileExistsError, match="is not a comparison"):
         compared(folder, Path(folder))
+
+
+def test_runs_of_a_model_that_was_rebuilt_are_not_mixed_with_the_old(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    few = {"ways": {"full": WAYS["full"]}, "seeds": 1, "steps": 1}
+    compared(str(model), tmp_path / "of", **few)
+    shutil.rmtree(model)
+    save_tiny("llama", model, seed=1)
+    with pytest.raises(FileExistsError, match="other weights"):
+        compared(str(model), tmp_path / "of", **few)
 
 
 def test_a_choice_is_normalised_over_the_options() -> None:

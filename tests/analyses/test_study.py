@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from analyses import shelf
 from analyses import study as module
 from analyses.plan import Plan
 from analyses.study import STRENGTHS, study
@@ -52,13 +53,13 @@ def unfinished(finished: Path, tmp_path: Path) -> Path:
 def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The stages that are really done, as they are done."""
     names: list[str] = []
-    write = module.write_whole
+    write = shelf.write_whole
 
     def noted(path: Path, text: str) -> Path:
         names.append("/".join(path.parts[-3:] if "arms" in path.parts else path.parts[-2:]))
         return write(path, text)
 
-    monkeypatch.setattr(module, "write_whole", noted)
+    monkeypatch.setattr(shelf, "write_whole", noted)
     return names
 
 
@@ -86,7 +87,7 @@ def test_tables_records_and_logs_are_there(finished: Path, plan: Plan) -> None:
     assert record.seeds == {"seed": plan.seed}
     assert record.arguments["held_out"] == 10
     assert set(record.results["headline"]) == {"base", "lift", "full"}
-    assert list(record.results["seconds"]) == STAGES
+    assert list(record.results["seconds"]) == [name.removesuffix(".json") for name in STAGES]
     for arm in ("lift", "full"):
         lines = [json.loads(line) for line in (finished / "arms" / arm / "log.jsonl").read_text().splitlines()]
         watched = [line for line in lines if line["monitor"] not in ("recorder", "training")]
@@ -118,9 +119,17 @@ def test_verify_passes_and_then_names_what_was_touched(finished: Path, tmp_path:
 def test_finished_and_foreign_folders_are_refused(finished: Path, unfinished: Path, plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"finished study.*--to"):
         study(plan, finished, progress=False)
-    with pytest.raises(FileExistsError, match=r"other settings.*study\.json"):
+    with pytest.raises(FileExistsError, match=r"other seed.*plan\.json"):
         study(replace(plan, seed=1), unfinished, progress=False)
+    rebuilt = replace(plan, model=str(shutil.copytree(plan.model, tmp_path / "tiny")))
+    shutil.copytree(unfinished, tmp_path / "rebuilt")
+    held = json.loads((tmp_path / "rebuilt" / "plan.json").read_text())
+    (tmp_path / "rebuilt" / "plan.json").write_text(json.dumps(held | {"model": rebuilt.model}))
+    save_tiny("llama", Path(rebuilt.model), seed=1)
+    with pytest.raises(FileExistsError, match=r"other weights"):
+        study(rebuilt, tmp_path / "rebuilt", progress=False)
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not a study"):
         study(plan, tmp_path / "mine", progress=False)
 
