@@ -226,11 +226,6 @@ def load(spec: str, count: int | None = None, *, seed: int = 0, side: Side = "al
     )
 
 
-def held_out(spec: str, count: int | None = None, *, seed: int = 0) -> list[Question]:
-    """Questions to measure on: all of a file's, and of what is generated those of the test side."""
-    return load(spec, count, seed=seed, side="all" if is_file(spec) else "test")
-
-
 def is_file(spec: str) -> bool:
     """Whether questions come from a file, there or not: whatever it is called, but for "sums" and "gym:NAME"."""
     generated = spec == "sums" or spec.startswith("gym:")

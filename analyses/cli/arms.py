@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from analyses.cli.given import data_input, questions_of, words_in
 from analyses.cli.options import CHANGE, Device, DryRun, ModelRef, Questions, Quiet, To, app, begin_record
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -31,10 +32,13 @@ def arms(
     steps: Annotated[int, typer.Option(help="Optimizer steps of a run.", min=1)] = 32,
     batch_size: Annotated[int, typer.Option(help="Transcripts a step.", min=1)] = 16,
     target: Annotated[str | None, typer.Option(help="Held-out questions; by default the test side of --data.", show_default=False)] = None,
-    items: Annotated[int, typer.Option(help="Held-out questions, and of each --keep.", min=2)] = 100,
+    items: Annotated[
+        int | None,
+        typer.Option(help="Held-out questions, and of each --keep; by default 100, of a file at most.", min=2, show_default=False),
+    ] = None,
     answered: Annotated[int, typer.Option(help="Of those, how many are also answered and graded.", min=0)] = 50,
     keep: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option("--keep", help="JSONL of questions with options, for what should not be forgotten; may be repeated.", show_default=False),
     ] = None,
     passages: Annotated[int, typer.Option(help="Passages of general text.", min=0, max=40)] = 16,
@@ -51,17 +55,22 @@ def arms(
     from analyses.shelf import require_unfinished
 
     require_unfinished(to, "comparison")
-    chosen = ways.split(",")
+    chosen = words_in(ways)
     if unknown := [way for way in chosen if way not in WAYS]:
         raise ValueError(f"There is no arm {unknown[0]!r}. Choose from {', '.join(WAYS)}.")
     train = tasks.load(data, None if tasks.is_file(data) else steps * batch_size, seed=0, side="train")
-    held = tasks.load(target or data, items, seed=1, side="all" if target else "test")
-    stems = [path.stem for path in keep or ()]
+    side = "all" if target else "test"
+    held = questions_of(target or data, items, 100, seed=1, side=side, option="--items")
+    files = {path: Path(path).stem for path in keep or ()}
+    stems = [Path(path).stem for path in keep or ()]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
         raise ValueError(
             f"Two files of --keep are called {twice[0]!r}, which is what their measures would be called: rename one."
         )
-    kept = {path.stem: tasks.jsonl(path, items, seed=1) for path in keep or ()}
+    kept = {stem: questions_of(path, items, 100, seed=1, option="--items") for path, stem in files.items()}
+    record.inputs = data_input(data) | (data_input(target, "target") if target else {})
+    for path, stem in files.items():
+        record.inputs |= data_input(path, f"keep {stem}")
     if dry_run:
         typer.echo(
             f"{len(chosen)} arms x {seeds} seeds of {steps} steps; {len(train)} questions to learn, {len(held)} held out, kept: {', '.join(kept) or 'text only'}"
@@ -71,6 +80,7 @@ def arms(
         model, {way: WAYS[way] for way in chosen}, train, target=held, to=to, choices=kept, texts=GENERAL_TEXT[:passages],
         generate=min(answered, len(held)), seeds=seeds, device=device, progress=not quiet, steps=steps, batch_size=batch_size,
     )  # fmt: skip
+    record.inputs |= {"model": {"ref": model, "hash": found.settings["weights"]}}
     found.save(to / "arms.json")
     found.frame().to_csv(to / "arms.csv", index=False)
     if len(chosen) > 1:

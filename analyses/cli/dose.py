@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analyses.cli.given import hash_of, spans_in
+from analyses.cli.given import Side, data_input, hash_of, questions_to_judge_on, spans_in
 from analyses.cli.options import LOOK, Device, DryRun, ModelRef, Questions, Quiet, Seed, To, app, begin_record
 
 if TYPE_CHECKING:
@@ -66,7 +66,10 @@ def sweep(
     ] = None,
     controls: Annotated[int, typer.Option(help="Random stand-ins of the same norm, for each arm.", min=0)] = 5,
     data: Questions = "sums",
-    count: Annotated[int, typer.Option(help="Questions.", min=1)] = 32,
+    count: Annotated[
+        int | None, typer.Option(help="Questions; by default 32, of a file at most.", min=1, show_default=False)
+    ] = None,
+    side: Side = None,
     samples: Annotated[int, typer.Option(help="Answers to each; one is greedy.", min=1)] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.", min=1)] = 64,
     length: Annotated[
@@ -94,17 +97,17 @@ def sweep(
                 f"{option} is of {'--steer or --remove' if option == '--at' else '--steer'}; without it, it does nothing."
             )
     steps, groups = _numbers(strengths), _groups(layers)
-    from analyses import figures, tasks
+    from analyses import figures
     from analyses.dose import sweep
     from analyses.general_text import GENERAL_TEXT
     from analyses.shelf import require_unfinished
     from surgery.model import Model
 
     require_unfinished(to, "sweep")
-    questions = tasks.held_out(data, count, seed=seed)
+    questions = questions_to_judge_on(data, count, 32, side, seed)
     ref = str(add or steer or remove)
     if dry_run:
-        arms = len(groups or [0]) * len((over or "").split(","))
+        arms = len(groups or [0]) * len(spans_in(over or ""))
         typer.echo(
             f"{ref}: {arms} arm{'s'[: arms > 1]} at {len(steps)} strengths, each with {controls} random stand-ins: {len(questions)} questions "
             f"({samples} samples) and {passages} passages, {1 + arms * (1 + controls) * len(steps)} times; would go to {to}"
@@ -121,7 +124,7 @@ def sweep(
         change, entry = _steering(path, at, how, units) if steer else _removal(path, at), _input(path)
     for note in notes:
         typer.echo(note, err=True)
-    record.inputs = {"model": {"ref": model, "hash": base.hash()}, "change": entry}
+    record.inputs = {"model": {"ref": model, "hash": base.hash()}, "change": entry} | data_input(data)
     found = sweep(
         loaded,
         change,

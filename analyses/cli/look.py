@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analyses.cli.given import Input, Side, data_input, questions_to_judge_on
 from analyses.cli.options import (
     LOOK,
     Device,
@@ -203,7 +204,10 @@ def early_answers(
     model: ModelRef,
     to: To,
     data: Questions = "sums",
-    count: Annotated[int, typer.Option(help="How many questions.", min=2)] = 64,
+    count: Annotated[
+        int | None, typer.Option(help="Questions; by default 64, of a file at most.", min=2, show_default=False)
+    ] = None,
+    side: Side = None,
     traces: Annotated[str, typer.Option(help="own: what the model writes; gold: the worked solutions.")] = "own",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     device: Device = "auto",
@@ -213,14 +217,13 @@ def early_answers(
     """Is the chain of thought used? Cut it after each sentence and read the answer."""
     record = begin_record("measure early-answers", {k: v for k, v in locals().items() if k not in ("to", "quiet")})
     require_new(to)
-    from analyses import tasks
     from analyses.faithfulness import early_answers
     from surgery.model import Model
 
     if traces not in ("own", "gold"):
         raise ValueError(f"--traces {traces!r}: choose own or gold.")
     loaded = Model.load(model, device=device, dtype="float32")
-    questions = tasks.held_out(data, count, seed=seed)
+    questions = questions_to_judge_on(data, count, 64, side, seed)
     told = None if traces == "own" else [loaded.transcript(q.question, q.completion(loaded.markers)) for q in questions]
     found = early_answers(loaded, questions, told, max_new_tokens=max_new_tokens, seed=seed, progress=not quiet)
     _save_measure(
@@ -229,6 +232,7 @@ def early_answers(
         {"model": (model, loaded)},
         lambda folder: found.save(folder / "early_answers.json"),
         {"curve": found.curve(), "summary": found.summary()},
+        data_input(data),
     )
     typer.echo(found)
 
@@ -239,7 +243,10 @@ def drift(
     base: Annotated[str, typer.Option(help="The model to compare with.", show_default=False)],
     to: To,
     data: Questions = "sums",
-    count: Annotated[int, typer.Option(help="How many questions.", min=4)] = 48,
+    count: Annotated[
+        int | None, typer.Option(help="Questions; by default 48, of a file at most.", min=4, show_default=False)
+    ] = None,
+    side: Side = None,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -247,12 +254,11 @@ def drift(
     """How far the residual streams of two models are apart, by layer and span, on the same worked questions."""
     record = begin_record("measure drift", {k: v for k, v in locals().items() if k not in ("to", "quiet")})
     require_new(to)
-    from analyses import tasks
     from analyses.representation import drift
     from surgery.model import Model
 
     after, before = (Model.load(ref, device=device, dtype="float32") for ref in (model, base))
-    questions = tasks.held_out(data, count, seed=seed)
+    questions = questions_to_judge_on(data, count, 48, side, seed)
     told = [before.transcript(q.question, q.completion(before.markers)) for q in questions]
     spans = [s for s in ("thinking", "answer") if any(s in t.spans for t in told)]
     found = drift(before, after, told, over=spans, seed=seed, progress=not quiet)
@@ -262,6 +268,7 @@ def drift(
         {"model": (model, after), "base": (base, before)},
         lambda folder: found.save(folder / "drift.json"),
         {"drift": found.frame()},
+        data_input(data),
     )
     table = found.frame().query("measure == 'mean_shift'")
     typer.echo(table[["layer", "span", "value", "low", "high", "floor"]].to_string(index=False, float_format="%.3f"))
@@ -351,8 +358,9 @@ def figure(
 
 
 def _save_measure(
-    record: Record, to: Path, inputs: dict[str, tuple[str, Any]], save: Callable[[Path], object], tables: dict[str, Any]
-) -> None:
+    record: Record, to: Path, inputs: dict[str, tuple[str, Any]], save: Callable[[Path], object], tables: dict[str, Any],
+    others: Input | None = None,
+) -> None:  # fmt: skip
     """A measure's folder: its own file, its tables as CSV, its record; whole or not at all."""
     from surgery.whole import new_folder
 
@@ -363,7 +371,7 @@ def _save_measure(
         record.inputs = {
             role: {"ref": ref, "hash": getattr(found, "checkpoint", found).hash()}
             for role, (ref, found) in inputs.items()
-        }
+        } | (others or {})
         record.save(folder)
 
 

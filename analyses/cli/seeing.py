@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from analyses.cli.given import words_in
 from analyses.cli.options import LOOK, DryRun, Quiet, To, app, begin_record
 
 
@@ -33,7 +34,7 @@ def seeing(
     from analyses.shelf import require_unfinished
 
     require_unfinished(to, "study")
-    course, chosen = Course().shortened(share), arms.split(",")
+    course, chosen = Course().shortened(share), words_in(arms)
     if dry_run:
         typer.echo(
             f"{seeds} seeds: four models each, then {', '.join(chosen)}, {course.steps} steps of {course.batch_size} on {course.examples} "

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analyses.cli.given import RUNS, RunsRef, data_input, hash_of, load_runs, model_input, runs_input
+from analyses.cli.given import (
+    RUNS,
+    RunsRef,
+    Side,
+    data_input,
+    hash_of,
+    load_runs,
+    model_input,
+    questions_to_judge_on,
+    runs_input,
+)
 from analyses.cli.options import (
     CHANGE,
     LOOK,
@@ -29,7 +39,6 @@ from analyses.cli.options import (
 from analyses.cli.written import AllowLoops, write_model
 
 if TYPE_CHECKING:
-    from analyses.tasks import Question
     from analyses.thinkedit import Found, ThinkEdit
     from probes.directions import Direction
     from surgery.model import Model
@@ -71,6 +80,7 @@ def generate(
     count: Annotated[
         int | None, typer.Option(help="Questions; by default all of a file, else 64.", min=1, show_default=False)
     ] = None,
+    side: Side = None,
     samples: Annotated[int, typer.Option(help="Answers to each.", min=1)] = 1,
     temperature: Temperature = None,
     max_new_tokens: MaxNewTokens = 64,
@@ -84,10 +94,11 @@ def generate(
     record = begin_record("generate", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
     require_new(to)
     from analyses.labels import graded_by
+    from analyses.tasks import is_file
     from surgery.model import Model
     from surgery.runs import Runs, fingerprint
 
-    questions = _questions(data, count, 64, seed)
+    questions = questions_to_judge_on(data, count, None if is_file(data) else 64, side, seed)
     if dry_run:
         typer.echo(
             f"{len(questions)} questions of {data}, {samples} answers each, would go to {to}; first:\n{questions[0].question}"
@@ -264,8 +275,14 @@ def thinkedit(
     to: To,
     data: Questions = "sums",
     count: Annotated[
-        int, typer.Option(help="Questions: two fifths each for the direction and for judging, one for heads.", min=10)
-    ] = 60,
+        int | None,
+        typer.Option(
+            help="Questions: two fifths each for the direction and for judging, one for heads; by default 60, of a file at most.",
+            min=10,
+            show_default=False,
+        ),
+    ] = None,
+    side: Side = None,
     samples: Annotated[int, typer.Option(help="Answers to a question of the first two parts.", min=2)] = 4,
     share: Share = 0.04,
     strength: Strength = 1.0,
@@ -303,7 +320,7 @@ def thinkedit(
     from analyses.thinkedit import SHARES, STRENGTHS, split, thinkedit
     from surgery.model import Model
 
-    questions = _questions(data, count, count, seed)
+    questions = questions_to_judge_on(data, count, 60, side, seed)
     parts = [len(part) for part in split(questions, seed=seed)]
     if dry_run:
         typer.echo(
@@ -403,12 +420,6 @@ def _site_of(direction: Direction) -> str:
             f"Heads are edited along a direction at mid or at resid; this one is at {', '.join(sorted(parts))}."
         )
     return "attention" if parts == {"mid"} else "mlp"
-
-
-def _questions(data: str, count: int | None, default: int, seed: int) -> list[Question]:
-    from analyses import tasks
-
-    return tasks.held_out(data, count if count or tasks.is_file(data) else default, seed=seed)
 
 
 def _names(runs: Runs) -> list[str]:

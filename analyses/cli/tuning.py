@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analyses.cli.given import data_input
 from analyses.cli.options import (
     CHANGE,
     Device,
@@ -172,6 +173,7 @@ def tune(
             options=options,
             **shared,
         )
+    record.inputs |= data_input(data)
     record.results = {"losses": done.losses, "trainable": done.trainable}
     if done.shares:
         record.results["shares"] = done.shares

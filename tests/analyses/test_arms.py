@@ -14,7 +14,7 @@ import torch
 
 from analyses.arms import Arms, Run, arms, option_nll, options
 from analyses.statistics import crossed_bootstrap
-from analyses.tasks import Question, chained_sums
+from analyses.tasks import Question, chained_sums, side_of
 from surgery.model import Model
 from tests.families import save_tiny, tiny
 
@@ -175,6 +175,11 @@ def test_the_command(surgery, folder: str, tmp_path: Path) -> None:
     again = surgery(*words)
     assert again.code == 2
     assert "finished comparison" in again.err
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert set(record["inputs"]) == {"model", "keep even"}
+    replayed = surgery("replay", tmp_path / "out", "--to", tmp_path / "replayed")
+    assert replayed.code == 0, replayed.err
+    assert "2 outputs equal, 0 differ" in replayed.out
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / keep.name).write_text(keep.read_text())
     twice = surgery(*words[:-2], tmp_path / "again", "--keep", tmp_path / "other" / keep.name, "--quiet")
@@ -186,6 +191,12 @@ def test_the_command_where_only_answers_are_known(surgery, folder: str, tmp_path
     data = tmp_path / "asked.jsonl"
     data.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(40)))
     short = ["--steps", "1", "--batch-size", "2", "--seeds", "1", "--items", "4", "--answered", "0", "--passages", "2"]
-    done = surgery("arms", folder, "--arms", "lift,full", "--data", data, *short, "--to", tmp_path / "out", "--quiet")
+    words = ["arms", folder, "--arms", "lift, full", "--data", data, *short]
+    done = surgery(*words, "--to", tmp_path / "out", "--quiet")
     assert done.code == 0, done.err
+    assert set(json.loads((tmp_path / "out" / "record.json").read_text())["inputs"]) == {"model", "data"}
+    held = sum(side_of(f"{i} + 1?") == "test" for i in range(40))
+    all_of_it = surgery(*words[:-8], "--to", tmp_path / "all", "--dry-run")
+    assert f"{40 - held} questions to learn, {held} held out" in all_of_it.out
+    assert "--items 41" in surgery(*words, "--items", 41, "--to", tmp_path / "many").err
     assert (tmp_path / "out" / "trade_off.png").is_file()

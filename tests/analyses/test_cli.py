@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from analyses.cli.change import diff
+from analyses.tasks import side_of
 from tests.families import save_tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -193,6 +194,72 @@ def test_figures_refuse(surgery, models: Path, tmp_path: Path) -> None:
     )
     assert "mean_shift" in one_line(surgery("figure", "drift", table, "--to", tmp_path / "b.png"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "sweep.csv"]
+
+
+# --- questions from a file --------------------------------------------------------------------------------------------
+
+
+def asked(path: Path, count: int) -> list[str]:
+    """A file of questions; gives their texts."""
+    texts = [f"What is {i} + {i}?" for i in range(count)]
+    rows = [{"question": text, "solution": "so", "answer": str(2 * i)} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return texts
+
+
+def test_a_file_is_judged_on_as_a_whole_and_its_test_side_for_the_asking(
+    surgery, models: Path, vector: Path, tmp_path: Path
+) -> None:
+    texts = asked(tmp_path / "q.jsonl", 40)
+    test = sum(side_of(text) == "test" for text in texts)
+    assert 10 <= test < 30
+    ask = {
+        "sweep": (["--add", vector, "--strengths", "1"], f"{32} questions", f"{test} questions"),
+        "thinkedit": ([], f"{16} for judging", f"{round(0.4 * test)} for judging"),
+        "generate": ([], "40 questions", f"{test} questions"),
+    }
+    for command, (words, whole, held) in ask.items():
+        words = [
+            command,
+            models / "base",
+            *words,
+            "--data",
+            tmp_path / "q.jsonl",
+            "--to",
+            tmp_path / "out",
+            "--dry-run",
+        ]
+        said = surgery(*words)
+        assert said.code == 0, said
+        assert whole in said.out
+        assert "--side test leaves those out" in said.err
+        said = surgery(*words, "--side", "test")
+        assert said.code == 0, said
+        assert held in said.out
+        assert said.err == ""
+        assert surgery(*words, "--side", "all").err == ""
+        assert "--count 41" in one_line(surgery(*words, "--count", 41))
+        assert "test side" in one_line(surgery(*words, "--count", 30, "--side", "test"))
+        assert "choose test or all" in one_line(surgery(*words, "--side", "train"))
+    said = surgery("generate", models / "base", "--to", tmp_path / "out", "--dry-run")
+    assert said.err == ""
+    texts = asked(tmp_path / "few.jsonl", next(i for i in range(14) if side_of(texts[i]) == "test"))
+    words = ["generate", models / "base", "--data", tmp_path / "few.jsonl", "--to", tmp_path / "out"]
+    assert "None of the" in one_line(surgery(*words, "--side", "test"))
+
+
+def test_a_small_file_is_enough_to_measure_on_and_is_an_input_of_the_record(
+    surgery, models: Path, tmp_path: Path
+) -> None:
+    asked(tmp_path / "q.jsonl", 9)
+    for name, words in (("drift", ["--base", models / "base"]), ("early-answers", ["--traces", "gold"])):
+        words = ["measure", name, models / "tuned", *words, "--data", tmp_path / "q.jsonl"]
+        said = surgery(*words, "--to", tmp_path / name, "-q")
+        assert said.code == 0, said
+        assert "note: 9 questions" in said.err
+        assert "data" in json.loads((tmp_path / name / "record.json").read_text())["inputs"]
+    asked(tmp_path / "q.jsonl", 10)
+    assert "The input data" in surgery("replay", tmp_path / "drift", "--to", tmp_path / "again").err
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -147,6 +147,16 @@ def test_lengths_are_of_the_answer_where_the_model_writes_no_thinking(surgery, h
     assert "--max-new-tokens" in said.err
 
 
+def test_a_file_of_questions_that_changed_is_told_by_name(surgery, home: Path, tmp_path: Path) -> None:
+    data = tmp_path / "q.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(2)))
+    words = ["--add", home / "vector", "--strengths", "1", "--controls", 0, "--data", data]
+    assert surgery("sweep", home / "base", *words, "--to", tmp_path / "out", *SHORT).code == 0
+    assert set(Record.load(tmp_path / "out").inputs) == {"model", "change", "data"}
+    data.write_text(data.read_text().replace("1?", "2?"))
+    assert "The input data" in surgery("replay", tmp_path / "out", "--to", tmp_path / "again").err
+
+
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(surgery, home: Path, tmp_path: Path) -> None:
     words = [
         "--steer",

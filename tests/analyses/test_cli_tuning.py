@@ -111,6 +111,14 @@ def test_grpo_is_watched_and_takes_the_options_of_lift(surgery, base: Path, tmp_
     assert "nll" in {line["monitor"] for line in lines}
 
 
+def test_a_file_of_questions_is_an_input_of_the_record(surgery, base: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"What is {i} + {i}?", "solution": "so", "answer": str(2 * i)} for i in range(14)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = surgery("tune", base, *SHORT, "--data", tmp_path / "q.jsonl", "--to", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert set(json.loads((tmp_path / "out" / "record.json").read_text())["inputs"]) == {"model", "data"}
+
+
 def test_grpo_says_when_nothing_is_ever_rewarded_differently(surgery, base: Path, tmp_path: Path) -> None:
     done = surgery("tune", base, *SHORT, "--method", "grpo", "--samples", "2", "--to", tmp_path / "out")
     assert done.code == 2

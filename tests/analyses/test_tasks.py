@@ -9,7 +9,6 @@ from analyses.tasks import (
     accuracy,
     chained_sums,
     grade,
-    held_out,
     is_file,
     jsonl,
     load,
@@ -277,13 +276,11 @@ def test_load_by_word(tmp_path):
         load("absent.jsonl", 5)
 
 
-def test_questions_to_measure_on_are_all_of_a_file_whatever_it_is_called(tmp_path, monkeypatch):
+def test_a_file_is_one_whatever_it_is_called(tmp_path, monkeypatch):
     rows = [row(question=f"What is {i}?") for i in range(12)]
     path = write(tmp_path, *rows)
     other = path.rename(tmp_path / "questions.txt")
-    assert len(held_out(str(other))) == 12
-    assert {side_of(q.question) for q in held_out(str(other))} == {"train", "test"}
-    assert held_out("sums", 5, seed=1) == chained_sums(5, seed=1, side="test")
+    assert len(load(str(other))) == 12
     assert is_file(str(other))
     assert is_file("absent.jsonl")
     monkeypatch.chdir(tmp_path)
