@@ -21,7 +21,7 @@ from jaxtyping import Float
 from analyses.changes import digest
 from analyses.scoring import nll, text_nll
 from analyses.shelf import Shelf
-from analyses.statistics import Estimate, crossed_bootstrap
+from analyses.statistics import crossed_bootstrap, share
 from analyses.tasks import Question, grade
 from surgery.borrowing import give_back_memory
 from surgery.checkpoint import Checkpoint
@@ -75,11 +75,14 @@ class Arms:
         return np.array(rows, dtype=float)
 
     def frame(self, *, draws: int = 2000, seed: int = 0) -> DataFrame:
-        """A row an arm and measure. Columns: arm, measure, value, low, high, n (questions), seeds, by_seed (the seeds' own means)."""
+        """A row an arm and measure. Columns: arm, measure, value, low, high, n (questions), seeds, by_seed (the seeds' own means).
+
+        Seeds and questions are resampled; where all are right, or all wrong, every draw is, and the interval is Wilson's of as many questions.
+        """
         import pandas as pd
 
         return pd.DataFrame(
-            {"arm": arm, "measure": measure, **_row(self.table(arm, measure), draws, seed)}
+            {"arm": arm, "measure": measure, **_row(self.table(arm, measure), draws, seed, whole=True)}
             for arm in (UNTUNED, *self.arms)
             for measure in self.measures
         )
@@ -273,8 +276,12 @@ def _autocast(model: Model, judge: _Judge) -> dict[str, tuple[float, ...]]:
         return judge(model)
 
 
-def _row(table: Float[np.ndarray, "seed item"], draws: int, seed: int) -> dict[str, Any]:
-    found: Estimate = crossed_bootstrap(table, draws=draws, seed=seed)
+def _row(table: Float[np.ndarray, "seed item"], draws: int, seed: int, whole: bool = False) -> dict[str, Any]:
+    """whole: values by themselves, not differences, so that all 0 or all 1 is a share that may be chance."""
+    if whole and table.min() == table.max() and table.min() in (0, 1):
+        found = share(table[0], range(table.shape[1]))
+    else:
+        found = crossed_bootstrap(table, draws=draws, seed=seed)
     means = tuple(round(float(mean), 6) for mean in table.mean(1))
     return {
         "value": found.value,

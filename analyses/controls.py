@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.labels import graded_by
 from analyses.tasks import Question
 from surgery.model import Model
 from surgery.sites import Site
@@ -59,7 +60,7 @@ class Planted:
     def transcripts(self, questions: Sequence[Question]) -> list[Transcript]:
         """The questions with their traces and answers, as text."""
         markers = self.model.markers
-        return [self.model.transcript(q.question, q.completion(markers), answer=q.answer) for q in questions]
+        return [self.model.transcript(q.question, q.completion(markers), **graded_by(q)) for q in questions]
 
 
 def faithful(*, seed: int = 0) -> Planted:

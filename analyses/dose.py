@@ -27,7 +27,7 @@ from analyses.changes import Change, Editing, acting, confined, digest, settled,
 from analyses.general_text import GENERAL_TEXT
 from analyses.scoring import Likelihood, Row, passages, predicted, quiet, surprise
 from analyses.shelf import Shelf
-from analyses.statistics import Estimate, Significance, bootstrap, followed, page, restricted_mean, wilson
+from analyses.statistics import Estimate, Significance, bootstrap, followed, page, restricted_mean, share
 from analyses.tasks import Question, grade
 from probes.steering import Steering
 from surgery.model import Model
@@ -255,9 +255,9 @@ class Sweep:
                     math.nan, math.nan, math.nan, len(set(question)), None, f"followed to {reach:g} only"
                 ), missing
             return restricted_mean(values, ended, until=self.until, clusters=question, seed=self.seed), missing
-        if measure != "target" and len(set(question)) == len(question):
-            return wilson(int(values.sum()), len(values)), missing
-        return bootstrap(values, clusters=question, seed=self.seed), missing
+        if measure == "target":
+            return bootstrap(values, clusters=question, seed=self.seed), missing
+        return share(values, question, seed=self.seed), missing
 
     def _knees(self) -> list[dict[str, Any]]:
         rows = []
@@ -339,7 +339,8 @@ def sweep(
     to         a folder that keeps every cell as soon as it is measured. A sweep that was interrupted goes on; strengths, layers, spans and
                controls may be added later; what is there is not measured again
 
-    Intervals resample questions, a question's samples together, and passages; of one sample a question, shares have Wilson intervals.
+    Intervals resample questions, a question's samples together, and passages; of one sample a question, and where all answers agree, shares
+    have Wilson intervals.
 
     Errors: ValueError for strengths that are not finite; an unknown measure; a layer or a span that the change does not have; a span whose
     length no answer of the untouched model has, or that the cap cut off in all of them. FileExistsError for a folder that holds

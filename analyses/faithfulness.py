@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from analyses.labels import gold_of
 from analyses.scoring import keeping, quiet
-from analyses.statistics import Estimate, bootstrap, percentile, resamples
+from analyses.statistics import Estimate, bootstrap, percentile, resamples, share
 from analyses.tasks import Question, grade, read
 from surgery.model import Model
 from surgery.transcript import Transcript, end_tokens
@@ -43,7 +44,7 @@ _DRAWS = 2000
 class Reading:
     """The answer after ``cut`` of ``length`` sentences of transcript ``item``.
 
-    ``answer``: its text; ``same``: whether it is the answer after the whole thinking; ``correct``: whether it is the
+    ``answer``: its text; ``key``: what it says, in the form in which answers are compared; ``same``: whether it is the answer after the whole thinking; ``correct``: whether it is the
     gold one (None without a gold answer; an empty reading is not correct).
     """
 
@@ -52,6 +53,7 @@ class Reading:
     length: int
     cut: int
     answer: str
+    key: str
     same: bool
     correct: bool | None
 
@@ -86,7 +88,8 @@ class EarlyAnswers:
     ``missing``: transcripts without closed thinking and an answer; they enter no number. ``changed`` of ``compared``
     transcripts read differently, token by token, when their own unmodified thinking was put back: none may, where the
     transcripts were generated greedily by this model.
-    Intervals are bootstrapped over questions: all transcripts of a question, with all their cuts, stay together.
+    Intervals are bootstrapped over questions: all transcripts of a question, with all their cuts, stay together. Shares of one transcript a
+    question have Wilson intervals.
     """
 
     readings: tuple[Reading, ...]
@@ -141,11 +144,11 @@ class EarlyAnswers:
     def _chance(self) -> tuple[Estimate, Estimate]:
         # one vector of answer counts a question; pairs within a question do not count, nor does a question drawn twice
         questions = sorted({r.question for r in self._full})
-        answers = sorted({r.answer for r in self._full})
+        answers = sorted({r.key for r in self._full})
         counts = np.zeros((len(questions), len(answers)))
         areas = np.zeros(len(questions))
         for r in self._full:
-            counts[questions.index(r.question), answers.index(r.answer)] += 1
+            counts[questions.index(r.question), answers.index(r.key)] += 1
             areas[questions.index(r.question)] += self._areas[r.item]
         size, own = counts.sum(1), (counts**2).sum(1)
 
@@ -191,7 +194,7 @@ class EarlyAnswers:
         if not rows:
             return None
         right = [float(bool(r.correct)) for r in rows]
-        return bootstrap(right, clusters=[r.question for r in rows], draws=_DRAWS, seed=self.seed)
+        return share(right, [r.question for r in rows], seed=self.seed)
 
     @property
     def self_splice(self) -> float:
@@ -200,7 +203,7 @@ class EarlyAnswers:
         return self.changed / self.compared if self.compared else math.nan
 
     def frame(self) -> DataFrame:
-        """One row a transcript and cut: item, question, T, cut, fraction, answer, same, correct."""
+        """One row a transcript and cut: item, question, T, cut, fraction, answer, key, same, correct."""
         import pandas as pd
 
         frame = pd.DataFrame([asdict(r) for r in self.readings]).rename(columns={"length": "T"})
@@ -208,15 +211,18 @@ class EarlyAnswers:
         return frame
 
     def curve(self) -> DataFrame:
-        """The same-answer curve ``f_T(i/T)``: T, cut, fraction, same, low, high, n."""
+        """The same-answer curve ``f_T(i/T)``: T, cut, fraction, same, low, high, n, seed, method. It ends in 1 by definition."""
         import pandas as pd
 
         rows = []
         for length, cut in sorted({(r.length, r.cut) for r in self.readings}):
             cell = [r for r in self.readings if (r.length, r.cut) == (length, cut)]
-            f = bootstrap([float(r.same) for r in cell], clusters=[r.question for r in cell], seed=self.seed)
-            rows.append((length, cut, cut / length, f.value, f.low, f.high, f.n))
-        return pd.DataFrame(rows, columns=["T", "cut", "fraction", "same", "low", "high", "n"])
+            f = share([r.same for r in cell], [r.question for r in cell], seed=self.seed)
+            if cut == length:
+                f = Estimate(1.0, 1.0, 1.0, f.n, None, "by definition")
+            rows.append((length, cut, cut / length, f.value, f.low, f.high, f.n, f.seed, f.method))
+        columns = ["T", "cut", "fraction", "same", "low", "high", "n", "seed", "method"]
+        return pd.DataFrame(rows, columns=columns).astype({"seed": "Int64"})
 
     def summary(self) -> DataFrame:
         """The headline numbers: measure, value, low, high, n, seed, method."""
@@ -242,7 +248,8 @@ class EarlyAnswers:
         data = json.loads(Path(path).read_text("utf-8"))
         if not isinstance(data, dict) or data.pop("kind", None) != "early answers":
             raise ValueError(f"{path}: not a file of early answers; it is written by EarlyAnswers.save")
-        readings = tuple(Reading(**row) for row in data.pop("readings"))
+        # files once held no keys: their answers are compared by their text
+        readings = tuple(Reading(**{"key": row["answer"], **row}) for row in data.pop("readings"))
         return cls(readings, cost=Cost(**data.pop("cost")), **data)
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -284,8 +291,8 @@ def early_answers(
 ) -> EarlyAnswers:
     """Cut the thinking after each sentence (i = 0..T), close it, and read the answer greedily.
 
-    ``questions``: with gold answers, or bare text; or transcripts, whose gold answer is ``meta["answer"]`` if they have
-    one. ``transcripts``: of those questions, any number of each; generated greedily when None, of at most
+    ``questions``: with gold answers, or bare text; or transcripts, whose gold answer is what `analyses.labels.graded_by` keeps in their
+    ``meta``, as `surgery generate` does, if they have one. ``transcripts``: of those questions, any number of each; generated greedily when None, of at most
     ``max_new_tokens``. ``batch_size``: transcripts a batch. ``max_answer_tokens``: at most so many tokens are read.
     ``share=False`` computes every cut from scratch. ``seed``: of the intervals.
 
@@ -329,7 +336,9 @@ def early_answers(
         keys = [_key(text, target) for text in texts]
         for cut, text in enumerate(texts):
             correct = None if target is None else grade(target, text) is True
-            readings.append(Reading(item, question, len(texts) - 1, cut, text, keys[cut] == keys[-1], correct))
+            readings.append(
+                Reading(item, question, len(texts) - 1, cut, text, keys[cut], keys[cut] == keys[-1], correct)
+            )
         own, again = trace.answer[:max_answer_tokens], read_ids[-1]
         compared += 1
         changed += own != (again if len(own) == max_answer_tokens or own[-1] in ends else again[: len(own)])
@@ -352,8 +361,9 @@ def _pair(
             gold[entry.question] = entry
             asked.append(entry.question)
         elif isinstance(entry, Transcript):
-            if "answer" in entry.meta:
-                gold[entry.question] = Question(entry.question, str(entry.meta["answer"]))
+            known = gold_of(entry)
+            if known is not None:
+                gold[entry.question] = known
             given.append(entry)
         else:
             asked.append(str(entry))

@@ -69,11 +69,18 @@ def labels_of(runs: Sequence[Transcript], of: str, *, length: str = "thinking") 
 
 def right_or_wrong(runs: Sequence[Transcript]) -> list[bool | None]:
     """Whether each transcript's answer is right; None where it has no answer. Raises ValueError where one has no gold answer."""
-    if any("gold" not in t.meta for t in runs):
+    known = [(gold, t) for t in runs if (gold := gold_of(t)) is not None]
+    if len(known) < len(runs):
         raise ValueError("These answers come without their gold answers; `surgery generate` writes them.")
-    tasks = [t.meta.get("task") for t in runs]
-    known = [task if isinstance(task, Mapping) else {} for task in tasks]
-    return [grade(Question(t.question, t.meta["gold"], None, task), t) for t, task in zip(runs, known, strict=True)]
+    return [grade(gold, t) for gold, t in known]
+
+
+def gold_of(transcript: Transcript) -> Question | None:
+    """The question that a transcript answers with its gold answer, as `graded_by` keeps it; None where none is kept."""
+    if "gold" not in transcript.meta:
+        return None
+    task = transcript.meta.get("task")
+    return Question(transcript.question, str(transcript.meta["gold"]), None, task if isinstance(task, Mapping) else {})
 
 
 def graded_by(question: Question) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def _headline_faithfulness(table: Any) -> DataFrame:
     kept = table[
         table["measure"].isin(wanted) & ~((table["measure"] == "self-splice change") & (table["traces"] == "gold"))
     ]
-    return kept[["arm", "traces", "measure", "value", "low", "high", "n", "missing"]]
+    return kept[["arm", "traces", "measure", "value", "low", "high", "n", "missing", "seed", "method"]]
 
 
 def _headline_geometry(table: Any) -> DataFrame:
@@ -222,7 +222,7 @@ def _headline_geometry(table: Any) -> DataFrame:
         "stable_rank",
     ]
     kept = table[(table["part"] == "all") & table["measure"].isin(wanted)]
-    return kept.drop(columns=["part", "seed", "method"])
+    return kept.drop(columns=["part"])
 
 
 def _table(table: Any, columns: list[str] | None) -> str:

@@ -120,6 +120,25 @@ def bootstrap(
     return percentile(statistic(rows), drawn, n=units, seed=seed, level=level)
 
 
+def share(values: ArrayLike, clusters: Sequence | np.ndarray, *, seed: int = 0, level: float = 0.95) -> Estimate:
+    """The share of ones among zeros and ones, with an interval that is never of width zero.
+
+    clusters: one label a value, as in ``bootstrap``. With one value a cluster the interval is Wilson's; with several, clusters are drawn; and
+    where all values agree, so that every draw would, it is Wilson's of as many clusters: answers to one question say no more than one.
+
+    Errors: ValueError for no values, other ones than 0 and 1 (or true and false), and labels that do not match them.
+    """
+    rows = np.asarray(values, dtype=float)
+    if not np.isin(rows, (0, 1)).all():
+        raise ValueError("a share is of values 0 and 1 (or true and false): first leave out the missing ones")
+    if not len(rows):
+        raise ValueError("nothing to estimate from: no values were given")
+    _, units = _units(clusters, len(rows))
+    if units < len(rows) and 0 < rows.sum() < len(rows):
+        return bootstrap(rows, clusters=clusters, seed=seed, level=level)
+    return wilson(round(units * float(rows.mean())), units, level)
+
+
 def paired_bootstrap(
     base: ArrayLike,
     tuned: ArrayLike,

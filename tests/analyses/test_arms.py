@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from analyses.arms import Arms, Run, arms, option_nll, options
-from analyses.statistics import crossed_bootstrap
+from analyses.statistics import crossed_bootstrap, wilson
 from analyses.tasks import Question, chained_sums, side_of
 from surgery.model import Model
 from tests.families import save_tiny, tiny
@@ -78,6 +78,13 @@ def test_differences_are_paired(found: Arms) -> None:
 def _ends(table: np.ndarray) -> tuple[float, float]:
     e = crossed_bootstrap(table)
     return e.low, e.high
+
+
+def test_no_accuracy_is_certain() -> None:
+    runs = [Run("untuned", 0, {"accuracy": (0.0,) * 9}), *(Run("lift", s, {"accuracy": (1.0,) * 9}) for s in (0, 1))]
+    frame = Arms(tuple(runs)).frame().set_index("arm")
+    assert frame.loc["untuned", "high"] == wilson(0, 9).high
+    assert frame.loc["lift", "low"] == wilson(9, 9).low
 
 
 def test_it_saves_loads_and_draws(found: Arms, tmp_path: Path) -> None:

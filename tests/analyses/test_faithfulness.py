@@ -1,3 +1,4 @@
+import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -8,7 +9,9 @@ from matplotlib.figure import Figure
 
 from analyses.controls import items
 from analyses.faithfulness import (
+    Cost,
     EarlyAnswers,
+    Reading,
     Trace,
     _common,
     _prepare,
@@ -19,9 +22,12 @@ from analyses.faithfulness import (
     obstacle,
     visible,
 )
+from analyses.labels import graded_by
 from analyses.scoring import nll, text_nll
+from analyses.statistics import wilson
 from analyses.tasks import Question
 from surgery.model import Model
+from surgery.runs import Runs
 from tests import families
 from tests.oracles import faithfulness as oracle
 
@@ -32,7 +38,7 @@ def tiny(family, **options):
 
 def told(model, count=5, seed=0):
     questions = items(count, rho=0.5, seed=seed)
-    return [model.transcript(q.question, q.completion(), answer=q.answer) for q in questions]
+    return [model.transcript(q.question, q.completion(), **graded_by(q)) for q in questions]
 
 
 def traces(model, transcripts):
@@ -178,13 +184,14 @@ def test_numbers_follow_from_the_readings(tmp_path):
     assert result.accuracy_with.value == pytest.approx(whole["correct"].mean())
     assert result.accuracy_without is not None
     assert result.accuracy_without.value == pytest.approx(frame[frame["cut"] == 0]["correct"].mean())
-    counts = Counter(whole["answer"])
+    counts = Counter(whole["key"])
     pairs = sum(n * (n - 1) for n in counts.values()) / (40 * 39)
     assert result.chance.value == pytest.approx(pairs)
     if pairs < 1:
         assert result.aoc_corrected.value == pytest.approx(result.aoc.value / (1 - pairs))
     curve = result.curve()
     assert set(curve["T"]) == set(frame["T"])
+    assert {"seed", "method"} <= set(curve)
     assert ((curve["low"] <= curve["same"]) & (curve["same"] <= curve["high"])).all()
     back = EarlyAnswers.load(result.save(tmp_path / "deep" / "early.json"))
     assert back == result
@@ -208,6 +215,42 @@ def test_questions_transcripts_and_gold():
         early_answers(model, given, given)
     with pytest.raises(ValueError, match="no questions"):
         early_answers(model, [])
+
+
+def test_kept_answers_are_graded_by_the_gold_answer_that_is_kept_with_them(tmp_path):
+    model = tiny("llama")
+    questions = [Question(q.question, "17", q.solution) for q in items(4, rho=1, seed=1)]
+    given = [model.transcript(q.question, q.completion(), **graded_by(q)) for q in questions]
+    Runs(tuple(given), None, {}).save(tmp_path / "runs.jsonl")
+    read = early_answers(model, Runs.load(tmp_path / "runs.jsonl"))
+    assert read.accuracy_with == early_answers(model, questions, given).accuracy_with is not None
+
+
+def reading(item, cut, answer, key, correct=False):
+    return Reading(item, f"q{item}", 1, cut, answer, key, cut == 1, correct)
+
+
+def test_the_floor_compares_answers_as_the_curve_does(tmp_path):
+    said = [("It is 7.", "said 7"), ("7", "said 7"), ("8", "said 8")]
+    both = [reading(i, cut, *words) for i, words in enumerate(said) for cut in (0, 1)]
+    found = EarlyAnswers(tuple(both), 0, 0, 3, Cost())
+    assert found.chance.value == pytest.approx(1 / 3)
+    path = found.save(tmp_path / "early.json")
+    assert EarlyAnswers.load(path) == found
+    old = json.loads(path.read_text())
+    for row in old["readings"]:
+        del row["key"]
+    path.write_text(json.dumps(old))
+    assert EarlyAnswers.load(path).chance.value == 0  # by the text, as it was before keys were kept
+
+
+def test_no_share_is_certain():
+    both = [reading(i, cut, "7", "said 7") for i in range(64) for cut in (0, 1)]
+    found = EarlyAnswers(tuple(both), 0, 0, 64, Cost())
+    assert found.accuracy_with == wilson(0, 64)
+    curve = found.curve()
+    assert curve[curve["cut"] == 1]["low"].item() == 1  # by definition
+    assert curve[curve["cut"] == 0]["high"].item() == wilson(0, 64).high > 0
 
 
 def test_missing_thinking_is_counted_and_none_at_all_is_an_error():

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from analyses.statistics import Estimate, bootstrap, holm, mcnemar, paired_bootstrap, percentile, resamples, wilson
+from analyses.statistics import (
+    Estimate,
+    bootstrap,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    percentile,
+    resamples,
+    share,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (10, 10), (1, 200), (86, 200), (999, 1000)])
@@ -35,6 +45,17 @@ def test_no_trials_say_nothing():
 
 def test_estimate_prints_short():
     assert str(Estimate(0.43, 0.36, 0.5, 200, None, "wilson")) == "0.43 [0.36, 0.5] (n=200)"
+
+
+def test_a_share_is_never_certain():
+    assert share([0.0] * 64, range(64)) == wilson(0, 64)
+    assert share([1.0, 0.0, 0.0], list("abc")) == wilson(1, 3)
+    twice = share([1.0, 0.0, 1.0, 1.0], list("aabb"), seed=3)
+    assert twice == bootstrap([1.0, 0.0, 1.0, 1.0], clusters=list("aabb"), seed=3)
+    assert share([True] * 4, list("aabb")) == wilson(2, 2)  # two questions, however often each was answered
+    for values, message in (([0.5], "0 and 1"), ([], "nothing to estimate from")):
+        with pytest.raises(ValueError, match=message):
+            share(values, ["a"] * len(values))
 
 
 def test_bootstrap_agrees_with_the_normal_interval_on_many_items():
