@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-def early_answers(curve: DataFrame, ax: Axes | None = None) -> Axes:
+def early_answers(curve: Any, ax: Axes | None = None) -> Axes:
     """Share of answers already given after a part of the thinking, ``f(i/T)``, with intervals; one line for each length T (and arm).
 
-    curve: columns T, fraction, same, low, high, n and perhaps arm. A line that is high at 0 needs no thinking.
+    curve: columns T, fraction, same, low, high, n and perhaps arm, and traces: of the kinds "gold" and "own", where both are there, gold is
+    drawn, which all arms share. A line that is high at 0 needs no thinking.
     Source: the first figure of Lanham et al. 2023 (arXiv 2307.13702).
     """
     ax = _axes(ax)
+    both = "traces" in curve and curve["traces"].nunique() > 1
+    curve = curve[curve["traces"] == "gold"] if both else curve
     lengths = sorted(curve["T"].unique())
     for i, (arm, table) in enumerate(_arms(curve)):
         for length, line in table.groupby("T"):
@@ -48,7 +51,10 @@ def early_answers(curve: DataFrame, ax: Axes | None = None) -> Axes:
                 linewidth=0,
             )
     ax.set(
-        xlabel="share of the thinking given", ylabel="same answer as with all of it", xlim=(0, 1), ylim=(-0.03, 1.03)
+        xlabel=f"share of the {'gold ' if both else ''}thinking given",
+        ylabel="same answer as with all of it",
+        xlim=(0, 1),
+        ylim=(-0.03, 1.03),
     )
     ax.legend()
     return ax
@@ -69,11 +75,7 @@ def drift(frame: DataFrame, ax: Axes | None = None, *, measure: str = "mean_shif
     frame: columns layer, span, measure, value, low, high, floor and perhaps arm.
     """
     ax = _axes(ax)
-    table: Any = frame[frame["measure"] == measure]
-    if table.empty:
-        raise ValueError(
-            f"There is no measure {measure!r} in this table; it has {', '.join(sorted(frame['measure'].unique()))}."
-        )
+    table = _measured(frame, measure)
     spans = list(dict.fromkeys(table["span"]))
     for i, (arm, lines) in enumerate(_arms(table)):
         for span, line in lines.groupby("span", sort=False):
@@ -119,7 +121,7 @@ def geometry(frame: Any, ax: Axes | None = None, *, measure: str = "energy_princ
 
 
 SWEEP_LABELS = {
-    "accuracy": "held-out accuracy",
+    "accuracy": "accuracy",
     "text_nll": "general text (nats per token)",
     "kl": "KL on general text (nats per token)",
     "length": "restricted mean length (tokens)",
@@ -135,11 +137,7 @@ def sweep(frame: DataFrame, ax: Axes | None = None, *, measure: str = "accuracy"
     the lowest to the highest; and knee, dashed where it is true.
     """
     ax = _axes(ax)
-    table: Any = frame[frame["measure"] == measure]
-    if table.empty:
-        raise ValueError(
-            f"There is no measure {measure!r} in this table; it has {', '.join(sorted(frame['measure'].unique()))}."
-        )
+    table = _measured(frame, measure)
     for i, (arm, rows) in enumerate(_arms(table)):
         own = rows[rows["draw"].isna()] if "draw" in rows else rows
         line = own.sort_values("strength")
@@ -249,11 +247,7 @@ def _labels(ax: Axes) -> list[str]:
 def training(frame: DataFrame, ax: Axes | None = None, *, measure: str = "loss") -> Axes:
     """A training curve. frame: columns step, measure, value and perhaps arm."""
     ax = _axes(ax)
-    table: Any = frame[frame["measure"] == measure]
-    if table.empty:
-        raise ValueError(
-            f"There is no measure {measure!r} in this table; it has {', '.join(sorted(frame['measure'].unique()))}."
-        )
+    table = _measured(frame, measure)
     for i, (arm, line) in enumerate(_arms(table)):
         ax.plot(
             line["step"],
@@ -276,18 +270,30 @@ def before_after(frame: DataFrame, ax: Axes | None = None) -> Axes:
         value, low, high = row["value"], row["low"], row["high"]
         ax.bar(i, value, color=colour(str(row["arm"]), i), width=0.65)
         ax.errorbar(i, value, yerr=[[value - low], [high - value]], color="black", capsize=3, linewidth=1)
-    ax.set(xticks=range(len(frame)), xticklabels=list(frame["arm"]), ylabel="held-out accuracy", ylim=(0, 1))
+    ax.set(xticks=range(len(frame)), xticklabels=list(frame["arm"]), ylabel="accuracy", ylim=(0, 1))
     ax.grid(axis="x", visible=False)
     return ax
 
 
-def trade_off(frame: Any, ax: Axes | None = None, *, x: str = "completion_nll", y: str = "text_nll") -> Axes:
+def trade_off(frame: Any, ax: Axes | None = None, *, x: str | None = None, y: str | None = None) -> Axes:
     """One measure of tuned arms against another: a dot an arm with both intervals, a small ring a seed; the cross is the untuned model.
 
     frame: columns arm, measure, value, low, high and perhaps by_seed, a sequence of the seeds' means. An untuned model so far off that the
     arms would lie on each other is drawn at the edge, with its place in the legend.
+    x, y: by default what was learnt (accuracy, or else nats of the completion or the answer), and the first measure of what was kept. Raises
+    ValueError for measures that are not there.
     """
     ax = _axes(ax)
+    there = list(dict.fromkeys(frame["measure"]))
+    learnt = ("accuracy", "completion_nll", "answer_nll")
+    x = x or next((m for m in learnt if m in there), None)
+    y = y or next((m for m in there if m not in learnt), None)
+    if x is None or y is None:
+        raise ValueError(
+            f"A trade-off is of one measure that was learnt and one that was kept; this table has {', '.join(there)}."
+        )
+    for measure in (x, y):
+        _measured(frame, measure)
     table = frame.set_index(["arm", "measure"])
     arms = [name for name in dict.fromkeys(frame["arm"]) if name != "untuned"]
     for i, arm in enumerate(arms):
@@ -307,14 +313,16 @@ def trade_off(frame: Any, ax: Axes | None = None, *, x: str = "completion_nll", 
     return ax
 
 
-def paired(frame: Any, ax: Axes | None = None, *, measure: str = "completion_nll") -> Axes:
+def paired(frame: Any, ax: Axes | None = None, *, measure: str | None = None) -> Axes:
     """What each arm has more of than one of them, on the same questions and seeds: a dot with its interval, a small ring a seed.
 
     frame: columns arm, base, measure, value, low, high and perhaps by_seed (`Arms.differences`). A dot is filled where its interval leaves
-    out zero.
+    out zero. measure: by default completion_nll, or else the first.
     """
     ax = _axes(ax)
-    table = frame[frame["measure"] == measure]
+    there = list(dict.fromkeys(frame["measure"]))
+    measure = measure or ("completion_nll" if "completion_nll" in there else str(next(iter(there), "")))
+    table = _measured(frame, measure)
     for i, (_, row) in enumerate(table.iterrows()):
         shade = colour(row["arm"], i + 1)
         look = {"fmt": "o", "color": shade, "capsize": 2, "markersize": 5, "linewidth": 1}
@@ -403,12 +411,12 @@ def lengths(frame: Any, ax: Axes | None = None) -> Axes:
 
 
 def accuracy_under_length(frame: Any, ax: Axes | None = None) -> Axes:
-    """The share of right answers among those of fewer than x tokens, at 30 lengths, with Wilson intervals; missing answers are not right.
+    """The share of right answers among those of fewer than x tokens, at 30 lengths, with intervals (see `share`); missing answers are not right.
 
-    frame: columns arm, tokens, right. An answer that was cut off is at least as long as it was seen.
+    frame: columns arm, tokens, right, and question where one was answered several times: its answers stay together. An answer that was cut off is at least as long as it was seen.
     Source: the cumulative accuracy of Sun et al. 2025 (arXiv 2503.22048). Differs: nothing is drawn where no answer is that short.
     """
-    from analyses.statistics import wilson
+    from analyses.statistics import share
 
     ax = _axes(ax)
     known = frame[frame["tokens"].notna()]
@@ -418,7 +426,7 @@ def accuracy_under_length(frame: Any, ax: Axes | None = None) -> Axes:
     for i, (arm, table) in enumerate(_arms(known)):
         below = [table[table["tokens"].astype(float) < limit] for limit in limits]
         points = [
-            (limit, wilson(int(t["right"].eq(True).sum()), len(t)))
+            (limit, share(t["right"].eq(True).to_numpy(), t.get("question", t.index).to_numpy()))
             for limit, t in zip(limits, below, strict=True)
             if len(t)
         ]
@@ -733,6 +741,16 @@ def _axes(ax: Axes | None) -> Axes:
     import matplotlib.pyplot as plt
 
     return plt.gca()
+
+
+def _measured(frame: Any, measure: str) -> Any:
+    """The rows of one measure. Raises ValueError where there are none."""
+    table = frame[frame["measure"] == measure]
+    if table.empty:
+        raise ValueError(
+            f"There is no measure {measure!r} in this table; it has {', '.join(sorted(frame['measure'].unique())) or 'none'}."
+        )
+    return table
 
 
 def _visible(token: Any) -> str:

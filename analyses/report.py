@@ -62,7 +62,7 @@ def draw_study(tables: Mapping[str, DataFrame]) -> dict[str, Figure]:
         ),
         "sweep_accuracy": figures.draw(figures.sweep, tables["sweep"], measure="accuracy", width=4.0, ratio=0.7),
         "sweep_text": figures.draw(figures.sweep, tables["sweep"], measure="text_nll", width=4.0, ratio=0.7),
-        "early_answers": figures.draw(figures.early_answers, curves[curves["traces"] == "gold"], width=6.0),
+        "early_answers": figures.draw(figures.early_answers, curves, width=6.0),
         "drift_task": figures.draw(figures.drift, task, measure="mean_shift", width=5.0),
         "drift_general": figures.draw(figures.drift, general, measure="mean_shift", width=5.0),
         "cka_task": figures.draw(figures.drift, task, measure="cka", width=5.0),

@@ -87,10 +87,8 @@ def arms(
         differences = found.differences()
         differences.to_csv(to / "differences.csv", index=False)
         save(panels(paired, differences), to / "differences.png")
-    learnt = next(m for m in ("accuracy", "completion_nll", "answer_nll") if m in found.measures)
-    other = next((m for m in found.measures if m not in ("answer_nll", "completion_nll", "accuracy")), None)
-    if other:
-        save(draw(trade_off, found.frame(), x=learnt, y=other), to / "trade_off.png")
+    if kept or passages:
+        save(draw(trade_off, found.frame()), to / "trade_off.png")
     record.results = {"rows": found.frame().to_dict("records")}
     record.save(to, reproducible=["arms.csv", "differences.csv"])
     typer.echo(found.frame().drop(columns=["by_seed"]).round(4).to_string(index=False))

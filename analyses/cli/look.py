@@ -334,6 +334,16 @@ def figure(
     measure: Annotated[
         str | None, typer.Option(help="Which column or measure to draw, where there are several.", show_default=False)
     ] = None,
+    x: Annotated[
+        str | None,
+        typer.Option(
+            "--x", help="trade-off: the measure to the right; by default what was learnt.", show_default=False
+        ),
+    ] = None,
+    y: Annotated[
+        str | None,
+        typer.Option("--y", help="trade-off: the measure upwards; by default what was kept.", show_default=False),
+    ] = None,
     width: Annotated[float, typer.Option(help="Inches.", min=1)] = 5.5,
 ) -> None:
     """Draw a saved table."""
@@ -348,10 +358,13 @@ def figure(
     if to.exists():
         raise FileExistsError(f"{to} exists already and is never overwritten. Choose another --to, or remove it.")
     path = _table_in(table, name)
-    options: dict[str, Any] = {} if measure is None else {"measure": measure}
+    given = {"measure": measure, "x": x, "y": y}
+    options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
     several = [n for n, f in figures.FIGURES.items() if "measure" in signature(f).parameters]
     if measure is not None and name not in several:
         raise ValueError(f"{name} draws one thing; --measure is for {', '.join(several)}.")
+    if (x or y) and name != "trade-off":
+        raise ValueError(f"{name} has its own axes; --x and --y are for trade-off.")
     frame = pd.read_csv(path)
     drawn = figures.draw(figures.FIGURES[name], frame, width=width, **options)
     typer.echo(figures.save(drawn, to))
@@ -387,10 +400,11 @@ def _table_in(table: Path, figure: str) -> Path:
         "paired": ["differences.csv"],
     }
     names = ["edit.csv"] if figure.startswith("edit") else own.get(figure, [f"{figure}.csv"])
-    for folder in (table, table / "tables"):
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
+    for name in names:  # its own before one in a folder within
+        if there := [table / name] if (table / name).is_file() else sorted(table.rglob(name)):
+            if len(there) > 1:
+                raise ValueError(f"{table} has several tables for {figure}: give one of {', '.join(map(str, there))}.")
+            return there[0]
     found = sorted(p.name for p in table.rglob("*.csv")) if table.is_dir() else []
     raise FileNotFoundError(
         f"{table} has no table for {figure} ({' or '.join(names)}); it has {', '.join(found) or 'no tables'}."

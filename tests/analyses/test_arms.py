@@ -207,3 +207,9 @@ def test_the_command_where_only_answers_are_known(surgery, folder: str, tmp_path
     assert f"{40 - held} questions to learn, {held} held out" in all_of_it.out
     assert "--items 41" in surgery(*words, "--items", 41, "--to", tmp_path / "many").err
     assert (tmp_path / "out" / "trade_off.png").is_file()
+    drawn = surgery("figure", "trade-off", tmp_path / "out", "--to", tmp_path / "t.png")
+    assert drawn.code == 0, drawn.err
+    drawn = surgery(
+        "figure", "trade-off", tmp_path / "out", "--to", tmp_path / "u.png", "--x", "text_nll", "--y", "answer_nll"
+    )
+    assert drawn.code == 0, drawn.err

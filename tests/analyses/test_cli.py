@@ -193,6 +193,7 @@ def test_figures_refuse(surgery, models: Path, tmp_path: Path) -> None:
         surgery("figure", "before-after", table, "--to", tmp_path / "b.png", "--measure", "x")
     )
     assert "mean_shift" in one_line(surgery("figure", "drift", table, "--to", tmp_path / "b.png"))
+    assert "--x and --y" in one_line(surgery("figure", "sweep", table, "--to", tmp_path / "b.png", "--x", "accuracy"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "sweep.csv"]
 
 

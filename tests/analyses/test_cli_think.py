@@ -238,6 +238,9 @@ def test_thinkedit_from_questions_to_a_judged_model(
     drawn = surgery("figure", "edit", out / "thinkedit", "--measure", "accuracy", "--to", tmp_path / "edit.png")
     assert drawn.code == 0, drawn
     assert surgery("figure", "lengths", out / "thinkedit", "--to", tmp_path / "lengths.png").code == 0
+    for figure in ("heads", "edit", "lengths"):
+        drawn = surgery("figure", figure, out, "--to", tmp_path / f"{figure} of all.png")
+        assert drawn.code == 0, drawn
 
 
 def test_what_is_refused_is_one_line(surgery, home: Path, tmp_path: Path, unchecked) -> None:

@@ -117,6 +117,34 @@ def test_lines_are_the_tables_numbers_in_order() -> None:
     assert [bar.get_height() for bar in ax.patches] == [0.1, 0.5]
 
 
+def test_where_gold_and_own_thinking_were_cut_the_gold_is_drawn() -> None:
+    gold = FRAMES["early-answers"].assign(arm="lift", traces="gold")
+    both = pd.concat([gold, gold.assign(traces="own", same=0.9)])
+    ax = figures.early_answers(both, Figure().subplots())
+    assert [list(line.get_ydata()) for line in ax.lines] == [[0.2, 0.5, 1], [0.1, 1]]
+    assert "gold" in ax.get_xlabel()
+    alone = figures.early_answers(both[both["traces"] == "own"], Figure().subplots())
+    assert list(alone.lines[0].get_ydata()) == [0.9, 0.9, 0.9]
+
+
+def test_a_trade_off_is_of_what_the_table_has() -> None:
+    answers = FRAMES["trade-off"].replace({"completion_nll": "answer_nll"})
+    assert figures.trade_off(answers, Figure().subplots()).get_xlabel() == "answer nll"
+    with pytest.raises(ValueError, match=r"'beauty'.*answer_nll, text_nll"):
+        figures.trade_off(answers, Figure().subplots(), x="beauty")
+    with pytest.raises(ValueError, match="one measure"):
+        figures.trade_off(answers[answers["measure"] == "text_nll"], Figure().subplots())
+
+
+def test_several_answers_to_a_question_are_drawn_together() -> None:
+    answers = pd.DataFrame(
+        {"arm": "edited", "tokens": 5, "right": [True] * 8 + [False] * 8, "question": [i // 4 for i in range(16)]}
+    )
+    band = figures.accuracy_under_length(answers, Figure().subplots()).collections[0].get_paths()[0].vertices
+    low = figures.accuracy_under_length(answers.assign(question=range(16)), Figure().subplots()).collections[0]
+    assert band[:, 1].min() < low.get_paths()[0].vertices[:, 1].min()
+
+
 def test_a_frontier_pairs_effect_and_cost_by_strength_and_rings_the_knee() -> None:
     own = FRAMES["frontier"].assign(draw=None, knee=FRAMES["frontier"]["strength"] == 2)
     random = own.assign(draw=0, knee=False, value=own["value"] / 2)
@@ -252,13 +280,14 @@ def test_a_lens_shows_words_and_probabilities() -> None:
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "·b"]
 
 
-@pytest.mark.parametrize("name", ["drift", "geometry", "sweep", "training", "probes"])
+@pytest.mark.parametrize("name", ["drift", "geometry", "sweep", "training", "probes", "paired"])
 def test_an_unknown_measure_lists_what_there_is(name: str) -> None:
     exists = {
         "drift": "cka, mean_shift",
         "geometry": "effective_rank",
         "sweep": "accuracy, text_nll",
         "training": "loss",
+        "paired": "completion_nll, text_nll",
         "probes": "value, same_length, accuracy",
     }
     with pytest.raises(ValueError, match=f"'beauty'.*{exists[name]}"):
