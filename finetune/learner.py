@@ -122,14 +122,14 @@ def one_device(arguments: Any, ours: torch.device) -> None:
 
 
 def require_versions(*names: str) -> None:
-    """Raises ImportError where a library is not of the versions that this distribution asks for, and says how to get one that is."""
+    """Raises ValueError where a library is not of the versions that this distribution asks for, and says how to get one that is."""
     from packaging.requirements import Requirement
 
     asked = {r.name: r for r in map(Requirement, metadata.requires("model-surgery") or ())}
     for name in names:
         here = metadata.version(name)
         if name in asked and not asked[name].specifier.contains(here, prereleases=True):
-            raise ImportError(
+            raise ValueError(
                 f"{name}{asked[name].specifier} is needed; here is {name} {here}. pip install '{asked[name]}'"
             )
 

@@ -264,7 +264,7 @@ def _convert_apart(gguf: Path, folder: Path) -> None:
         said.seek(0)
         words = said.read().decode(errors="replace")
     if process.returncode:
-        raise RuntimeError(f"converting {gguf} failed with exit status {process.returncode}:\n{words[-3000:]}")
+        raise ValueError(f"converting {gguf} failed with exit status {process.returncode}:\n{words[-3000:]}")
 
 
 def _converter(gguf: str, folder: str) -> None:

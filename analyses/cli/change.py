@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,22 +120,20 @@ def apply(
     the rows that both have; what is left out is said, a line each.
     """
     record = begin_record("apply", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
-    from surgery.across import land
+    _refuse_idle_seed(stochastic, seed)
     from surgery.checkpoint import Checkpoint
-    from surgery.lowrank import Adapter
     from surgery.model import find
 
     base = Checkpoint(find(model))
+    base_hash = cache(base.hash)
     point: Weights = base
     notes: list[str] = []
     record.inputs = {}
     for entry in add:
         folder, strength = _strength(entry)
-        vector, record.inputs[folder] = _change_in(folder, base)
-        landed = land(vector, base, base=_measured_from(Path(folder)))
-        said = vector.notes if isinstance(vector, Adapter) else []
-        notes += [f"note: {folder}: {line}" for line in [*said, *landed.in_words()]]
-        scaled: Delta = strength * landed.delta
+        vector, record.inputs[folder], said = vector_of(folder, base, base_hash)
+        notes += said
+        scaled: Delta = strength * vector
         point = point + scaled
     for note in notes:
         typer.echo(note, err=True)
@@ -153,9 +152,6 @@ def apply(
         allow_loops=allow_loops,
         quiet=quiet,
     )
-    foreign = [ref for ref, entry in record.inputs.items() if entry.get("base", written.base_hash) != written.base_hash]
-    for ref in foreign:
-        typer.echo(f"note: {ref} was measured from another base than {model}", err=True)
     typer.echo(written)
 
 
@@ -279,6 +275,7 @@ def edit(
     They are done in this order: --edits, --scale, --remove. Heads are ranked in MODEL as it is, before any of them.
     """
     record = begin_record("edit", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
+    _refuse_idle_seed(stochastic, seed)
     from surgery.checkpoint import Checkpoint
     from surgery.edit_lists import Step, read_edit, read_edits
     from surgery.model import find
@@ -336,6 +333,11 @@ def edit(
         reproducible=["*.safetensors", "heads.csv"],
     )
     typer.echo(written)
+
+
+def _refuse_idle_seed(stochastic: bool, seed: int) -> None:
+    if seed and not stochastic:
+        raise ValueError("--seed is of --stochastic: without it nothing is drawn.")
 
 
 def _scaling(entry: str) -> dict[str, Any]:
@@ -487,6 +489,24 @@ def realign(
     typer.echo(written)
 
 
+def vector_of(
+    ref: str, base: Checkpoint, base_hash: Callable[[], str] | None = None
+) -> tuple[Delta, dict[str, str], list[str]]:
+    """The change in a folder as it lands on a model, its entry in the record, and what a reader should know of it, in words.
+
+    base_hash: of the model, where it is asked for more than once.
+    """
+    from surgery.across import land
+    from surgery.lowrank import Adapter
+
+    vector, entry = _change_in(ref, base)
+    landed = land(vector, base, base=_measured_from(Path(ref)))
+    foreign = "base" in entry and entry["base"] != (base_hash or base.hash)()
+    notes = [f"note: {ref} was measured from another base than this model"] if foreign else []
+    lines = [*(vector.notes if isinstance(vector, Adapter) else []), *landed.in_words()]
+    return landed.delta, entry, notes + [f"note: {ref}: {line}" for line in lines]
+
+
 def _measured_from(folder: Path) -> Path | None:
     """The folder of the model a vector was measured from, where its record knows one that is still there."""
     from surgery.preflight.facts import locate
@@ -542,6 +562,7 @@ def _change_in(ref: str, base: Checkpoint) -> tuple[Delta, dict[str, str]]:
         return Adapter(ref, base), {
             "ref": ref,
             "hash": hash_bytes(settings + hash_of_tensors(Path(ref) / WEIGHTS).encode()),
+            **_recorded_base(Path(ref)),
         }
     vector = StoredDelta(ref)
     return vector, {
@@ -549,3 +570,14 @@ def _change_in(ref: str, base: Checkpoint) -> tuple[Delta, dict[str, str]]:
         "hash": hash_of_tensors(Path(ref) / "delta.safetensors"),
         **({"base": vector.base_hash} if vector.base_hash else {}),
     }
+
+
+def _recorded_base(folder: Path) -> dict[str, str]:
+    """The hash of the model that an adapter was measured from, where `surgery diff` wrote it."""
+    from surgery.record import RECORD, Record
+
+    if not (folder / RECORD).is_file():
+        return {}
+    record = Record.load(folder)
+    known = record.hash == Record.hash and record.inputs.get("base", {}).get("hash")
+    return {"base": known} if known else {}

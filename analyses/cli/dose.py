@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analyses.cli.change import vector_of
 from analyses.cli.given import Side, data_input, hash_of, questions_to_judge_on, spans_in
 from analyses.cli.options import LOOK, Device, DryRun, ModelRef, Questions, Quiet, Seed, To, app, begin_record
 
 if TYPE_CHECKING:
     from analyses.changes import Change
-    from surgery.checkpoint import Checkpoint
 
 
 @app.command(rich_help_panel=LOOK)
@@ -184,16 +184,6 @@ def _groups(text: str | None) -> list[list[int]] | None:
             raise ValueError(f"--layers {text}: give layers with commas, as in '3,7,10-12'.")
         groups.append(list(range(int(first), int(last or first) + 1)))
     return groups
-
-
-def vector_of(ref: str, base: Checkpoint) -> tuple[Change, dict[str, str], list[str]]:
-    """The change in a folder, its entry in the record, and what of it does not fit, in words."""
-    from analyses.cli.change import _change_in, _measured_from
-    from surgery.across import land
-
-    vector, entry = _change_in(ref, base)
-    landed = land(vector, base, base=_measured_from(Path(ref)))
-    return landed.delta, entry, [f"note: {ref}: {line}" for line in landed.in_words()]
 
 
 def _steering(path: str, at: list[str] | None, how: str | None, units: str | None) -> Change:

@@ -209,7 +209,10 @@ def early_answers(
     ] = None,
     side: Side = None,
     traces: Annotated[str, typer.Option(help="own: what the model writes; gold: the worked solutions.")] = "own",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="--traces own: longest completion, in tokens; default 64.", min=1, show_default=False),
+    ] = None,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -222,10 +225,12 @@ def early_answers(
 
     if traces not in ("own", "gold"):
         raise ValueError(f"--traces {traces!r}: choose own or gold.")
+    if max_new_tokens is not None and traces == "gold":
+        raise ValueError("--max-new-tokens is of --traces own: nothing is written where the worked solutions are cut.")
     loaded = Model.load(model, device=device, dtype="float32")
     questions = questions_to_judge_on(data, count, 64, side, seed)
     told = None if traces == "own" else [loaded.transcript(q.question, q.completion(loaded.markers)) for q in questions]
-    found = early_answers(loaded, questions, told, max_new_tokens=max_new_tokens, seed=seed, progress=not quiet)
+    found = early_answers(loaded, questions, told, max_new_tokens=max_new_tokens or 64, seed=seed, progress=not quiet)
     _save_measure(
         record,
         to,

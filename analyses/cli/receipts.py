@@ -12,7 +12,7 @@ from analyses.cli.arms import arms
 from analyses.cli.change import apply, diff, edit, merge, realign
 from analyses.cli.dose import sweep
 from analyses.cli.look import drift, early_answers, geometry
-from analyses.cli.options import RECEIPTS, Quiet, To, app
+from analyses.cli.options import RECEIPTS, Quiet, app
 from analyses.cli.probing import probe
 from analyses.cli.seeing import seeing
 from analyses.cli.start import study
@@ -55,13 +55,18 @@ def verify(folder: Annotated[Path, typer.Argument(help="A folder that a surgery 
 
 
 @app.command(rich_help_panel=RECEIPTS)
-def replay(folder: Annotated[Path, typer.Argument(help="A folder that a surgery command made.")], to: To) -> None:
+def replay(
+    folder: Annotated[Path, typer.Argument(help="A folder that a surgery command made.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", help="New folder; by default FOLDER-again.", show_default=False)
+    ] = None,
+) -> None:
     """Run the recorded command again and compare; says how today's environment differs."""
     from surgery.record import Record, compare_environment, environment, replay
 
     for grade, difference in compare_environment(Record.load(folder).environment, environment()):
         typer.echo(f"{grade}: {difference}", err=True)
-    again = replay(folder, to, COMMANDS)
+    again = replay(folder, to or _beside(folder, "again"), COMMANDS)
     typer.echo(f"{len(again.equal)} outputs equal, {len(again.differing)} differ")
     for name in again.differing[:20]:
         typer.echo(f"  {name}")
@@ -71,10 +76,21 @@ def replay(folder: Annotated[Path, typer.Argument(help="A folder that a surgery 
 
 @app.command(rich_help_panel=RECEIPTS)
 def undo(
-    folder: Annotated[Path, typer.Argument(help="A model that a surgery command wrote.")], to: To, quiet: Quiet = False
+    folder: Annotated[Path, typer.Argument(help="A model that a surgery command wrote.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", help="New folder; by default FOLDER-original.", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """The original of a written model, byte for byte, from the way back kept beside it."""
     from surgery.reverse import undo
 
+    to = to or _beside(folder, "original")
     base_hash = undo(folder, to, progress=not quiet)
     typer.echo(f"{to}: the original's bytes ({base_hash[:16]})")
+
+
+def _beside(folder: Path, what: str) -> Path:
+    """A folder's neighbour, named after it."""
+    folder = folder.resolve()
+    return folder.with_name(f"{folder.name}-{what}")

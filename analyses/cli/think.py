@@ -203,7 +203,6 @@ def heads(
     short: Short = None,
     long: Long = None,
     device: Device = "auto",
-    seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Which heads of MODEL write the brief side of a length direction; and `edits.yml`, with which `surgery edit` takes it out of them."""

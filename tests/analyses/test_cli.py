@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from analyses.cli.change import diff
 from analyses.tasks import side_of
+from surgery.checkpoint import Checkpoint
+from surgery.specimen import _description
 from tests.families import save_tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -104,6 +106,77 @@ def test_strengths(surgery, models: Path, vector: Path, tmp_path: Path, words: l
         torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_vector_of_another_base_is_noted_before_anything_is_written(
+    surgery, models: Path, vector: Path, tmp_path: Path
+) -> None:
+    lora = ["diff", models / "tuned", models / "base", "--form", "lora", "--rank", 2, "--to", tmp_path / "lora"]
+    assert surgery(*lora).code == 0
+    for ref in (vector, tmp_path / "lora"):
+        words = ["apply", models / "tuned", "--add", ref, "--allow-loops", "-q"]
+        note = f"note: {ref} was measured from another base"
+        assert note in surgery(*words, "--to", tmp_path / "out", "--dry-run").err
+        said = surgery(*words, "--to", tmp_path / ref.name / "out")
+        assert said.err.count(note) == 1
+        notes = json.loads((tmp_path / ref.name / "out" / "record.json").read_text())["results"]["notes"]
+        assert any(line.startswith(note) for line in notes)
+        assert (
+            "another base"
+            not in surgery(*words[:1], models / "base", *words[2:], "--to", tmp_path / "x", "--dry-run").err
+        )
+
+
+def test_stochastic_rounding_is_by_the_seed(surgery, models: Path, vector: Path, tmp_path: Path) -> None:
+    for name, words in (("apply", ["--add", f"{vector}:0.01"]), ("edit", ["--scale", "*.mlp.down:0.999"])):
+        words = [name, models / "base", *words, "--allow-loops", "-q"]
+        for to, seed in (("a", 1), ("b", 2)):
+            said = surgery(*words, "--stochastic", "--seed", seed, "--to", tmp_path / name / to)
+            assert said.code == 0, said
+            assert json.loads((tmp_path / name / to / "record.json").read_text())["seeds"] == {"seed": seed}
+        a, b = tensors_of(tmp_path / name / "a"), tensors_of(tmp_path / name / "b")
+        assert any(not torch.equal(a[tensor], b[tensor]) for tensor in a)
+        replayed = surgery("replay", tmp_path / name / "a")
+        assert replayed.code == 0, replayed
+        assert (tmp_path / name / "a-again" / "record.json").is_file()
+        assert "--seed is of --stochastic" in one_line(surgery(*words, "--seed", 1, "--to", tmp_path / "idle"))
+
+
+def test_a_recipe_from_check_to_undo(surgery, models: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {models / 'base'}\nmodels:\n  - model: {models / 'tuned'}\n"
+        "    parameters: {weight: 0.7}\ndtype: float32\nout_dtype: bfloat16\n"
+    )
+    assert surgery("check", recipe).code == 0
+    merged = tmp_path / "merged"
+    assert surgery("merge", recipe, merged, "--allow-loops", "-q").code == 0
+    assert surgery("verify", merged).code == 0
+    said = surgery("undo", merged, "-q")
+    assert said.code == 0, said
+    assert (
+        f"{tmp_path / 'merged-original'}: the original's bytes ({Checkpoint(models / 'base').hash()[:16]})" in said.out
+    )
+    for path in (models / "base").iterdir():
+        assert (tmp_path / "merged-original" / path.name).read_bytes() == path.read_bytes()
+    assert "exists" in one_line(surgery("undo", merged, "-q"))
+    assert surgery("undo", merged, "--to", tmp_path / "elsewhere", "-q").code == 0
+    (merged / "undo.patch").unlink()
+    assert "undo.patch" in one_line(surgery("undo", merged, "--to", tmp_path / "none", "-q"))
+
+
+def test_the_specimen_is_there_without_a_network(surgery, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from surgery.specimen import NAME, fault
+
+    folder = tmp_path / NAME
+    save_tiny("llama", folder)
+    files = {path.name: _description(path) for path in folder.iterdir()}
+    (folder / "provenance.json").write_text(json.dumps({"files": files}))
+    assert fault(folder) is None
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
+    monkeypatch.setenv("SURGERY_SPECIMEN_WHEEL", str(tmp_path / "nowhere"))
+    said = surgery("specimen")
+    assert (said.code, said.out.strip()) == (0, str(folder))
+
+
 def test_dry_runs_write_nothing(surgery, models: Path, vector: Path, tmp_path: Path) -> None:
     base, to = models / "base", tmp_path / "out"
     for words in (
@@ -156,7 +229,7 @@ def test_measures(surgery, models: Path, tmp_path: Path) -> None:
     jobs = {
         "geometry": [tuned, "--base", base, "--filter-rank", 4, "--k", 2],
         "drift": [tuned, "--base", base, "--count", 10],
-        "early-answers": [tuned, "--count", 3, "--traces", "gold", "--max-new-tokens", 4],
+        "early-answers": [tuned, "--count", 3, "--traces", "gold"],
     }
     tables = {"geometry": "geometry.csv", "drift": "drift.csv", "early-answers": "curve.csv"}
     for name, words in jobs.items():
@@ -303,6 +376,10 @@ def test_bad_input_is_one_line_and_exit_code_2(surgery, models: Path, vector: Pa
         (["measure", "geometry", models / "tuned", "--base", base, "--to", out, "--density", 1.5, "-q"], ["1.5"]),
         (["measure", "geometry", models / "tuned", "--base", base, "--to", out, "--at", "99.*", "-q"], ["99"]),
         (["measure", "early-answers", base, "--to", out, "--traces", "silver", "-q"], ["silver", "gold"]),
+        (
+            ["measure", "early-answers", base, "--to", out, "--traces", "gold", "--max-new-tokens", 9, "-q"],
+            ["--max-new-tokens is of --traces own"],
+        ),
         (["verify", empty], ["record.json"]),
         (["replay", empty, "--to", out], ["record.json"]),
     ]

@@ -68,7 +68,10 @@ def test_a_vector_lands_by_itself(home: Path):
         change[: len(base[site])] = tuned[site] - base[site]
         torch.testing.assert_close(moved[site], host[site] + 0.7 * change, rtol=0, atol=1e-6)
     record = json.loads((home / "moved" / "record.json").read_text())
-    assert record["results"]["notes"] == [note]
+    assert record["results"]["notes"] == [
+        f"note: {home / 'vector'} was measured from another base than this model",
+        note,
+    ]
 
 
 def test_what_the_model_lacks_is_listed_a_line_each(home: Path, surgery):
@@ -79,6 +82,7 @@ def test_what_the_model_lacks_is_listed_a_line_each(home: Path, surgery):
     beside = [s for s in Checkpoint(home / "host") if s.is_unnamed]
     assert len(beside) > 20
     assert said.err == [
+        f"note: {home / 'all'} was measured from another base than this model",
         *(f"note: {home / 'all'}: {s}: not in this model, left out" for s in beside),
         f"note: {home / 'all'}: embed: rows 0 to 99 of 104; the vector's other 4 are left out",
     ]

@@ -164,7 +164,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(surgery, home: Pat
         "--at",
         "*.resid",
         "--over",
-        "thinking,answer",
+        "thinking,answer~/a,b/",
         "--layers",
         "0,1-2",
         "--strengths",

@@ -107,6 +107,30 @@ def test_an_adapter_is_added(surgery, models: Path, tmp_path: Path) -> None:
     assert record["inputs"][str(tmp_path / "lora")]["hash"] != before, "alpha is part of an adapter"
 
 
+def test_what_an_adapter_cannot_be_is_said_wherever_it_is_added(surgery, models: Path, tmp_path: Path) -> None:
+    settings = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    get_peft_model(load_module(models / "base", "auto"), settings).save_pretrained(tmp_path / "lora")
+    notes = Adapter(tmp_path / "lora", Checkpoint(models / "base")).notes
+    assert notes
+    words = [
+        "--strengths",
+        "1",
+        "--controls",
+        0,
+        "--count",
+        2,
+        "--passages",
+        1,
+        "--length",
+        "completion",
+        "--samples",
+        6,
+        "-q",
+    ]
+    said = surgery("sweep", models / "base", "--add", tmp_path / "lora", *words, "--to", tmp_path / "out")
+    assert f"note: {tmp_path / 'lora'}: {notes[0]}" in said.err
+
+
 def test_an_adapter_and_a_vector_together(surgery, models: Path, tmp_path: Path) -> None:
     assert surgery("diff", models / "tuned", models / "base", "--to", tmp_path / "v").code == 0
     words = ["--add", f"{tmp_path / 'v'}:0.5", "--add", f"{models / 'adapter'}:2"]

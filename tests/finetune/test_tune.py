@@ -464,7 +464,7 @@ def test_a_library_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     own = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.9.1" if name == "trl" else own(name))
-    with pytest.raises(ImportError, match=r"trl<2,>=1.14 is needed; here is trl 0.9.1. pip install 'trl"):
+    with pytest.raises(ValueError, match=r"trl<2,>=1.14 is needed; here is trl 0.9.1. pip install 'trl"):
         run()
 
 
