@@ -12,6 +12,7 @@ from surgery.hashing import hash_bytes
 from surgery.whole import write_whole
 
 _COMPLETE = "complete.json"
+_RUN = "run.json"
 
 
 def digest(data: Any) -> str:
@@ -26,22 +27,39 @@ def mark_complete(checkpoint: Path, settings: Mapping[str, Any]) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a trainer's folder, the oldest first, whole or not."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1]))
+    found = (p for p in folder.glob("checkpoint-*") if _step(p).isdecimal())
+    return sorted(found, key=lambda p: int(_step(p)))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether `mark_complete` was called of it."""
+    return (checkpoint / _COMPLETE).is_file()
 
 
 def last_complete(folder: Path, settings: Mapping[str, Any]) -> Path | None:
     """The latest whole checkpoint of the run with these settings; None without one. Halves left by a kill are removed.
 
-    Raises ValueError, naming what differs, where it is another run's.
+    The folder is marked as this run's. Raises ValueError, and removes nothing, where its checkpoints are another run's, naming what differs,
+    or a trainer's that marks neither the folder nor them.
     """
     found = checkpoints(folder)
-    whole = [p for p in found if (p / _COMPLETE).is_file()]
-    for half in set(found) - set(whole):
-        shutil.rmtree(half)
-    if not whole:
-        return None
-    require_same_run(folder, json.loads((whole[-1] / _COMPLETE).read_text(encoding="utf-8")), settings)
-    return whole[-1]
+    whole = [p for p in found if is_complete(p)]
+    mark = whole[-1] / _COMPLETE if whole else folder / _RUN
+    if found and not mark.is_file():
+        raise ValueError(
+            f"{folder} holds {found[-1].name}, which is of no run that was begun here: it is left alone. Choose another folder, or remove it."
+        )
+    if found:
+        require_same_run(folder, json.loads(mark.read_text(encoding="utf-8")), settings)
+    write_whole(folder / _RUN, json.dumps(settings))
+    for half in found:
+        if half not in whole:
+            shutil.rmtree(half)
+    return whole[-1] if whole else None
+
+
+def _step(checkpoint: Path) -> str:
+    return checkpoint.name.rsplit("-", 1)[-1]
 
 
 def require_same_run(folder: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -18,6 +18,15 @@ from surgery.transcript import Transcript, nobody_has, positions
 
 Over = str | Sequence[str] | Mapping[str, float]
 IGNORED = -100  # a label without a loss: the convention of transformers
+OWN = (
+    "input_ids",
+    "attention_mask",
+    "labels",
+    "token_weights",
+    "sample",
+    "group",
+    "pixel_values",
+)  # of a batch, never a column
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,15 @@ def _example(index: int, item: object, spans: Mapping[str, float]) -> Example:
 
 
 def rows_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """The groups as plain rows, as a data set keeps them: lists of one entry a member, and the number of the first member (`sample`)."""
+    """The groups as plain rows, as a data set keeps them: lists of one entry a member, and each member's number (`sample`).
+
+    Raises ValueError for a column that some of the examples lack, or that has the name of one of a batch's own fields.
+    """
     names = sorted({name for group in groups for example in group for name in example.columns})
+    if taken := [name for name in names if name in OWN]:
+        raise ValueError(
+            f"The data has a column {taken[0]!r}: that is one of the batch's own fields ({', '.join(OWN)}). Give it another name."
+        )
     rows, sample = [], 0
     for index, group in enumerate(groups):
         for name in names:

@@ -12,10 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finetune.examples import IGNORED
+from finetune.examples import IGNORED, OWN
 from surgery.decoding import common_prefix, prefix_cache
 
-_OWN = {"input_ids", "attention_mask", "labels", "token_weights", "sample", "group"}
 _STRIP = {"cpu": 1 << 21}  # logits in work at once: in float32 they stay in the cache
 _STRIP_ELSEWHERE = 1 << 24
 INPUTS = ("input_ids", "attention_mask", "pixel_values")
@@ -111,7 +110,7 @@ def predict(
         batch.get("sample", torch.arange(rows, device=row.device)),
         batch.get("group", torch.arange(rows, device=row.device)),
         totals or Totals.of(batch),
-        {name: value for name, value in batch.items() if name not in _OWN and value.shape == (rows,)},
+        {name: value for name, value in batch.items() if name not in OWN and value.shape == (rows,)},
         reference,
     )
 

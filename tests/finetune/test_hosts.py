@@ -88,6 +88,15 @@ def test_what_leaves_nothing_to_learn(data: Any, over: Any, message: str) -> Non
         rows_of(examples(data(t), over))
 
 
+@pytest.mark.parametrize("name", ["group", "sample", "labels", "input_ids", "attention_mask", "pixel_values"])
+def test_a_column_cannot_take_the_name_of_a_batchs_own(name: str) -> None:
+    (t,) = taught(model(), 1)
+    with pytest.raises(
+        ValueError, match=rf"column '{name}': that is one of the batch's own fields \(input_ids, .*group"
+    ):
+        rows_of(examples([Example(t, (1.0,) * len(t.ids), {name: 1.0})]))
+
+
 def test_weights_must_fit() -> None:
     (t,) = taught(model(), 1)
     with pytest.raises(ValueError, match=r"1 weights for the \d+ tokens"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -441,6 +442,49 @@ def test_experts_in_one_tensor_take_no_adapter() -> None:
             ValueError, match=r"An adapter lies beside a layer, and the experts of this model are one tensor"
         ):
             tune(m, taught(m), **(SMALL | {"method": method}))
+
+
+def test_checkpoints_of_others_are_never_removed(tmp_path: Path) -> None:
+    """Those of a plain Trainer do not say that they are complete: they are not halves of ours."""
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    theirs = model()
+    plain: dict[str, Any] = {"max_steps": 1, "save_steps": 1, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    data = Dataset.from_list([{"input_ids": list(t.ids), "labels": list(t.ids)} for t in taught(theirs, 1)])
+    Trainer(theirs.module, TrainingArguments(str(tmp_path), **plain), train_dataset=data).train()
+    (tmp_path / "checkpoint-best").mkdir()
+    kept = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert tmp_path / "checkpoint-1" / "trainer_state.json" in kept
+    with pytest.raises(ValueError, match=r"checkpoint-1, which is of no run that was begun here.*another folder"):
+        run(checkpoints=tmp_path, save_every=2)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == kept
+
+
+def test_halves_of_another_run_are_kept(tmp_path: Path) -> None:
+    interrupted(tmp_path, "lift")
+    half = tmp_path / "checkpoint-5"
+    half.mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint of another run.*seed"):
+        run(checkpoints=tmp_path, save_every=3, steps=6, seed=1)
+    assert half.exists()
+    shutil.rmtree(tmp_path / "checkpoint-3")  # now nothing but the half: it is the other run's still
+    with pytest.raises(ValueError, match=r"checkpoint of another run.*seed"):
+        run(checkpoints=tmp_path, save_every=3, steps=6, seed=1)
+    assert half.exists()
+    run(checkpoints=tmp_path, save_every=3, steps=6)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_folder_of_before_runs_were_marked_is_resumed_from(tmp_path: Path) -> None:
+    whole, done = run(steps=4)
+    run(checkpoints=tmp_path, save_every=2, steps=4)
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "checkpoint-3").mkdir()
+    m, again = run(checkpoints=tmp_path, save_every=2, steps=4)
+    assert same(m, whole)
+    assert again.losses == done.losses
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_without_save_every_nothing_is_saved(tmp_path: Path) -> None:
