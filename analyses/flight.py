@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from analyses import figures
 from analyses.report import document, html_table, pair, picture
-from analyses.watch import WATCHES, watches
+from analyses.watch import watches
 from finetune.monitors import RECORDER, TRAINING, Recorder, read_log
 from surgery.whole import write_whole
 
@@ -80,9 +80,8 @@ def flight_recorder(
 ) -> Recorder:
     """A `Recorder` of the toolkit's own measures. Make it before training: it measures from the model as it is now.
 
-    path:      the log. questions: held-out, with worked solutions: 16 or so. texts: general passages, for ``drift-general``.
-    names:     which of `analyses.watch.WATCHES`; by default all that there is something to measure on, but for ``drift``, whose mean shift
-               ``representation`` has as well.
+    path:      the log. questions: held-out, 16 or so, best with worked solutions. texts: general passages, for ``drift-general``.
+    names:     which of `analyses.watch.WATCHES`; by default all that there is something to measure on, but for ``drift`` (see `watches`).
     budget:    share of the training time that measuring may take. steps: instead, a fixed cadence.
     page:      whether to write the page, ``log.html`` beside ``log.jsonl``, when training ends.
 
@@ -90,9 +89,7 @@ def flight_recorder(
     for fewer names or a larger budget; the page says what there was no time for.
     Raises ValueError as `watches` and `Recorder`.
     """
-    unasked = {"drift"} if texts else {"drift", "drift-general"}
-    chosen = [n for n in WATCHES if n not in unasked] if names is None else list(names)
-    watched = watches(chosen, model, questions, texts, steps, max_new_tokens=max_new_tokens)
+    watched = watches(names, model, questions, texts, steps, max_new_tokens=max_new_tokens)
     return Recorder(model, watched, path, budget=budget, page=write_page if page else None)
 
 

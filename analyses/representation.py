@@ -312,13 +312,8 @@ def _activations(
 def _span_rows(
     acts: Activations, transcripts: Sequence[Transcript], span: str, k: int
 ) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
-    """Which rows lie in the span, the first token never, and which of the contributing transcripts each is from."""
-    inside = torch.zeros(len(transcripts), max((len(t.ids) for t in transcripts), default=1), dtype=torch.bool)
-    for i, transcript in enumerate(transcripts):
-        inside[i, positions(transcript, span)] = True
-    inside[:, 0] = False
-    owner = acts.transcript.long()
-    keep = inside[owner, acts.position.long()].nonzero().squeeze(1)
+    """Which rows lie in the span, and which of the contributing transcripts each is from."""
+    keep = rows_in(acts, transcripts, span)
     if not len(keep):
         raise ValueError(f"no activations in the span {span!r}: they were collected over {', '.join(acts.over)}")
     width = min(acts[site].shape[1] for site in acts.sites)
@@ -327,7 +322,16 @@ def _span_rows(
             f"the span {span!r} has {len(keep)} rows of width {width}: {k} principal components of its halves need at "
             f"least {2 * (k + 1)} rows of width {k}. Give more transcripts or another k."
         )
-    return keep, owner[keep].unique(return_inverse=True)[1]
+    return keep, acts.transcript[keep].long().unique(return_inverse=True)[1]
+
+
+def rows_in(acts: Activations, transcripts: Sequence[Transcript], span: str) -> Int[Tensor, " kept"]:
+    """Which rows lie in the span, in order: also those collected under another span, the first token of a text never."""
+    inside = torch.zeros(len(transcripts), max((len(t.ids) for t in transcripts), default=1), dtype=torch.bool)
+    for i, transcript in enumerate(transcripts):
+        inside[i, positions(transcript, span)] = True
+    inside[:, 0] = False
+    return inside[acts.transcript.long(), acts.position.long()].nonzero().squeeze(1)
 
 
 def _compare(

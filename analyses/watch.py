@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.dose import lengths
-from analyses.representation import linear_cka, mean_shift, subspace_angles
+from analyses.representation import linear_cka, mean_shift, rows_in, subspace_angles
 from analyses.scoring import entropy, nll
 from analyses.tasks import Question, accuracy
 from finetune.monitors import Watch, every, sometimes
@@ -18,12 +18,14 @@ from finetune.movement import ChangeNorm, GradientCourse, Start, UpdateShape, sp
 from probes.activations import Activations, collect
 from surgery.model import Model
 from surgery.sites import Site
-from surgery.transcript import Transcript, nobody_has, read_transcript
+from surgery.transcript import Transcript, nobody_has, positions, read_transcript
 
 # from cheap to dear: given in this order, a budget of time is first spent on the cheap ones
 WATCHES = ("nll", "entropy", "gradient", "change", "drift", "drift-general", "representation", "geometry", "accuracy")
 
-
+_ON = dict.fromkeys(("nll", "entropy", "drift", "representation", "accuracy"), "questions") | {"drift-general": "texts"}
+_COMPONENTS = 8
+_LEAST = 4  # rows that debiased CKA needs
 _READ = 8  # transcripts whose tokens are compared: more tokens than `Representation` takes of them cost time alone
 
 
@@ -119,8 +121,9 @@ def _share(transcripts: Sequence[Transcript]) -> float:
 class DriftFromStart:
     """How far the residual stream has moved since this was made, on fixed transcripts: the normalised mean shift at some layers.
 
-    Gives one number a layer (``L15``) and their mean (``all``), in units of the spread at the start. Make it before training: a
-    resumed run then measures from the same start. prepared: the seconds that reading the start took.
+    Gives one number a layer (``L15``) and their mean (``all``), in units of the spread at the start. The first token of a transcript is
+    left out, as in `analyses.representation`. Make it before training: a resumed run then measures from the same start. prepared: the
+    seconds that reading the start took.
     """
 
     __name__ = "drift"
@@ -145,7 +148,8 @@ class DriftFromStart:
         return {"all": sum(shifts.values()) / len(shifts), **shifts}
 
     def _collect(self, model: Model) -> Activations:
-        return collect(model, self._transcripts, at=[Site(n, "resid") for n in self._layers], over=self._over)
+        found = collect(model, self._transcripts, at=[Site(n, "resid") for n in self._layers], over=self._over)
+        return found.where(found.position > 0)
 
 
 class Representation:
@@ -156,8 +160,10 @@ class Representation:
     the others 0. Make it before training.
 
     layers: residual streams, 0 to n_layers; five spread over the depth by default, the embedding left out.
+    over:   spans; a token in several counts in each, the first of a transcript in none.
+    k:      principal components whose subspaces are compared; by default 8, of a span of fewer tokens one less than it has.
     rows:   tokens of each span that are compared, drawn once by `seed` where there are more: the cost grows with their square.
-    Raises ValueError for a span that no transcript has, and for one with too few tokens for k.
+    Raises ValueError for a span that no transcript has, and for one with fewer than 4 tokens in all, or too few for k.
     """
 
     __name__ = "representation"
@@ -169,23 +175,27 @@ class Representation:
         layers: Sequence[int] | None = None,
         over: Sequence[str] = ("thinking", "answer"),
         *,
-        k: int = 8,
+        k: int | None = None,
         rows: int = 256,
         seed: int = 0,
     ):
         began = time.monotonic()
         spread = [n + 1 for n in spread_layers(model.anatomy.n_layers, 5)]
         self._sites = [Site(n, "resid") for n in (spread if layers is None else layers)]
-        self._transcripts, self._over, self._k = list(transcripts), tuple(over), k
+        self._transcripts, self._over, self._k = list(transcripts), tuple(over), k or _COMPONENTS
         found = self._collect(model)
-        self._rows = {span: _drawn(found, i, rows, seed) for i, span in enumerate(self._over)}
+        self._rows = {span: _drawn(rows_in(found, self._transcripts, span), rows, seed) for span in self._over}
+        least = max(k + 1 if k else 0, _LEAST)
         for span, chosen in self._rows.items():
             if not len(chosen):
-                raise ValueError(nobody_has(self._transcripts, span))
-            if len(chosen) <= max(k, 3):
                 raise ValueError(
-                    f"The span {span!r} has {len(chosen)} tokens in all: {k} principal components need more than {max(k, 3)}. "
-                    "Give more transcripts, or a smaller k."
+                    f"{nobody_has(self._transcripts, span)} Give others (to have a thinking, questions with a worked solution), or leave it out."
+                )
+            if len(chosen) < least:
+                asked = f"{k} principal components" if k else "CKA"
+                raise ValueError(
+                    f"The span {span!r} has {len(chosen)} tokens in all, but {asked} asks for {least} or more. "
+                    f"Give more questions{', or a smaller k' if k else ''}, or leave it out."
                 )
         self._start = {(span, s): found[s][chosen] for span, chosen in self._rows.items() for s in self._sites}
         self.prepared = time.monotonic() - began
@@ -203,16 +213,15 @@ class Representation:
         return means | each
 
     def _compare(self, X: Float[Tensor, "row d"], Y: Float[Tensor, "row d"]) -> dict[str, float]:
-        angle, _ = subspace_angles(X, Y, min(self._k, X.shape[1]))
+        angle, _ = subspace_angles(X, Y, min(self._k, len(X) - 1, X.shape[1]))
         return {"cka": linear_cka(X, Y), "angle": angle, "shift": mean_shift(X, Y)}
 
     def _collect(self, model: Model) -> Activations:
         return collect(model, self._transcripts, at=self._sites, over=self._over)
 
 
-def _drawn(found: Activations, span: int, count: int, seed: int) -> Tensor:
-    """At most `count` of the rows of a span, in order."""
-    rows = (found.span == span).nonzero()[:, 0]
+def _drawn(rows: Int[Tensor, " row"], count: int, seed: int) -> Int[Tensor, " drawn"]:
+    """At most `count` of some rows, in order."""
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
     return rows[chosen.sort().values]
 
@@ -224,7 +233,7 @@ def as_transcripts(model: Model, texts: Sequence[str]) -> list[Transcript]:
 
 
 def watches(
-    names: Sequence[str],
+    names: Sequence[str] | None,
     model: Model,
     questions: Sequence[Question],
     texts: Sequence[str],
@@ -234,13 +243,25 @@ def watches(
 ) -> list[Watch]:
     """The monitors of these names, each every `steps` optimizer steps; None: as often as the recorder's budget allows.
 
-    Make them before training: some read the model as it is. The questions need worked solutions for what is read over the thinking.
-    Raises ValueError for a name that is none of `WATCHES`.
+    names: of `WATCHES`; None: all that there is something to measure on, ``representation`` over those of thinking and answer that have tokens
+    enough, and without ``drift``, whose mean shift it has as well.
+    Make them before training: some read the model as it is. Raises ValueError for a name that is none of `WATCHES`, and for one that is
+    measured on questions, on their worked solutions or on texts where there are none.
     """
-    unknown = [name for name in names if name not in WATCHES]
-    if unknown:
-        raise ValueError(f"There is no monitor {unknown[0]!r}. Choose from {', '.join(WATCHES)}.")
+    lacking = {name: what for name, what in _ON.items() if not {"questions": questions, "texts": texts}[what]}
+    for name in names or ():
+        if name not in WATCHES:
+            raise ValueError(f"There is no monitor {name!r}. Choose from {', '.join(WATCHES)}.")
+        if name in lacking:
+            raise ValueError(
+                f"{name!r} is measured on {lacking[name]}, and there are none: give some, or leave it out."
+            )
     teacher = [model.transcript(q.question, q.completion(model.markers)) for q in questions]
+    compared = ("thinking", "answer")
+    if names is None:
+        compared = tuple(span for span in compared if _count(teacher[:_READ], span) >= _LEAST)
+        idle = {*lacking, "drift", *(() if compared else ("representation",))}
+        names = [name for name in WATCHES if name not in idle]
     start = Start(model) if {"change", "geometry", "gradient"} & set(names) else None
     makers: Mapping[str, Callable[[], Callable[..., Mapping[str, float]]]] = {
         "accuracy": lambda: Answers(questions, max_new_tokens),
@@ -248,10 +269,14 @@ def watches(
         "entropy": lambda: TokenEntropy(teacher),
         "drift": lambda: DriftFromStart(model, teacher),
         "drift-general": lambda: DriftFromStart(model, as_transcripts(model, texts), over="all"),
-        "representation": lambda: Representation(model, teacher[:_READ]),
+        "representation": lambda: Representation(model, teacher[:_READ], over=compared),
         "change": lambda: ChangeNorm(model, start=start),
         "geometry": lambda: UpdateShape(model, start=start),
         "gradient": lambda: GradientCourse(model, start=start),
     }
     made = [(makers[name](), name) for name in names]
     return [every(steps, monitor, name) if steps else sometimes(monitor, name) for monitor, name in made]
+
+
+def _count(transcripts: Sequence[Transcript], span: str) -> int:
+    return sum(len(positions(t, span)) for t in transcripts)

@@ -12,7 +12,7 @@ import pytest
 
 from analyses.flight import HEADLINES, Curve, Flight, _placed, course, course_map, flight_recorder, write_page
 from analyses.general_text import GENERAL_TEXT
-from analyses.tasks import chained_sums
+from analyses.tasks import Question, chained_sums
 from analyses.watch import WATCHES
 from finetune.monitors import read_log
 from finetune.tune import tune
@@ -230,6 +230,35 @@ def test_what_there_is_nothing_for_is_left_out(tmp_path: Path) -> None:
     assert [(w.name, w.steps) for w in some._watches] == [("nll", 3)]
     with pytest.raises(ValueError, match="no monitor 'beauty'"):
         flight_recorder(m, tmp_path / "log", questions=QUESTIONS, names=["beauty"])
+
+
+def test_questions_without_solutions_are_recorded_by_default(tmp_path: Path) -> None:
+    """As gym tasks and plain files have them: what is read over the thinking is left out, and what is short is compared in fewer directions."""
+    m = Model(*tiny("llama"))
+    bare = [Question(q.question, q.answer) for q in QUESTIONS[:6]]
+    recorder = flight_recorder(m, tmp_path / "log", questions=bare, budget=100, max_new_tokens=4)
+    told = [m.transcript(q.question, q.completion(m.markers)) for q in bare]
+    tokens = sum(t.spans["answer"][1] - t.spans["answer"][0] for t in told)
+    assert tokens > 4
+    tune(m, told, steps=2, batch_size=2, autocast=False, callbacks=[recorder])
+    lines = read_log(tmp_path / "log")
+    assert not [line for line in lines if "failed" in line]
+    found = [line for line in lines if line["monitor"] == "representation"]
+    assert {key.split(".")[0] for line in found for key in line} == {"step", "monitor", "seconds", "answer"}
+    few = flight_recorder(m, tmp_path / "log", questions=bare[:1])
+    assert "representation" not in [w.name for w in few._watches]
+    with pytest.raises(ValueError, match=r"has a span thinking.*questions with a worked solution"):
+        flight_recorder(m, tmp_path / "log", questions=bare, names=["representation"])
+
+
+def test_without_questions_what_is_of_weights_and_texts_is_recorded(tmp_path: Path) -> None:
+    m = Model(*tiny("llama"))
+    recorder = flight_recorder(m, tmp_path / "log", questions=[], texts=GENERAL_TEXT[:2])
+    assert [w.name for w in recorder._watches] == ["gradient", "change", "drift-general", "geometry"]
+    with pytest.raises(ValueError, match="'nll' is measured on questions, and there are none"):
+        flight_recorder(m, tmp_path / "log", questions=[], names=["nll"])
+    with pytest.raises(ValueError, match="'drift-general' is measured on texts, and there are none"):
+        flight_recorder(m, tmp_path / "log", questions=QUESTIONS, names=["drift-general"])
 
 
 @pytest.mark.parametrize("site", ["3.mlp.e0.up", "3.mlp.shared.down", "3.attn.q", "3.mlp.e11.gate"])

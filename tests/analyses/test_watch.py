@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from analyses.general_text import GENERAL_TEXT
-from analyses.representation import linear_cka, mean_shift, subspace_angles
+from analyses.representation import drift, linear_cka, mean_shift, subspace_angles
 from analyses.scoring import nll
-from analyses.tasks import chained_sums
+from analyses.tasks import Question, chained_sums
 from analyses.watch import (
     WATCHES,
     AnswerLikelihood,
@@ -160,18 +160,43 @@ def test_representation_of_many_tokens_is_of_a_fixed_draw(model: Model) -> None:
     assert found == few(model, 1)
 
 
+def test_a_token_in_several_spans_is_a_row_of_each(model: Model) -> None:
+    told = taught(model)
+    together = Representation(model, told, layers=[2], over=("thinking", "completion"), k=2)
+    alone = Representation(model, told, layers=[2], over=("completion",), k=2)
+    shake(model)
+    expected = alone(model, 1)
+    found = together(model, 1)
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+
+
+def test_representation_never_has_the_first_token_of_a_text(model: Model) -> None:
+    texts = as_transcripts(model, GENERAL_TEXT[:3])
+    first = Representation(model, texts, layers=[2], over=("all",), k=2)
+    rest = Representation(model, texts, layers=[2], over=("completion",), k=2)
+    shake(model)
+    assert list(first(model, 1).values()) == pytest.approx(list(rest(model, 1).values()))
+
+
 def test_representation_says_what_it_lacks(model: Model) -> None:
     bare = [model.transcript(q.question, q.answer) for q in QUESTIONS]
     with pytest.raises(ValueError, match="None of the 4 transcripts has a span thinking; they have"):
         Representation(model, bare)
-    with pytest.raises(ValueError, match=r"'answer' has \d+ tokens in all: 40 principal components need more than 40"):
+    with pytest.raises(
+        ValueError, match=r"'answer' has \d+ tokens in all, but 40 principal components asks for 41 or more"
+    ):
         Representation(model, taught(model), over=["answer"], k=40)
+    with pytest.raises(
+        ValueError, match=r"None of the 4 transcripts has a span thinking.*questions with a worked solution"
+    ):
+        watches(["representation"], model, [Question(q.question, q.answer) for q in QUESTIONS], [])
 
 
 @pytest.mark.parametrize("over", ["completion", "all"])
 def test_drift_is_measured_from_when_it_was_made(model: Model, over: str) -> None:
     told = taught(model)
     start = collect(model, told, at="*.resid", over=over)
+    start = start.where(start.position > 0)
     watch = DriftFromStart(model, told, layers=[1, 3], over=over)
     assert watch(model, 0) == {"all": 0, "L1": 0, "L3": 0}
     shake(model)
@@ -180,11 +205,29 @@ def test_drift_is_measured_from_when_it_was_made(model: Model, over: str) -> Non
     assert late(model, 0)["all"] == 0
     found = watch(model, 1)
     now = collect(model, told, at="*.resid", over=over)
+    now = now.where(now.position > 0)
     for layer in (1, 3):
         expected = mean_shift(start[f"{layer}.resid"], now[f"{layer}.resid"])
         assert found[f"L{layer}"] == pytest.approx(expected)
         assert expected > 0
     assert found["all"] == pytest.approx((found["L1"] + found["L3"]) / 2)
+
+
+def test_drift_on_general_text_leaves_out_the_first_token_of_each(model: Model) -> None:
+    texts = GENERAL_TEXT[:3]
+    told = as_transcripts(model, texts)
+    layers = [0, 1, 2, 3]
+    (watch,) = watches(["drift-general"], model, [], texts)
+    start = collect(model, told, at="*.resid", over="all")
+    shake(model)
+    found, now = watch.monitor(model, 1), collect(model, told, at="*.resid", over="all")
+    keep = start.position > 0
+    for layer in layers:
+        expected = mean_shift(start[f"{layer}.resid"][keep], now[f"{layer}.resid"][keep])
+        assert found[f"L{layer}"] == pytest.approx(expected)
+    assert drift(start.where(keep), now.where(keep), told, over="all", k=2, draws=2).frame().query(
+        "measure == 'mean_shift'"
+    )["value"].mean() == pytest.approx(found["all"], rel=1e-5)
 
 
 def test_default_layers_are_spread_over_the_depth(model: Model) -> None:
