@@ -45,6 +45,7 @@ HEADLINES: dict[tuple[str, str], str] = {
     (TRAINING, "loss"): "training loss (nats per token)",
     (TRAINING, "reward"): "reward",
     (TRAINING, "grad_norm"): "norm of the gradient",
+    (TRAINING, "mask_overlap"): "overlap of the mask with the one before",
     ("accuracy", "accuracy"): "held-out accuracy",
     ("accuracy", "thinking_tokens"): "length of the thinking (tokens)",
     ("nll", "answer_nll"): "answer NLL (nats per token)",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
-from finetune.checkpoints import checkpoints, mark_complete
-from finetune.distributed import exempt_from_ddp
+from finetune.checkpoints import checkpoints, is_complete, mark_complete
+from finetune.distributed import exempt_from_ddp, is_sharded, local_part
 from finetune.examples import IGNORED
 from finetune.lift import LIFT
+from finetune.monitors import Recorder
 from finetune.objectives import Objective
 from finetune.predictions import Predictions, Totals, logits_at, predict
+from surgery.anatomy import Anatomy
 from surgery.borrowing import evaluating
 
 if TYPE_CHECKING:
@@ -60,12 +62,16 @@ class Surgical(_Host):
                process the same one, of which the mean over processes is one).
     reference: the frozen starting model, for an objective that asks for it; by default the adapter switched off where there is one, else
                a copy made now. Nothing is copied for an objective that does not ask.
-    The shares that the objective names (`finetune.objectives.Objective`) are logged beside the loss, of the same steps.
+    The loss of an evaluation is the objective too, of each batch by its own totals; the mean over batches counts their sequences.
+    The shares that the objective names (`finetune.objectives.Objective`) are logged beside the loss, of the same steps; so is
+    ``mask_overlap``, in [0, 1], where `LIFT` has chosen anew since: intersection over union of the old mask and the new one.
+    A `Recorder` among the callbacks sends its headline numbers through this trainer's log, and so to what its ``report_to`` names.
     settings:  of the run, written into each checkpoint when it is whole, for `finetune.checkpoints.last_complete`; none is then written at
                the last step, where nothing is left to resume.
 
     With `LIFT` as the optimizer (``optimizers=(lift, None)``) gradients are clipped and measured through it. A loss or a gradient that is
-    not finite raises FloatingPointError with the step and the parameter; checkpoints written before stay.
+    not finite raises FloatingPointError with the step and the site, and so do weights that are not when they would be saved; checkpoints
+    written before stay.
     """
 
     def __init__(
@@ -90,6 +96,9 @@ class Surgical(_Host):
             self.loss_is_scaled_for_ga = True  # it was divided by the totals of the whole step
             if getattr(objective, "reference", False) and reference is None and not _adapted(self._bare()):
                 self._reference = copy.deepcopy(self._bare()).requires_grad_(False).eval()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, Recorder):
+                callback.send_through(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if reset := getattr(self._objective, "reset", None):
@@ -116,9 +125,12 @@ class Surgical(_Host):
     ) -> Any:
         step = self.state.global_step
         loss: Any
-        if self._objective is None or return_outputs:
+        outputs = None
+        if self._objective is None:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
+            if return_outputs:  # for the metrics of an evaluation; a host may add to what it is given
+                _, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
             predictions = self._predictions(model, inputs, step)
             loss = self._objective(predictions)
             if model.training:
@@ -127,11 +139,24 @@ class Surgical(_Host):
                 loss = loss * self.args.world_size  # the processes' gradients are averaged
         if self._terms and model.training and not return_outputs and self._begun != step:
             self._begun = step
-            module = self._bare()
             # a term counts once
             times = self.current_gradient_accumulation_steps if self._is_divided(num_items_in_batch) else 1
-            loss = loss + times * sum(term(module, step) for term in self._terms)
-        return loss
+            loss = loss + times * self._added(step)
+        return loss if outputs is None else (loss, outputs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        if self._objective is None or not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad():  # without the host's pass over the whole vocabulary
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _added(self, step: int) -> Any:
+        """The sum of the terms, computed as the objective is."""
+        module = self._bare()
+        with self.accelerator.autocast():
+            return sum(term(module, step) for term in self._terms)
 
     def _is_divided(self, num_items_in_batch: Any) -> bool:
         """Whether the step divides what `compute_loss` gives by the number of micro-batches: as the Trainer itself decides it."""
@@ -155,6 +180,10 @@ class Surgical(_Host):
             shares = dict(zip(self._counted, (sums / sums[0]).tolist(), strict=True))
             logs |= {name: share for name, share in shares.items() if name}
             self._counted = {}
+        if "loss" in logs and (lift := self._lift()):
+            told = next((entry["step"] for entry in reversed(self.state.log_history) if "loss" in entry), 0)
+            if fresh := [refresh.overlap for refresh in lift.refreshes if refresh.step > told]:
+                logs["mask_overlap"] = sum(fresh) / len(fresh)
         super().log(logs, *args, **kwargs)
 
     def _objective_is_shared(self) -> bool:
@@ -191,9 +220,11 @@ class Surgical(_Host):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
+            place = self._not_finite(self._bare().named_parameters())
+            where = f": the weights of {place} are not finite" if place else ", though all weights are finite"
             raise FloatingPointError(
-                f"The training loss became {float(loss)} at step {self.state.global_step + 1}. Try a smaller lr than {self.args.learning_rate:g}."
-                + self._kept()
+                f"The training loss became {float(loss)} at step {self.state.global_step + 1}{where}. "
+                f"Try a smaller lr than {self.args.learning_rate:g}." + self._kept()
             )
         return loss
 
@@ -227,19 +258,41 @@ class Surgical(_Host):
         )
         if torch.isfinite(get_total_norm([grad for _, grad in named])):
             return
-        place = next((name for name, grad in named if not torch.isfinite(grad).all()), "some parameter")
         raise FloatingPointError(
-            f"The gradient of {place} is not finite at step {self.state.global_step + 1}, though the loss was. "
+            f"The gradient of {self._not_finite(named) or 'some parameter'} is not finite at step {self.state.global_step + 1}, though the loss was. "
             f"Try a smaller lr than {self.args.learning_rate:g}, or fp32 without autocast." + self._kept()
         )
 
+    def _not_finite(self, named: Iterable[tuple[str, Tensor]]) -> str | None:
+        """The site, or the name where there is none, of the first of some parameters (or their gradients) that is not finite."""
+        found = next(((name, x) for name, x in named if not torch.isfinite(local_part(x.detach())).all()), None)
+        if found is None:
+            return None
+        name, tensor = found[0].removeprefix("base_model.model.").replace(".base_layer.", "."), found[1].detach()
+        names = [own.replace(".base_layer.", ".") for own, _ in self._bare().named_parameters()]
+        try:
+            places = Anatomy.of(self._bare().config, names).places
+        except ValueError:  # a family without a table
+            return name
+        own = [(site, place) for site, place in places.items() if place.name == name]
+        if len(own) > 1 and not is_sharded(tensor):
+            own = [(site, place) for site, place in own if not torch.isfinite(place.take(tensor)).all()]
+        return str(own[0][0]) if own else name
+
     def _kept(self) -> str:
         found = checkpoints(Path(str(self.args.output_dir)))
+        if self._settings is not None:
+            found = [checkpoint for checkpoint in found if is_complete(checkpoint)]
         return f" The last good checkpoint is {found[-1]}." if found and self.args.save_strategy != "no" else ""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if self._settings is not None and self.state.global_step >= self.state.max_steps:
             return
+        if place := self._not_finite((n, p) for n, p in self._bare().named_parameters() if p.requires_grad):
+            raise FloatingPointError(
+                f"The weights of {place} are not finite after step {self.state.global_step}. "
+                f"Try a smaller lr than {self.args.learning_rate:g}." + self._kept()
+            )
         with _own_names(self.model):
             super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()  # each process has put its random state there

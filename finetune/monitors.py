@@ -132,9 +132,13 @@ class Recorder(TrainerCallback):
     def attach(self, trainer: Any) -> Recorder:
         """Become a callback of this trainer and send the headline numbers (not those of single layers) through its own log: to its
         ``log_history``, and to TensorBoard or W&B where its ``report_to`` names them, as ``monitor/number``."""
-        self._trainer = trainer
+        self.send_through(trainer)
         trainer.add_callback(self)
         return self
+
+    def send_through(self, trainer: Any) -> None:
+        """`attach` for a trainer that has this among its callbacks already."""
+        self._trainer = trainer
 
     # --- the trainer's events -----------------------------------------------------------------------------------------------
 

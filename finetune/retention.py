@@ -106,7 +106,9 @@ class Kickstarting:
         asked = [self._questions[i] for i in drawn(len(self._questions), self._batch_size, self._seed, step)]
         draw = seed_from_numbers(self._seed, step)
         with evaluating(self._learner.module):
-            return self._learner.generate(asked, temperature=self._heat, seed=draw, max_new_tokens=self._length)
+            said = self._learner.generate(asked, temperature=self._heat, seed=draw, max_new_tokens=self._length)
+        torch.clear_autocast_cache()  # some versions of torch would give the pass that learns these casts, which have no gradient
+        return said
 
     def __repr__(self) -> str:
         return (

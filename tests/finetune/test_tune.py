@@ -16,9 +16,9 @@ import torch
 from analyses.tasks import chained_sums
 from finetune.learner import one_device
 from finetune.lift import LIFT, principal_indices
-from finetune.monitors import every
+from finetune.monitors import every, read_log
 from finetune.objectives import nll
-from finetune.predictions import Totals, predict
+from finetune.predictions import Predictions, Totals, predict
 from finetune.tune import Tuned, tune
 from surgery.model import Model
 from surgery.transcript import Transcript
@@ -46,6 +46,10 @@ def tensors(m: Model) -> dict[str, torch.Tensor]:
 def run(**options: Any) -> tuple[Model, Tuned]:
     m = model()
     return m, tune(m, taught(m), **(SMALL | options))
+
+
+def reached(m: Model, step: int) -> dict[str, float]:
+    return {"reached": float(step)}
 
 
 def same(a: Model, b: Model) -> bool:
@@ -284,6 +288,22 @@ def test_refreshes_are_reported() -> None:
     assert all(0 < r.overlap < 1 for r in done.refreshes)
 
 
+def test_the_log_says_how_much_of_the_mask_stayed(tmp_path: Path) -> None:
+    m = model()
+    options: dict[str, Any] = {
+        "refresh": 2,
+        "lr": 0.1,
+        "steps": 5,
+        "log": tmp_path / "log",
+        "watch": [every(5, reached)],
+    }
+    done = tune(m, taught(m), **(SMALL | options))
+    lines = [line for line in read_log(tmp_path / "log") if "mask_overlap" in line]
+    assert {line["step"]: line["mask_overlap"] for line in lines} == {r.step: r.overlap for r in done.refreshes}
+    assert [line["monitor"] for line in lines] == ["training"] * 2
+    assert all("loss" in line for line in lines)
+
+
 # --- what is given back -----------------------------------------------------------------------------------------------
 
 
@@ -517,10 +537,56 @@ def test_a_loss_that_is_not_finite_names_the_step() -> None:
     with torch.no_grad():
         m.module.get_input_embeddings().weight[5].fill_(float("nan"))
         m.module.get_input_embeddings().weight[:] += 0 * m.module.get_input_embeddings().weight[5, 0]
-    with pytest.raises(FloatingPointError, match=r"nan at step 1.*lr"):
+    with pytest.raises(FloatingPointError, match=r"nan at step 1.*weights of embed are not finite.*lr"):
         tune(m, taught(m), **SMALL)
     with pytest.raises(FloatingPointError, match=r"at step [2-9].*lr"):
         run(method="full", lr=1e30, steps=9, max_grad_norm=0.0)
+
+
+def test_a_loss_that_is_not_finite_says_where_the_weights_are() -> None:
+    m = model()
+    with pytest.raises(FloatingPointError, match=r"nan at step 1, though all weights are finite"):
+        tune(m, taught(m), objective=lambda p: nll(p) * float("nan"), **SMALL)
+
+
+@pytest.mark.parametrize("method", ["lift", "full"])
+def test_weights_that_overflow_are_never_the_last_good_checkpoint(method: Any, tmp_path: Path) -> None:
+    m = model()
+
+    def overflow(model: Model, step: int, optimizer: Any) -> dict[str, float]:
+        if step == 4:
+            with torch.no_grad():
+                model.weights.parameter("1.mlp.down").fill_(3e38)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e38
+        return {}
+
+    overflow.before_step = True  # type: ignore[attr-defined]
+    with pytest.raises(
+        FloatingPointError, match=r"weights of \S+ are not finite after step 4.*checkpoint is \S+checkpoint-2\."
+    ):
+        tune(
+            m,
+            taught(m),
+            method=method,
+            watch=[every(1, overflow)],
+            log=tmp_path / "log",
+            checkpoints=tmp_path,
+            save_every=2,
+            **(SMALL | {"steps": 6}),
+        )
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_half_a_checkpoint_is_not_called_good(tmp_path: Path) -> None:
+    def spoilt(p: Predictions) -> torch.Tensor:
+        if (tmp_path / "checkpoint-2" / "complete.json").is_file():
+            (tmp_path / "checkpoint-3").mkdir()  # as a kill leaves it
+            return nll(p) * float("nan")
+        return nll(p)
+
+    with pytest.raises(FloatingPointError, match=r"last good checkpoint is \S+checkpoint-2\."):
+        run(objective=spoilt, checkpoints=tmp_path, save_every=2, steps=5)
 
 
 @pytest.mark.parametrize(
