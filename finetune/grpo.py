@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from finetune.checkpoints import digest, last_complete
-from finetune.hosts import Surgical, Term
+from finetune.hosts import Surgical, Term, reports_in_runs
 from finetune.learner import Adapter, Trains, bar, check_budget, learner, one_device, require_versions
 from finetune.lift import Select
 from finetune.monitors import read_log
@@ -126,6 +126,7 @@ def grpo(
     callbacks: Sequence[Any] = (),
     seed: int = 0,
     log: str | Path | None = None,
+    report_to: Sequence[str] = (),
     checkpoints: str | Path | None = None,
     save_every: int | None = None,
     progress: bool = False,
@@ -147,7 +148,7 @@ def grpo(
     vllm:       whether vLLM samples; by default where it is installed, on a GPU, for a model that was loaded from a folder. Its samples
                 depend on the batch.
     log:        a file for every completion, a JSON line each: step, question, sample, text, completion, tokens, finished, reward, parts.
-    terms, callbacks, seed, autocast, checkpoints, save_every, progress: as in `tune`; a resumed run goes on bit for bit.
+    terms, callbacks, seed, autocast, report_to, checkpoints, save_every, progress: as in `tune`; a resumed run goes on bit for bit.
 
     Each step is on-policy: its completions are drawn from the weights it changes, without dropout in either, so probability ratios are 1
     and clipping has no say.
@@ -203,12 +204,12 @@ def grpo(
             max_grad_norm=max_grad_norm, seed=seed, data_seed=seed, bf16=autocast, use_cpu=model.device.type == "cpu",
             beta=0.0, use_bias_correction_kl=True, loss_type=loss, scale_rewards=scale_rewards, temperature=temperature,
             activation_checkpointing=False, logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps" if save_every else "no",
-            save_steps=save_every or steps, save_total_limit=2, report_to=[], disable_tqdm=not progress,
+            save_steps=save_every or steps, save_total_limit=2, report_to=list(report_to), disable_tqdm=not progress,
             dataloader_pin_memory=model.device.type == "cuda", use_vllm=served, vllm_mode="colocate",
             router_aux_loss_coef=0.0,  # what balances experts has a gradient where rewards have none
         )  # fmt: skip
         one_device(args, model.device)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), reports_in_runs():
             warnings.filterwarnings("ignore", message=".*rollout_func.*")  # TRL calls them experimental
             trainer = _trainer_class()(
                 model=student.module,

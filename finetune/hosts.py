@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
+from transformers.integrations.integration_utils import default_logdir
 
 from finetune.checkpoints import checkpoints, is_complete, mark_complete
 from finetune.distributed import exempt_from_ddp, is_sharded, local_part
@@ -38,6 +40,7 @@ else:
     _Host = object
 
 _STATE = "objective.pt"
+_REPORTS = "TENSORBOARD_LOGGING_DIR"
 
 
 @runtime_checkable
@@ -317,6 +320,18 @@ class Surgical(_Host):
         load: Callable[[Any], None] | None = getattr(self._objective, "load_state_dict", None)
         if checkpoint and load:
             load(torch.load(Path(checkpoint) / _STATE, weights_only=True))
+
+
+@contextmanager
+def reports_in_runs() -> Iterator[None]:
+    """A trainer made inside writes for TensorBoard to a new folder in ``runs``, not beside its checkpoints, unless the environment says where."""
+    chosen = os.environ.get(_REPORTS)
+    os.environ[_REPORTS] = chosen or default_logdir()
+    try:
+        yield
+    finally:
+        if chosen is None:
+            del os.environ[_REPORTS]
 
 
 @contextmanager

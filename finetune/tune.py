@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from inspect import signature
@@ -16,9 +16,10 @@ from typing import Any, Literal, cast, get_args
 
 from finetune.checkpoints import digest, last_complete
 from finetune.examples import Collate, Item, Over, examples, rows_of
-from finetune.hosts import Corruption, Surgical, Term
+from finetune.hosts import Corruption, Surgical, Term, reports_in_runs
 from finetune.learner import Trains, bar, check_budget, learner, one_device, require_versions
 from finetune.lift import Select
+from finetune.monitors import Recorder
 from finetune.objectives import Objective, nll
 from finetune.rewards import Reward
 from finetune.rules import DRIFT
@@ -78,6 +79,9 @@ def tune(
     seed: int = 0,
     watch: Sequence[Any] = (),
     log: str | Path | None = None,
+    budget: float = 0.03,
+    page: Callable[[Path], object] | None = None,
+    report_to: Sequence[str] = (),
     checkpoints: str | Path | None = None,
     save_every: int | None = None,
     progress: bool = False,
@@ -103,7 +107,11 @@ def tune(
     objective:   what is minimised, a function of `Predictions` (see `finetune.objectives`). corrupt: changes inputs before the model sees
                  them. terms: further losses, added once a step. callbacks: of the trainer, such as `DRIFT`.
     autocast:    compute in bf16 with the weights as they are.
-    watch, log:  `every(n, monitor)` watches, and the file their lines go to.
+    watch, log, budget, page: the monitors of a `finetune.monitors.Recorder`, the file their lines go to, the share of the training time that
+                 those without a cadence of their own may take, and what is called with the file at the end: ``analyses.flight.write_page``
+                 makes the page with the run's story. (A recorder made before, as by ``analyses.flight_recorder``, is one of the callbacks.)
+    report_to:   where else the loss and the headline numbers of every recorder go: "tensorboard", "wandb" and what else transformers
+                 knows. TensorBoard's files are in ``runs`` of the working folder, or where TENSORBOARD_LOGGING_DIR says.
     checkpoints, save_every: where to save, and how often, to be able to resume; a folder with a complete checkpoint is resumed from,
                  bit for bit. Incomplete ones, left by a kill, are discarded.
 
@@ -113,15 +121,17 @@ def tune(
 
     Raises ValueError for settings out of range or without use for the method, for transcripts without the span, for SHiRA where a
     matrix has too few entries for its rank, and for any method but lift on weights that are not fp32 (their steps would vanish
-    in rounding: load with dtype="float32"); FloatingPointError when the loss is not finite, naming the step.
+    in rounding: load with dtype="float32"); RuntimeError for a report_to whose library is not installed; FloatingPointError when the loss,
+    a gradient or the weights to be saved are not finite, naming step and site.
     """
     require_versions("trl", "peft")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     shared = 1 if method == "grpo" else processes  # which says itself that it takes one
     batch = accumulate if method == "grpo" else batch_size  # whose batches are groups of samples
-    _check(method, steps, batch, accumulate, shared, save_every, checkpoints, watch, log)
+    _check(method, steps, batch, accumulate, shared, save_every, checkpoints, watch, log, budget, page)
     chosen = {"filter_rank": filter_rank, "refresh": refresh, "select": select}
     more = {name: value for name, value in chosen.items() if value != DEFAULTS[name]} | dict(options or {})
+    recorders = [Recorder(model, watch, log, budget=budget, page=page)] if watch and log else []
     if method == "grpo" or reward is not None:
         idle = {
             "batch_size": batch_size != 16, "over": over != "completion", "objective": objective is not nll,
@@ -129,11 +139,10 @@ def tune(
         }  # fmt: skip
         if useless := [name for name, given in idle.items() if given]:
             raise ValueError(f"{useless[0]} has no use with method={method!r}: leave it out.")
-        measured = [_recorder(model, watch, log)] if log else []
         return _reinforced(
             model, data, reward, more, steps=steps, accumulate=accumulate, lr=lr, density=density, lora_rank=lora_rank, weight_decay=weight_decay,
-            warmup=warmup, max_grad_norm=max_grad_norm, autocast=autocast, terms=terms, callbacks=[*callbacks, *measured], seed=seed,
-            checkpoints=checkpoints, save_every=save_every, progress=progress, **({"schedule": schedule} if schedule else {}),
+            warmup=warmup, max_grad_norm=max_grad_norm, autocast=autocast, terms=terms, callbacks=[*callbacks, *recorders], seed=seed,
+            checkpoints=checkpoints, save_every=save_every, progress=progress, report_to=report_to, **({"schedule": schedule} if schedule else {}),
         )  # fmt: skip
     trains = cast(Trains, method)
     check_budget(model, trains, density, lora_rank, more)
@@ -167,7 +176,7 @@ def tune(
             gradient_accumulation_steps=accumulate, learning_rate=peak, lr_scheduler_type=schedule, warmup_steps=warmup,
             weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed, data_seed=seed, bf16=autocast,
             use_cpu=model.device.type == "cpu", activation_checkpointing=False, logging_steps=1, logging_nan_inf_filter=False,
-            save_strategy="steps" if save_every else "no", save_steps=save_every or steps, save_total_limit=2, report_to=[],
+            save_strategy="steps" if save_every else "no", save_steps=save_every or steps, save_total_limit=2, report_to=list(report_to),
             disable_tqdm=not progress, remove_unused_columns=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
             dataloader_pin_memory=model.device.type == "cuda",
         )  # fmt: skip
@@ -179,25 +188,24 @@ def tune(
                 model, trains, lr=peak, seed=seed, density=density, lora_rank=lora_rank, weight_decay=weight_decay, options=more
             )
         )  # fmt: skip
-        trainer = Trainer(
-            model=student.module,
-            args=args,
-            train_dataset=Dataset.from_list(rows),
-            data_collator=Collate(model.pad_id),
-            processing_class=model.tokenizer,
-            optimizers=(student.lift, None),
-            callbacks=list(callbacks),
-            objective=objective,
-            corrupt=corrupt,
-            terms=terms,
-            settings=settings,
-        )
+        with reports_in_runs():
+            trainer = Trainer(
+                model=student.module,
+                args=args,
+                train_dataset=Dataset.from_list(rows),
+                data_collator=Collate(model.pad_id),
+                processing_class=model.tokenizer,
+                optimizers=(student.lift, None),
+                callbacks=[*callbacks, *recorders],
+                objective=objective,
+                corrupt=corrupt,
+                terms=terms,
+                settings=settings,
+            )
         trainer.remove_callback(PrinterCallback)
         if progress:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(bar())
-        if log:
-            trainer.add_callback(_recorder(model, watch, log))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         student.merge()
         history = trainer.state.log_history
@@ -223,12 +231,6 @@ def course(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _recorder(model: Model, watch: Sequence[Any], log: str | Path) -> Any:
-    from finetune.monitors import Recorder
-
-    return Recorder(model, watch, log)
-
-
 def _reinforced(
     model: Model, questions: Sequence[Any], reward: Reward | None, options: Mapping[str, Any], **shared: Any
 ) -> Tuned:
@@ -244,7 +246,7 @@ def _reinforced(
 
 def _check(
     method: str, steps: int, batch_size: int, accumulate: int, processes: int, save_every: int | None, checkpoints: object,
-    watch: Sequence[Any], log: object,
+    watch: Sequence[Any], log: object, budget: float, page: object,
 ) -> None:  # fmt: skip
     if method not in get_args(Method):
         raise ValueError(f"There is no method {method!r}. Choose {', '.join(get_args(Method))}.")
@@ -263,6 +265,8 @@ def _check(
         raise ValueError("save_every needs checkpoints, the folder to save to.")
     if bool(watch) != bool(log):
         raise ValueError("watch and log go together: the monitors, and the file their lines are written to.")
+    if not watch and (page is not None or budget != 0.03):
+        raise ValueError("budget and page belong to watch: without it, nothing is recorded.")
 
 
 def _check_columns(objective: Objective, rows: list[dict[str, Any]]) -> None:

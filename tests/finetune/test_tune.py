@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
+from transformers.integrations import is_tensorboard_available
 
 from analyses.tasks import chained_sums
 from finetune.learner import one_device
 from finetune.lift import LIFT, principal_indices
-from finetune.monitors import every, read_log
+from finetune.monitors import Recorder, every, read_log
 from finetune.objectives import nll
 from finetune.predictions import Predictions, Totals, predict
 from finetune.tune import Tuned, tune
@@ -286,6 +289,67 @@ def test_refreshes_are_reported() -> None:
     done = run(refresh=2, lr=0.1, steps=4)[1]
     assert [r.step for r in done.refreshes] == [2, 4]
     assert all(0 < r.overlap < 1 for r in done.refreshes)
+
+
+class Reporter(TrainerCallback):
+    """What an integration of transformers is: told of all that the trainer logs."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.seen.append({"step": state.global_step, **logs})
+
+
+@pytest.mark.parametrize("made", ["by tune", "before"])
+def test_what_is_recorded_reaches_the_reporters(made: str, tmp_path: Path) -> None:
+    m, reporter, log = model(), Reporter(), tmp_path / "log"
+    if made == "before":
+        options: dict[str, Any] = {"callbacks": [reporter, Recorder(m, [every(2, reached)], log)]}
+    else:
+        options = {"callbacks": [reporter], "watch": [every(2, reached)], "log": log}
+    tune(m, taught(m), **(SMALL | {"steps": 4} | options))
+    assert {one["step"]: one["reached/reached"] for one in reporter.seen if "reached/reached" in one} == {
+        0: 0,
+        2: 2,
+        4: 4,
+    }
+    assert [line["step"] for line in read_log(log) if line["monitor"] == "reached"] == [0, 2, 4]
+
+
+@pytest.mark.skipif(is_tensorboard_available(), reason="is about its absence")
+@pytest.mark.parametrize("method", ["lift", "grpo"])
+def test_a_reporter_that_is_not_installed_is_one_clear_error(method: Any) -> None:
+    m = model()
+    more: dict[str, Any] = {"data": taught(m)}
+    if method == "grpo":
+        more = {"data": [q.question for q in QUESTIONS], "reward": lambda question, transcript: 1.0}
+    with pytest.raises(RuntimeError, match="requires tensorboard to be installed"):
+        tune(m, steps=1, method=method, report_to=["tensorboard"], **more)
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+    with pytest.raises(ValueError, match="nowhere is not supported"):
+        tune(m, steps=1, method=method, report_to=["nowhere"], **more)
+    assert not moved(m)
+
+
+@pytest.mark.skipif(not is_tensorboard_available(), reason="needs tensorboard")
+def test_tensorboards_files_outlive_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(report_to=["tensorboard"], checkpoints=tmp_path / "saved", save_every=2)
+    assert list((tmp_path / "runs").rglob("events.*"))
+
+
+def test_tune_keeps_a_budget_and_makes_the_page(tmp_path: Path) -> None:
+    m, pages = model(), []
+    log = tmp_path / "log.jsonl"
+    tune(m, taught(m), watch=[reached], log=log, budget=0.0, page=pages.append, **SMALL)
+    assert pages == [log]
+    assert not [line for line in read_log(log) if line["monitor"] == "reached"]
+    begun = read_log(log)[0]
+    assert begun["budget"] == 0
+    tune(m, taught(m), watch=[reached], log=log, budget=100.0, **SMALL)
+    assert [line["step"] for line in read_log(log) if line["monitor"] == "reached"] == [0, 1, 2, 3]
+    assert pages == [log]
 
 
 def test_the_log_says_how_much_of_the_mask_stayed(tmp_path: Path) -> None:
@@ -614,6 +678,8 @@ def test_half_a_checkpoint_is_not_called_good(tmp_path: Path) -> None:
         ({"save_every": 0, "checkpoints": "x"}, "save_every=0"),
         ({"watch": [every(1, lambda model, step: {})]}, "watch and log"),
         ({"log": "x"}, "watch and log"),
+        ({"budget": 0.1}, "budget and page belong to watch"),
+        ({"page": print}, "budget and page belong to watch"),
     ],
     ids=lambda v: "" if isinstance(v, str) else str(v)[:50],
 )
