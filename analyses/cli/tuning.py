@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analyses.cli.given import data_input
+from analyses.cli.given import data_input, spans_in
 from analyses.cli.options import (
     CHANGE,
     Device,
@@ -60,7 +62,7 @@ def tune(
     batch_size: Annotated[int, typer.Option(help="Transcripts a step; of grpo: completions a step.", min=1)] = 16,
     accumulate: Annotated[int, typer.Option(help="Micro-batches a step.", min=1)] = 1,
     over: Annotated[
-        str, typer.Option(help="What is learnt: a span, or several with weights, as in 'thinking:0.5,answer:2'.")
+        str, typer.Option(help="What is learnt: a span, or several with weights, as in 'thinking[:16]:0.5,answer:2'.")
     ] = "completion",
     objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(_OBJECTIVES)}.")] = "nll",
     mask_thought: Annotated[
@@ -91,13 +93,22 @@ def tune(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="grpo: completions of each question; default 8.", min=2, show_default=False)] = None,
     beta: Annotated[float | None, typer.Option(help="grpo: weight of the KL from the start; default 0.", min=0, show_default=False)] = None,
+    length_target: Annotated[
+        int | None, typer.Option(help="grpo: also reward, by half, a thinking of about so many tokens.", min=1, show_default=False)
+    ] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled, on what is trained.", min=0)] = 0.0,
     watch: Annotated[
         str, typer.Option(help="With commas: accuracy, nll, entropy, gradient, change, geometry, drift, drift-general, representation.")
     ] = "",
     watch_every: Annotated[
-        int | None, typer.Option(help="Steps between measurements; by default as many as 3 % of the time allow.", min=1, show_default=False)
+        int | None, typer.Option(help="Steps between measurements; by default as many as the budget allows.", min=1, show_default=False)
     ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Share of the training time that measuring may take; default 0.03.", min=0, show_default=False)
+    ] = None,
+    report_to: Annotated[
+        str, typer.Option(help="With commas: where else the log goes, as tensorboard (in runs/) or wandb.", show_default=False)
+    ] = "",
     save_every: Annotated[
         int | None, typer.Option(help="Checkpoint every so many steps; the same command then resumes.", show_default=False)
     ] = None,
@@ -112,8 +123,11 @@ def tune(
     taught = {
         "--over": over != "completion", "--objective": objective != "nll", "--mask-thought": mask_thought is not None,
     }  # fmt: skip
-    reinforced = {"--samples": samples is not None, "--beta": beta is not None}
+    reinforced = {
+        "--samples": samples is not None, "--beta": beta is not None, "--length-target": length_target is not None
+    }  # fmt: skip
     led = {
+        "--budget": (budget, watch, "--watch"),
         "--watch-every": (watch_every, watch, "--watch"),
         "--alpha": (alpha, prior, "--prior"),
         "--rule": (rule, prior, "--prior"),
@@ -125,9 +139,12 @@ def tune(
         if given not in choices:
             raise ValueError(f"There is no {what} {given!r}. Choose {', '.join(told)}.")
     _refuse_idle(method, reinforced if method != "grpo" else taught, led)
+    if budget is not None and watch_every is not None:
+        raise ValueError("--budget has no use with --watch-every, which says how often; leave one out.")
     from analyses import tasks
     from analyses.general_text import GENERAL_TEXT
     from analyses.watch import watches
+    from finetune.grpo import Reinforced
     from finetune.tune import tune
     from surgery.model import Model
 
@@ -150,7 +167,8 @@ def tune(
         "steps": steps, "lr": lr, "accumulate": accumulate, "density": density, "lora_rank": lora_rank, "filter_rank": filter_rank,
         "refresh": refresh, "weight_decay": weight_decay, "seed": seed, "save_every": save_every, "progress": not quiet,
         "checkpoints": workshop / "checkpoints" if save_every else None, "callbacks": [pulled] if pulled else [],
-        "select": select, "watch": watched, "log": log if watched else None,
+        "select": select, "watch": watched, "log": log if watched else None, "budget": 0.03 if budget is None else budget,
+        "report_to": [name.strip() for name in report_to.split(",") if name.strip()],
     }  # fmt: skip
     options: dict[str, Any] = {
         name: value for name, value, usual in (("block", block, 1), ("scope", scope, "matrix")) if value != usual
@@ -160,7 +178,7 @@ def tune(
         if batch_size % each:
             raise ValueError(f"--batch-size {batch_size} is no multiple of the {each} samples of each question.")
         options |= {"groups": batch_size // each, "samples": each, "beta": beta or 0.0}
-        done = tune(loaded, questions, method="grpo", reward=_reward(loaded), options=options, **shared)
+        done = tune(loaded, questions, method="grpo", reward=_reward(loaded, length_target), options=options, **shared)
     else:
         done = tune(
             loaded,
@@ -175,6 +193,10 @@ def tune(
         )
     record.inputs |= data_input(data)
     record.results = {"losses": done.losses, "trainable": done.trainable}
+    if done.refreshes:
+        record.results["refreshes"] = [asdict(refresh) for refresh in done.refreshes]
+    if isinstance(done, Reinforced):
+        record.results["rounds"] = [_told(asdict(found)) for found in done.rounds]
     if done.shares:
         record.results["shares"] = done.shares
     if pulled:
@@ -210,17 +232,20 @@ def _refuse_idle(method: str, unused: Mapping[str, bool], led: Mapping[str, tupl
             raise ValueError(f"{option} has no use with --method {method}; leave it out.")
 
 
-def _spans(over: str) -> dict[str, float] | str:
-    """ "thinking:0.5,answer:2" -> {"thinking": 0.5, "answer": 2.0}; a span alone is itself."""
-    if ":" not in over and "," not in over:
-        return over
+def _spans(over: str) -> dict[str, float]:
+    """ "thinking[:16]:0.5,answer:2" -> {"thinking[:16]": 0.5, "answer": 2.0}; without a number a span weighs 1."""
+    from surgery.transcript import parse_span
+
     found = {}
-    for entry in over.split(","):
-        name, _, weight = entry.partition(":")
+    for entry in spans_in(over):
+        name, colon, weight = entry.rpartition(":")
+        if not colon or entry.endswith(("]", "/")):  # the colon is within the brackets or the pattern
+            name, weight = entry, "1"
         try:
-            found[name.strip()] = float(weight or 1)
+            found[name] = float(weight)
         except ValueError as error:
-            raise ValueError(f"--over {over}: give spans with weights, as in 'thinking:0.5,answer:2'.") from error
+            raise ValueError(f"--over {over}: give spans with weights, as in 'thinking[:16]:0.5,answer:2'.") from error
+        parse_span(name)
     return found
 
 
@@ -255,11 +280,18 @@ def _held_out(data: str, seed: int) -> list[Question]:
     return found
 
 
-def _reward(model: Model) -> Any:
+def _reward(model: Model, length: int | None) -> Any:
     from analyses.tasks import grade
-    from finetune.rewards import Answer, ThinkFormat, Weighted
+    from finetune.rewards import Answer, NearLength, ThinkFormat, Weighted
 
-    return Weighted({"answer": (Answer(grade), 1.0), "format": (ThinkFormat(model.markers), 0.5)})
+    parts: dict[str, Any] = {"answer": (Answer(grade), 1.0), "format": (ThinkFormat(model.markers), 0.5)}
+    return Weighted(parts | ({"length": (NearLength(length), 0.5)} if length else {}))
+
+
+def _told(found: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON holds it: what was not measured is left out."""
+    nested = {key: _told(value) if isinstance(value, Mapping) else value for key, value in found.items()}
+    return {key: value for key, value in nested.items() if not (isinstance(value, float) and math.isnan(value))}
 
 
 def _drift(prior: str, model: Model, base: Checkpoint, record: Record, alpha: float | None, rule: str | None) -> DRIFT:
