@@ -62,6 +62,13 @@ def _step(checkpoint: Path) -> str:
     return checkpoint.name.rsplit("-", 1)[-1]
 
 
+def discard(folder: Path) -> None:
+    """Remove what a finished run of ours kept to be resumed."""
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    (folder / _RUN).unlink(missing_ok=True)
+
+
 def require_same_run(folder: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise ValueError, naming what differs, where the settings kept in a folder are not these."""
     settings = json.loads(json.dumps(settings))  # as they were kept: a tuple has become a list

@@ -27,7 +27,7 @@ from transformers.integrations.integration_utils import default_logdir
 from finetune.checkpoints import checkpoints, is_complete, mark_complete
 from finetune.distributed import exempt_from_ddp, is_sharded, local_part
 from finetune.examples import IGNORED
-from finetune.lift import LIFT
+from finetune.lift import LIFT, lift_of
 from finetune.monitors import Recorder
 from finetune.objectives import Objective
 from finetune.predictions import Predictions, Totals, logits_at, predict
@@ -232,8 +232,7 @@ class Surgical(_Host):
         return loss
 
     def _lift(self) -> LIFT | None:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return optimizer if isinstance(optimizer, LIFT) else None
+        return lift_of(self.optimizer)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)

@@ -24,6 +24,7 @@ import torch
 from transformers import TrainerCallback
 
 from finetune.cadence import Account
+from finetune.distributed import is_sharded
 from surgery.borrowing import evaluating, own_draws
 from surgery.model import Model
 from surgery.whole import write_whole
@@ -409,14 +410,10 @@ def _leads(state: Any) -> bool:
 
 
 def _refuse_sharded(module: torch.nn.Module) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.tensor import DTensor
-
-        for name, parameter in module.named_parameters():
-            if isinstance(parameter.data, DTensor):
-                raise ValueError(
-                    f"The recorder reads whole weights, and {name} is sharded over processes. Record under DDP, or train without a recorder."
-                )
+    if dealt := next((name for name, parameter in module.named_parameters() if is_sharded(parameter)), None):
+        raise ValueError(
+            f"The recorder reads whole weights, and {dealt} is sharded over processes. Record under DDP, or train without a recorder."
+        )
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from finetune.lift import LIFT, budget, principal_indices
+from finetune.lift import budget, lift_of, principal_indices
 from surgery.model import Model
 from surgery.sites import Site
 from surgery.weights import linear_sites
@@ -268,10 +268,8 @@ def _course(name: str, gg: float, dd: float, gd: float) -> dict[str, float]:
 
 def _gathered(optimizer: Any) -> dict[Tensor, tuple[Tensor, Tensor]]:
     """The gradients that LIFT holds instead of `.grad`: parameter -> flat positions and values; none for another optimizer."""
-    lift = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(lift, LIFT):
-        return {}
-    return {one.parameter: (one.indices, one.grad) for one in lift.gathered()}
+    lift = lift_of(optimizer)
+    return {one.parameter: (one.indices, one.grad) for one in lift.gathered()} if lift else {}
 
 
 def _largest_singular_value(W: Float[Tensor, "out in"]) -> float:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,8 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.checkpoints import checkpoints as checkpoints_of
-from finetune.checkpoints import digest, last_complete, require_same_run
+from finetune.checkpoints import digest, discard, last_complete, require_same_run
 from finetune.examples import Collate, Example, Item, Over, examples, rows_of
 from finetune.hosts import Surgical
 from finetune.learner import adapted_layers, as_before, one_device, require_versions
@@ -219,8 +217,7 @@ def _stage(
         _numbers(learner, trained),
         {"settings": json.dumps(how.settings), "losses": json.dumps(losses)},
     )
-    for checkpoint in checkpoints_of(folder):
-        shutil.rmtree(checkpoint)  # the adapter is whole
+    discard(folder)  # the adapter is whole
     return losses
 
 

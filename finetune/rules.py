@@ -26,7 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from finetune.lift import LIFT
+from finetune.distributed import is_sharded
+from finetune.lift import LIFT, lift_of
 from finetune.lift.ledger import held
 from surgery.across import EMBED, HEAD, land
 from surgery.anatomy import Place
@@ -372,7 +373,7 @@ class DRIFT(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if self.legacy:
             return
-        lift = _lift(given.get("optimizer"))
+        lift = lift_of(given.get("optimizer"))
         gathered = {g.parameter: (g.indices, g.grad) for g in lift.gathered()} if lift else {}
         act = _Part.remember if self.form == "update" else _Part.bend
         if not sum([act(part, self.rule, lift, gathered) for part in self._parts]):
@@ -383,7 +384,7 @@ class DRIFT(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if self.form == "update":
-            lift = _lift(given.get("optimizer"))
+            lift = lift_of(given.get("optimizer"))
             for part in self._parts:
                 part.move(self.rule, lift)
 
@@ -440,7 +441,7 @@ class DRIFT(TrainerCallback):
     def _require_trainable(self, args: Any) -> None:
         if getattr(args, "deepspeed", None):
             raise ValueError("DeepSpeed steps inside its own engine, where DRIFT cannot reach the gradient. Use DDP.")
-        if sharded := [p.site for p in self._parts if hasattr(p.parameter, "device_mesh")]:
+        if sharded := [p.site for p in self._parts if is_sharded(p.parameter)]:
             raise ValueError(
                 f"{sharded[0]} is sharded over processes, but norms and cosines are those of whole tensors. Use DDP."
             )
@@ -680,11 +681,6 @@ def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
-
-
-def _lift(optimizer: Any) -> LIFT | None:
-    inner = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's
-    return inner if isinstance(inner, LIFT) else None
 
 
 # --- what is asked for, and whether it is there -----------------------------------------------------------------------

@@ -523,6 +523,12 @@ def _processes(named: list[tuple[str, Tensor]], options: dict[str, Any], peers: 
     return {"processes": peers.count if peers else 1, "shard": None}
 
 
+def lift_of(optimizer: Any) -> LIFT | None:
+    """The `LIFT` that an optimizer is, alone or inside accelerate's; None of another."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, LIFT) else None
+
+
 def _sharded(named: list[tuple[str, Tensor]], options: dict[str, Any]) -> Shards | None:
     """The processes over which the parameters of a group are dealt out; None where each is whole. Raises for what cannot be done so."""
     dealt = {name: p for name, p in named if is_sharded(p)}
