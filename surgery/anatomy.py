@@ -160,9 +160,12 @@ class Anatomy:
         shape = _Shape.of(text)
         tied = bool(getattr(config, "tie_word_embeddings", False))
         names = set(names)
-        heads = [spec["name"] for spec in _specs(table["tensors"]["head"]) if spec["name"] in names]
-        copies = {name: Site(None, "embed") for name in heads if tied}
-        places, missing = _bind(table["tensors"], shape, names - set(copies), tied, host.get("aside", ()))
+        tensors = table["tensors"]
+        heads = [spec["name"] for spec in _specs(tensors["head"]) if tied and spec["name"] in names]
+        if heads and not any(_named(spec["name"], names) for spec in _specs(tensors["embed"])):
+            tensors = {**tensors, "embed": heads.pop()}  # tied, and under the head's name only
+        copies = {name: Site(None, "embed") for name in heads}
+        places, missing = _bind(tensors, shape, names - set(copies), tied, host.get("aside", ()))
         if missing:
             raise ValueError(
                 f"{where} is a {config.model_type} of {shape.n_layers} layers but lacks {len(missing)} of its tensors, "
@@ -453,15 +456,16 @@ def _inside(table: dict, host: dict) -> dict:
     return {**table, "blocks": f"{host['tower'][0]}.{blocks}", "tensors": tensors}
 
 
+def _named(name: str, names: set[str]) -> str | None:
+    """What a file calls the tensor: one saved from the bare backbone lacks its prefix, ``h.0.ln_1.weight`` for ``transformer.h.0.ln_1.weight``."""
+    return next((n for n in (name, name.split(".", 1)[1]) if n in names), None)
+
+
 def _bind(
     table: dict, shape: _Shape, names: set[str], tied: bool, aside: Iterable[str]
 ) -> tuple[dict[Site, Place], list[str]]:
     places: dict[Site, Place] = {}
     missing: list[str] = []
-
-    def found(name: str) -> str | None:
-        # A checkpoint saved from the bare backbone lacks its prefix: h.0.ln_1.weight for transformer.h.0.ln_1.weight.
-        return next((n for n in (name, name.split(".", 1)[1]) if n in names), None)
 
     sparse = any("{e}" in pattern for pattern in table)
     for pattern, entry in table.items():
@@ -473,14 +477,14 @@ def _bind(
                 {**spec, "name": spec["name"].replace("{l}", str(layer)).replace("{e}", str(expert))}
                 for spec in _specs(entry)
             ]
-            spec = next((spec for spec in specs if found(spec["name"])), None)
+            spec = next((spec for spec in specs if _named(spec["name"], names)), None)
             if spec is None:
                 missing.append(specs[0]["name"])
                 continue
             rows = shape.rows(spec["piece"], spec["of"]) if "of" in spec else None
             packed = expert if spec.get("packed") else None
-            places[site] = Place(str(found(spec["name"])), rows, spec.get("transposed", False), packed)
-            bias = found(spec["name"].removesuffix("weight") + "bias")
+            places[site] = Place(str(_named(spec["name"], names)), rows, spec.get("transposed", False), packed)
+            bias = _named(spec["name"].removesuffix("weight") + "bias", names)
             if bias is not None:
                 places[Site(site.layer, site.part + ".bias")] = Place(bias, rows)
     named = {p.name for p in places.values()}

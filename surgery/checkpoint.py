@@ -32,7 +32,8 @@ class Checkpoint(Weights):
     """The weights in a Hugging Face model folder, lazily: opening reads headers only.
 
     Sharded or single safetensors files; tied tensors are one site. Raises CheckpointError for a folder that is empty, incomplete,
-    inconsistent or pickled, and ValueError for a family without a table.
+    inconsistent or pickled, and ValueError for a family without a table. A head of its own under a config that ties it is noticed,
+    by a CheckpointError, where the embedding is first read.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -44,6 +45,7 @@ class Checkpoint(Weights):
         self._shapes = {site: self._site_shape(site) for site in self.anatomy.places}
         self._files: dict[str, TensorFile] = {}
         self._last: dict[int, tuple[str, Tensor]] = {}  # of each thread
+        self._tied = not self.anatomy.copies  # that copies repeat their site is not known before they are read
 
     def shapes(self) -> Mapping[Site, torch.Size]:
         return self._shapes
@@ -53,6 +55,8 @@ class Checkpoint(Weights):
 
     def _read(self, site: Site, rows: slice) -> Tensor:
         place = self.anatomy.places[site]
+        if site in self.anatomy.ties.values():
+            self.require_tied()
         tensor = some_rows(place.take(self.stored(place.name)), rows)
         return tensor.clone() if rows == slice(None) else tensor  # whole, it is the caller's own, to write to as well
 
@@ -62,6 +66,16 @@ class Checkpoint(Weights):
         if last is None or last[0] != name:  # a walk in chunks asks for the same one many times
             last = self._last[threading.get_ident()] = (name, self._file(self.tensors[name].file)[name])
         return last[1]
+
+    def require_tied(self) -> None:
+        """Raise CheckpointError where the files have a head of its own that config.json says is the embedding; reads both, once."""
+        if self._tied:
+            return
+        for name, site in self.anatomy.copies.items():
+            fault = headers.two_heads(self.folder, self.tensors[name], self.tensors[self.anatomy.places[site].name])
+            if fault is not None:
+                raise CheckpointError(str(fault))
+        self._tied = True
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._files:

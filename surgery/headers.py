@@ -58,7 +58,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a file or folder, and what to do about it. kind: link, shards, index, file or pickle."""
+    """What is wrong with a file or folder, and what to do about it. kind: link, shards, index, file, pickle or tie."""
 
     kind: str
     where: Path
@@ -263,6 +263,35 @@ def stray_link(path: Path) -> Fault | None:
     if any(target.is_relative_to(h) for h in homes):
         return None
     return Fault("link", path, f"is a link out of the folder, to {target}, and is refused", fix)
+
+
+def two_heads(folder: Path, head: Any, embed: Any) -> Fault | None:
+    """What is wrong with a folder whose config ties `head` to `embed`, two entries of its files, where their bytes differ; else None.
+
+    transformers then keeps the two apart, and whoever takes one for the other destroys it.
+    """
+    if head.shape == embed.shape and _same_bytes(folder, head, embed):
+        return None
+    found = (
+        f"says that head and embedding are tied, but the files hold {head.name} and {embed.name}, which differ: "
+        "loading keeps the two apart"
+    )
+    return Fault("tie", folder / "config.json", found, "Set tie_word_embeddings to false in it")
+
+
+def _same_bytes(folder: Path, one: Any, other: Any) -> bool:
+    if one.end - one.begin != other.end - other.begin:
+        return False
+    with (folder / one.file).open("rb") as first, (folder / other.file).open("rb") as second:
+        first.seek(one.begin)
+        second.seek(other.begin)
+        left = one.end - one.begin
+        while left:
+            size = min(left, 1 << 20)
+            if first.read(size) != second.read(size):
+                return False
+            left -= size
+    return True
 
 
 def _require_file(path: Path, what: str) -> None:

@@ -90,6 +90,7 @@ class Model:
 
         folder = find(ref)
         checkpoint = Checkpoint(folder)
+        checkpoint.require_tied()
         module = load_module(folder, as_dtype(dtype) or "auto")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if (folder / "generation_config.json").is_file():

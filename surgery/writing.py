@@ -111,7 +111,8 @@ def write(
         matter and generate nothing.
     seal: called with the finished folder and what is known about it, before it appears under its name: the place to add a record.
 
-    Raises FileExistsError if `to` exists, ValueError for non-finite values (naming the site), VerificationError if the proof fails.
+    Raises FileExistsError if `to` exists, ValueError for non-finite values (naming the site), CheckpointError where the files have a head
+    of its own that config.json ties, VerificationError if the proof fails.
     """
     layout = weights.layout
     if layout is None:
@@ -122,6 +123,7 @@ def write(
         raise ValueError(f"Weights cannot be stored as {dtype}.")
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding={rounding!r}: choose nearest or stochastic.")
+    layout.require_tied()
     to = Path(to)
     job = _Job(weights, layout, dtype, seed if rounding == "stochastic" else None, Reverse(layout, undo_limit))
     flushing: list[Future[None]] = []

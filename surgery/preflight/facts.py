@@ -26,6 +26,7 @@ from surgery.headers import (
     read_header,
     read_json,
     stray_links,
+    two_heads,
 )
 
 if TYPE_CHECKING:
@@ -306,13 +307,9 @@ def _tie(facts: Facts) -> Iterator[Problem]:
     head = head or next((n for n in facts.tensors if n.endswith(_UNTIED_HEADS)), None)
     where = str(facts.folder / "config.json")
     if facts.tied and head and embed and head != embed:
-        if facts.tensors[head].shape != facts.tensors[embed].shape:
-            found = f"ties head and embedding, but {head} {facts.tensors[head].shape} is not shaped like {embed} {facts.tensors[embed].shape}"
-            yield Problem("error", "tie", where, found, "Set tie_word_embeddings to false")
-        else:
-            found = f"ties head and embedding, but the files also hold {head}: loading ignores one of the two"
-            fix = f"Set tie_word_embeddings to false if {head} was trained apart; otherwise nothing"
-            yield Problem("note", "tie", where, found, fix)
+        fault = two_heads(facts.folder, facts.tensors[head], facts.tensors[embed])
+        if fault is not None:
+            yield _fault(fault)
     if facts.tied is False and not head:
         fix = "Set tie_word_embeddings to true if the head is the embedding, or download the missing file"
         yield Problem("error", "tie", where, "says that the head is not tied, but the files hold no head", fix)

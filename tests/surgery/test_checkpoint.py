@@ -153,6 +153,63 @@ def test_a_file_that_repeats_the_tied_head_stays_consistent(tmp_path):
     assert after["lm_head.weight"] == after["model.embed_tokens.weight"] != bytes_of(source)["lm_head.weight"]
 
 
+def with_head(folder: Path, change) -> Path:
+    """The folder with `change` made to its tensors, which it is given with the name of the embedding."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    embed = next(name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight")))
+    change(tensors, embed)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_head_of_its_own_under_a_config_that_ties_it_is_refused(family, tmp_path):
+    def apart(tensors, embed):
+        tensors["lm_head.weight"] = tensors[embed].flip(0).clone()
+
+    source = with_head(save_tiny(family, tmp_path / "model"), apart)
+    module = load_module(source, "auto")  # transformers keeps the two apart
+    assert not torch.equal(module.get_output_embeddings().weight, module.get_input_embeddings().weight)
+    base = Checkpoint(source)
+    words = (
+        r"config\.json says .*lm_head\.weight.*(embed_tokens|wte)\.weight.*Set tie_word_embeddings to false in it\.$"
+    )
+    for job in (
+        lambda: base["embed"],
+        lambda: write(apply(Scale(0.5), base, "embed"), tmp_path / "out"),
+        lambda: write(apply(Scale(0.5), base, "0.attn.o"), tmp_path / "out"),  # before the work, not after it
+        lambda: write(base, tmp_path / "out"),
+        lambda: save_delta(
+            base - Checkpoint(save_tiny(family, tmp_path / "other", seed=1)), tmp_path / "out", base_hash=""
+        ),
+        lambda: Model.load(source),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            job()
+        assert not (tmp_path / "out").exists()
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    write(apply(Scale(0.5), Checkpoint(source), "embed"), tmp_path / "out")
+    assert bytes_of(tmp_path / "out")["lm_head.weight"] == bytes_of(source)["lm_head.weight"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_tied_file_may_hold_the_head_alone(family, tmp_path):
+    source, plain = save_tiny(family, tmp_path / "model"), Checkpoint(save_tiny(family, tmp_path / "plain"))
+    with_head(source, lambda tensors, embed: tensors.update({"lm_head.weight": tensors.pop(embed)}))
+    base = Checkpoint(source)
+    assert base.anatomy.resolve("head") == base.anatomy.resolve("embed")
+    assert torch.equal(base["embed"], plain["embed"])
+    assert {str(site) for site in base} == {str(site) for site in plain}
+    write(apply(Scale(0.5), base, "embed"), tmp_path / "out")
+    module = load_module(tmp_path / "out", "auto")
+    assert module.get_output_embeddings().weight is module.get_input_embeddings().weight
+    assert torch.equal(module.get_input_embeddings().weight, 0.5 * plain["embed"])
+    assert torch.equal(Model.load(source).weights["embed"], plain["embed"])
+
+
 def test_a_bare_backbone_with_buffers(tmp_path):
     """GPT-2's own files: no prefix, and attention masks among the weights."""
     source = save_tiny("gpt2", tmp_path / "model")

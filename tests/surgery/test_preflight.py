@@ -454,7 +454,7 @@ def test_faults_of_a_folder(store: Path, tmp_path: Path) -> None:
         ("tuned", lambda f: configure(f, vocab_size=99), "error", "vocabulary", ["vocab_size 99", "has 100 rows", "Set vocab_size to 100"]),
         ("tuned", lambda f: configure(f, num_key_value_heads=4), "error", "heads", ["says 4 heads of 12", "24 rows", "config.json that belongs"]),
         ("tuned", lambda f: configure(f, tie_word_embeddings=False), "error", "missing", ["lm_head.weight"]),
-        ("untied", lambda f: configure(f, tie_word_embeddings=True), "note", "tie", ["also hold lm_head.weight", "Set tie_word_embeddings to false"]),
+        ("untied", lambda f: configure(f, tie_word_embeddings=True), "error", "tie", ["hold lm_head.weight", "embed_tokens.weight", "Set tie_word_embeddings to false"]),
         ("tuned", lambda f: configure(f, quantization_config={"quant_method": "gptq"}), "error", "quantised", ["gptq", "Use the original"]),
         ("tuned", lambda f: rewrite(f, lambda t: t | {"model.layers.0.mlp.up_proj.qweight": torch.zeros(2, 2, dtype=torch.int32)}), "error", "quantised", ["qweight", "dequantize"]),
         ("tuned", lambda f: rewrite(f, lambda t: {n: x.to(torch.float8_e4m3fn) if x.ndim == 2 else x for n, x in t.items()}), "error", "quantised", ["codes, not weights"]),
