@@ -242,6 +242,10 @@ class Anatomy:
         norm = Site(site.layer, name)
         return norm if norm in self.places else None
 
+    def offset(self, site: Site) -> float:
+        """What the model adds to the numbers stored at a site before it multiplies by them: 0 except at some families' norms."""
+        return self.gain_offset if site.part.endswith("norm") and not site.is_unnamed else 0.0
+
     def activation_sites(self) -> list[Site]:
         """What can be captured, in the order it comes about: in each layer `resid`, `attn.z`, `attn.out`, `mid` (where there is one) and
         `mlp.out`; then ``{n_layers}.resid``, which leaves the last block.

@@ -19,18 +19,36 @@ from torch import Tensor
 
 from surgery.linalg import low_rank, project_out
 from surgery.sites import Site
-from surgery.weights import Weights
+from surgery.weights import Edit, Weights
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Multiply by a factor; 0 silences a site. At a strength in between, by ``1 - strength + strength * factor``."""
+    """Multiply by a factor; 0 silences a site. At a strength in between, by ``1 - strength + strength * factor``.
+
+    Of a norm whose file holds its gain less one (Gemma), `apply` has the gain multiplied, not the number in the file.
+    """
 
     factor: float
     strength: float = 1.0
 
+    def bound(self, weights: Weights, sites: Iterable[Site]) -> Edit:
+        """The same edit of what the model multiplies by: what `apply` asks for."""
+        if not any(map(weights.anatomy.offset, sites)):
+            return self
+
+        def scaled(site: Site, W: Tensor) -> Tensor:
+            offset = weights.anatomy.offset(site)
+            return self(site, W) if self.strength == 0 or not offset else self(site, W) + offset * (self._factor - 1)
+
+        return scaled
+
     def __call__(self, site: Site, W: Tensor) -> Tensor:
-        return W if self.strength == 0 else W * (1 - self.strength + self.strength * self.factor)
+        return W if self.strength == 0 else W * self._factor
+
+    @property
+    def _factor(self) -> float:
+        return 1 - self.strength + self.strength * self.factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +174,7 @@ class TruncateRank:
 
 def gain(weights: Weights, norm: Site) -> Float[Tensor, " d"]:
     """What a norm multiplies by, fp32, the 1 included that Gemma's files leave out."""
-    return weights[norm].float() + weights.anatomy.gain_offset
+    return weights[norm].float() + weights.anatomy.offset(norm)
 
 
 def gain_after(weights: Weights, site: Site) -> Float[Tensor, " d"] | None:

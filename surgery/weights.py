@@ -422,8 +422,8 @@ def apply(edit: Edit | Rewiring, weights: Weights, at: str | Site | Iterable[str
     """The same weights with an edit applied. Nothing happens until it is read.
 
     edit: ``(site, W) -> W``, applied in fp32 at the sites that the patterns `at` match; `W` is ``[out, in]``, or a head's rows or columns
-          of it. One with a method ``bound(weights, sites)`` is first asked for its form there (what a norm's gain has a say in), one
-          with ``check(site, shape)`` whether it fits, at every site. Or ``weights -> weights`` (`SwapLayers`), which takes no patterns.
+          of it; a head whose whole tensor is named too is not edited twice. One with a method ``bound(weights, sites)`` is first
+          asked for its form there (what a norm's gain has a say in), one with ``check(site, shape)`` whether it fits, at every site. Or ``weights -> weights`` (`SwapLayers`), which takes no patterns.
     Raises ValueError when the patterns match nothing, the edit does not fit or the weights are quantised, TypeError for patterns that are missing or too many.
     """
     takes = sum(p.default is p.empty for p in inspect.signature(edit).parameters.values())
@@ -435,10 +435,10 @@ def apply(edit: Edit | Rewiring, weights: Weights, at: str | Site | Iterable[str
         return cast(Rewiring, edit)(weights)
     if takes == 1:
         raise TypeError(f"{edit!r} edits the whole model: leave out the sites.")
-    sites = match(at, weights)
-    edit = bound(weights, sites) if (bound := getattr(edit, "bound", None)) else edit
+    named = match(at, weights)
+    edit = bound(weights, named) if (bound := getattr(edit, "bound", None)) else edit
     check = getattr(edit, "check", None)
-    for site in sites:
+    for site in named:
         stored = weights.dtype(site)
         if not stored.is_floating_point or stored.itemsize == 1:
             raise ValueError(
@@ -449,7 +449,8 @@ def apply(edit: Edit | Rewiring, weights: Weights, at: str | Site | Iterable[str
             weights.anatomy.head_slice(site)  # raises on a head that does not exist
         if check is not None:
             check(site, weights.shape(site))
-    return Edited(weights, cast(Edit, edit), sites)
+    whole = {site for site in named if site.head is None}
+    return Edited(weights, cast(Edit, edit), [s for s in named if s.head is None or s.whole not in whole])
 
 
 def linear_sites(weights: Weights) -> list[Site]:

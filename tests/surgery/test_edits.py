@@ -14,7 +14,17 @@ from surgery.model import Model
 from surgery.sites import Site, match
 from surgery.weights import apply
 from surgery.writing import write
-from tests.families import FAMILIES, HIDDEN, SPARSE_FAMILIES, VLM_FAMILIES, save_tiny, save_tiny_vlm, tiny
+from tests.families import (
+    FAMILIES,
+    HIDDEN,
+    SPARSE_FAMILIES,
+    VLM_FAMILIES,
+    characters,
+    save_tiny,
+    save_tiny_vlm,
+    tiny,
+    tiny_vlm,
+)
 
 EVERY = [*FAMILIES, *SPARSE_FAMILIES, *(f"{family} (vision)" for family in VLM_FAMILIES)]
 U = torch.randn(32, generator=torch.Generator().manual_seed(5))
@@ -174,6 +184,19 @@ def test_heads_are_edited_alone(weights, family):
         ValueError, match=rf"does not exist: 1\.attn\.k has heads h0 to h{point.anatomy.n_kv_heads - 1}"
     ):
         apply(Scale(0.0), point, f"1.attn.k.h{point.anatomy.n_kv_heads}")
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_head_named_with_its_whole_is_edited_once(weights, family):
+    point = weights(family)
+    whole = apply(Scale(0.5), point, "1.attn.o")
+    for at in (["1.attn.o", "1.attn.o.h2"], ["*.attn.o.h2", "1.attn.o", "1.attn.o.h0"]):
+        assert torch.equal(apply(Scale(0.5), point, at)["1.attn.o"], whole["1.attn.o"])
+    with pytest.raises(ValueError, match=r"1\.attn\.o\.h99 does not exist"):
+        apply(Scale(0.5), point, ["1.attn.o", "1.attn.o.h99"])
+    twice = apply(Scale(0.5), apply(Scale(0.5), point, "1.attn.o.h2"), "1.attn.o")["1.attn.o"]
+    head = point.anatomy.head_slice(Site(1, "attn.o", 2))
+    assert torch.equal(twice[head], 0.25 * point["1.attn.o.h2"].float())  # two edits, one after the other, are two
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -471,6 +494,35 @@ def test_gains_are_those_of_the_norms(family):
         torch.testing.assert_close(said, gain * x / x.square().mean().sqrt(), rtol=1e-4, atol=1e-4)
     assert gain_after(point, Site(1, "attn.q")) is None
     assert gain_after(Model(*tiny("llama")).weights, Site(1, "attn.o")) is None
+
+
+NORMS = ["norm", "1.attn.norm", "1.attn.q_norm", "1.attn.k_norm", "1.attn.out_norm", "1.mlp.norm", "1.mlp.out_norm"]
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.25, 3.0])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2", "gemma3", "gemma3 (vision)"])
+def test_a_scaled_norm_gives_so_much_less(family, factor):
+    """Also where files hold a gain less one: the stored number is not what the norm multiplies by."""
+    name, vision, _ = family.partition(" (vision)")
+    model = Model(tiny_vlm(name) if vision else tiny(name)[0], characters())
+    ids = torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(1))
+
+    def logits():
+        with torch.no_grad():
+            return model.module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+    before = logits()
+    for norm in (norm for norm in NORMS if norm in model.weights):
+        inner = model.module.get_submodule(model.anatomy.places[Site.parse(norm)].name.removesuffix(".weight"))
+        hook = inner.register_forward_hook(lambda _, args, out: factor * out)
+        try:
+            expected = logits()
+        finally:
+            hook.remove()
+        assert not torch.equal(expected, before)
+        for edit in (Scale(factor), Scale(2 * factor - 1, strength=0.5)):
+            with model.installed(apply(edit, model.weights, norm)):
+                torch.testing.assert_close(logits(), expected, rtol=2e-4, atol=2e-4)
 
 
 def test_each_layer_takes_its_own_direction_and_heads_share_it(weights):
