@@ -80,7 +80,7 @@ class _Tensors(Mapping[Site, Tensor]):
         """The tensor at a whole site, some rows after others; where rows cost as much as all of it, it is computed once."""
         whole = None if self.by_rows(site) else self[site]
         for piece in pieces:
-            yield self.rows(site, piece) if whole is None else whole[piece]
+            yield self.rows(site, piece) if whole is None else some_rows(whole, piece)
 
     def __contains__(self, site: object) -> bool:  # Mapping's own would read the tensor
         return isinstance(site, Site | str) and self._resolve(site) in self.shapes()
@@ -295,8 +295,7 @@ def _kept(strips: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Kept:
     asked_square = kept_square = inner = 0.0
     moving = stuck = 0
     for before, after in strips:
-        asked = after.float() - before.float()
-        kept = after.to(dtype).float() - before.float()
+        asked, kept = minus(after.float(), before.float()), minus(after.to(dtype).float(), before.float())
         asked_square, kept_square = asked_square + float(_square(asked)), kept_square + float(_square(kept))
         inner += float((asked.double() * kept.double()).sum())
         moving += int((asked != 0).sum())
@@ -316,6 +315,12 @@ def pieces(shape: torch.Size) -> Iterator[slice]:
 def some_rows(tensor: Tensor, rows: slice) -> Tensor:
     """Some rows of a tensor. A single number has no rows, and is given whole."""
     return tensor[rows] if tensor.ndim else tensor
+
+
+def minus(a: Tensor, b: Tensor) -> Tensor:
+    """``a - b``, and 0 where both are the same infinity or NaN: buffers that no model reads hold such."""
+    apart = a - b
+    return apart if bool(torch.isfinite(apart).all()) else apart.masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
 
 
 class Difference(Delta):
@@ -505,7 +510,10 @@ def _sum(terms: list[tuple[float, _Tensors]], site: Site, rows: slice, start: We
         value = stored.to(None if origin is None else origin.device, torch.float32)
         fresh = value is not stored  # nobody else's: arithmetic may happen in place
         if origin is not None and isinstance(leaf, Weights):
-            value = value.sub_(origin) if fresh else value - origin
+            if site.is_unnamed:
+                value = minus(value, origin)
+            else:
+                value = value.sub_(origin) if fresh else value - origin
             fresh = True
         if total is None:
             total = value * coefficient

@@ -31,7 +31,7 @@ from surgery.rounding import Kept as Kept
 from surgery.rounding import generator, stochastic
 from surgery.sites import Site
 from surgery.tensorfile import Stored, header_bytes, raw_bytes, read_header
-from surgery.weights import Weights, some_rows
+from surgery.weights import Weights, minus, some_rows
 from surgery.whole import new_folder
 
 Rounding = Literal["nearest", "stochastic"]
@@ -296,9 +296,12 @@ class _Job:
             return x.to(out) if draws is None or not out.is_floating_point else stochastic(x, out, draws)
 
         if not changed:
+            named = not all(
+                site.is_unnamed for site in self._homes[tensor.name]
+            )  # else a buffer, perhaps, that holds -inf
             for piece in pieces:
                 was = some_rows(before, piece)
-                if out.is_floating_point and not bool(torch.isfinite(was.sum(dtype=torch.float32))):
+                if named and out.is_floating_point and not bool(torch.isfinite(was.sum(dtype=torch.float32))):
                     _require_finite(was, self._homes[tensor.name])
                 yield was if was.dtype == out else rounded(was)
             return
@@ -335,6 +338,10 @@ class _Tally:
         got.copy_(after).sub_(was.copy_(before))
         asked = torch.sub(wish.float(), was, out=was)
         kept = float(got.view(-1).dot(got.view(-1)))
+        if not math.isfinite(kept) and self._site.is_unnamed:
+            got.copy_(minus(after.float(), before.float()))
+            asked.copy_(minus(wish.float(), before.float()))
+            kept = float(got.view(-1).dot(got.view(-1)))
         if not math.isfinite(kept):  # what is not finite is not after squaring either
             _require_finite(before, [self._site])
             _require_finite(after, [self._site])

@@ -24,6 +24,7 @@ from surgery.edits import Scale
 from surgery.headers import read_folder
 from surgery.model import Model
 from surgery.reverse import PATCH
+from surgery.sites import Site
 from surgery.tensorfile import CheckpointError, raw_bytes, read_header
 from surgery.weights import apply
 from surgery.whole import new_folder
@@ -275,6 +276,40 @@ def test_tensors_without_rows_are_read_and_written(shape, tmp_path):
     if shape == ():
         save_delta(base - apply(lambda _, W: W - 1, base, f"file:{name}"), tmp_path / "vector", base_hash="x")
         assert torch.equal(StoredDelta(tmp_path / "vector")[f"file:{name}"], torch.ones(shape))
+
+
+def test_a_buffer_of_minus_infinity_is_carried(tmp_path):
+    """As in GPT-NeoX's own files in half precision: transformers does not read it. What the model does read stays checked."""
+    name = "gpt_neox.layers.0.attention.masked_bias"
+
+    def saved(folder, seed):
+        made = save_tiny("gpt-neox", folder, dtype=torch.float16, seed=seed)
+        return with_head(made, lambda tensors, _: tensors.update({name: torch.tensor(float("-inf")).half()}))
+
+    base, tuned = Checkpoint(saved(tmp_path / "model", 0)), Checkpoint(saved(tmp_path / "tuned", 1))
+    site = f"file:{name}"
+    written = {
+        "edited": apply(Scale(0.5), base, "0.attn.o"),
+        "half": base + 0.5 * (tuned - base),
+        "whole": base + (tuned - base),
+    }
+    for to, point in written.items():
+        write(point, tmp_path / to)
+        assert bytes_of(tmp_path / to)[name] == bytes_of(base.folder)[name]
+    delta = tuned - base
+    save_delta(delta, tmp_path / "vector", base_hash="")
+    assert site not in StoredDelta(tmp_path / "vector")
+    assert delta[site] == 0
+    assert delta.norms()[Site.parse(site)] == 0
+    assert delta.survival("bfloat16", base)[Site.parse(site)].entries == 0
+    with pytest.raises(ValueError, match=r"file:.*NaN or infinite; nothing was written"):
+        write(apply(lambda _, W: W * 0 + float("inf"), base, site), tmp_path / "never")
+    for value in (float("-inf"), float("nan")):
+        with_head(base.folder, lambda tensors, embed: tensors[embed].view(-1)[5:6].fill_(value))  # noqa: B023 - at once
+        with pytest.raises(ValueError, match=r"embed has 1 values that are NaN or infinite; nothing was written"):
+            write(apply(Scale(0.5), Checkpoint(base.folder), "0.attn.o"), tmp_path / "never")
+        with pytest.raises(ValueError, match=r"The change at embed is NaN or infinite"):
+            save_delta(tuned - Checkpoint(base.folder), tmp_path / "never", base_hash="")
 
 
 def test_a_live_model_without_files(tmp_path):
