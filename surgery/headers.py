@@ -15,11 +15,13 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ANOTHER_FORMAT = "consolidated*.safetensors"  # Mistral's own, the same weights once more
 RECORD = "record.json"  # of the command that made a folder
 SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -98,12 +100,12 @@ def read_folder(folder: Path) -> Folder:
                     "shards", folder, f"lacks {len(missing)} of {len(files)} shards, first {missing[0]}{more}", _AGAIN
                 )
             )
-        extra = [f for f in present if f not in files]
+        extra = [f for f in present if f not in files and not fnmatch(f, ANOTHER_FORMAT)]
         if extra:
             found = f"has {', '.join(extra[:3])}, which {INDEX} does not mention: the folder mixes two checkpoints"
             faults.append(Fault("index", folder, found, "Remove the stray files"))
         files = [f for f in files if f in present]
-    elif present == [SINGLE]:
+    elif [f for f in present if not fnmatch(f, ANOTHER_FORMAT)] == [SINGLE]:
         files = [SINGLE]
     else:
         files = []

@@ -16,6 +16,7 @@ from torch import Tensor
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint, load_module
 from surgery.decoding import GumbelNoise, decode, pad_after_prefix, prefix_cache
+from surgery.headers import ANOTHER_FORMAT
 from surgery.rounding import as_dtype
 from surgery.rows import rows_are
 from surgery.sites import Site
@@ -29,13 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-HUB_PATTERNS = [
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-]  # of a repository, what a model is loaded from
+HUB_FILES = {  # of a repository, what a model is loaded from
+    "allow_patterns": ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+    "ignore_patterns": [ANOTHER_FORMAT],
+}
 
 
 class LiveWeights(Weights):
@@ -348,7 +346,7 @@ def find(ref: str | os.PathLike[str]) -> Path:
     from surgery.specimen import hub_reachable
 
     try:
-        return Path(snapshot_download(str(ref), allow_patterns=HUB_PATTERNS, local_files_only=not hub_reachable()))
+        return Path(snapshot_download(str(ref), **HUB_FILES, local_files_only=not hub_reachable()))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
             f"{ref!r} is neither a folder here nor a model that the hub or its local cache can give. "

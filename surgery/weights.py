@@ -510,10 +510,7 @@ def _sum(terms: list[tuple[float, _Tensors]], site: Site, rows: slice, start: We
         value = stored.to(None if origin is None else origin.device, torch.float32)
         fresh = value is not stored  # nobody else's: arithmetic may happen in place
         if origin is not None and isinstance(leaf, Weights):
-            if site.is_unnamed:
-                value = minus(value, origin)
-            else:
-                value = value.sub_(origin) if fresh else value - origin
+            value = minus(value, origin) if site.is_unnamed else value.sub_(origin) if fresh else value - origin
             fresh = True
         if total is None:
             total = value * coefficient

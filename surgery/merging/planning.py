@@ -211,13 +211,11 @@ def _folder(path: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from surgery.model import HUB_PATTERNS
+    from surgery.model import HUB_FILES
     from surgery.specimen import hub_reachable
 
     try:
-        return snapshot_download(
-            path, revision=revision, allow_patterns=HUB_PATTERNS, local_files_only=not hub_reachable()
-        )
+        return snapshot_download(path, revision=revision, **HUB_FILES, local_files_only=not hub_reachable())
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(f"{path}@{revision} is neither a folder here nor in the hub's local cache.") from error
 

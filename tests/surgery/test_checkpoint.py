@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,8 @@ from surgery.checkpoint import Checkpoint, load_module
 from surgery.delta import StoredDelta, save_delta
 from surgery.edits import Scale
 from surgery.headers import read_folder
-from surgery.model import Model
+from surgery.model import HUB_FILES, Model
+from surgery.preflight import check_model
 from surgery.reverse import PATCH
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError, raw_bytes, read_header
@@ -411,6 +413,24 @@ def test_a_family_without_a_table(folder):
 def test_a_missing_shard(folder):
     (folder / "model-00002-of-00003.safetensors").unlink()
     refuse(folder, "lacks 1 of 3 shards, first model-00002-of-00003.safetensors", "Download it again")
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_another_format_beside_the_shards_is_left_aside(shards, tmp_path):
+    """As in Mistral's repositories."""
+    folder = save_tiny("mistral", tmp_path / "model", shards=shards)
+    names = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors"]
+    before = Checkpoint(folder)
+    for name in names:
+        save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, folder / name)
+    base = Checkpoint(folder)
+    assert base.files == before.files
+    assert base.hash() == before.hash()
+    assert not [p for p in check_model(str(folder)).problems if p.severity == "error"]
+    write(apply(Scale(0.5), base, "0.attn.o"), tmp_path / "out")
+    assert not set(names) & {p.name for p in (tmp_path / "out").iterdir()}
+    present = [p.name for p in folder.iterdir()]  # and the hub is not asked for them
+    assert {*present} - {*filter_repo_objects(present, **HUB_FILES)} == {*names}
 
 
 def test_an_extra_shard(folder):
