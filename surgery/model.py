@@ -21,7 +21,7 @@ from surgery.rounding import as_dtype
 from surgery.rows import rows_are
 from surgery.sites import Site
 from surgery.transcript import THINK, Markers, Transcript, also_ends, end_tokens, opens_thinking, read_transcript
-from surgery.weights import Weights, some_rows
+from surgery.weights import Weights, pieces, some_rows
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -57,6 +57,18 @@ class LiveWeights(Weights):
     def _read(self, site: Site, rows: slice) -> Tensor:
         return some_rows(self.anatomy.places[site].take(self.parameter(site).detach()), rows)
 
+    def changed_from(self, layout: Weights) -> set[Site]:
+        changed = super().changed_from(layout)
+        return {s for s in changed if not self._only_rounded(s, layout)} if layout is self.layout else changed
+
+    def _only_rounded(self, site: Site, layout: Weights) -> bool:
+        """Whether the module has what the file has, in a dtype that cannot hold it: written from here, its bytes would be lost."""
+        live = self.dtype(site)
+        if site not in layout or torch.promote_types(layout.dtype(site), live) == live:
+            return False
+        walks = (point.strips(site, pieces(self.shape(site))) for point in (self, layout))
+        return all(torch.equal(here.cpu(), there.to(live)) for here, there in zip(*walks, strict=True))
+
 
 class Model:
     """A causal language model with its tokenizer and anatomy.
@@ -81,7 +93,8 @@ class Model:
     def load(cls, ref: str | os.PathLike[str], *, device: str = "auto", dtype: str | torch.dtype = "auto") -> Model:
         """Load a model: ``"specimen"``, a folder, or a hub id.
 
-        device: ``auto`` takes a GPU where there is one. dtype: ``auto`` keeps the stored one; else ``float32``, ``bfloat16``, ...
+        device: ``auto`` takes a GPU where there is one. dtype: ``auto`` is what config.json says, as in transformers, and the files' own
+                where it says nothing; else ``float32``, ``bfloat16``, ... What nobody changes is written as the files have it.
         Raises FileNotFoundError when `ref` is neither a folder nor reachable on the hub, CheckpointError for a damaged folder.
         """
         from transformers import AutoTokenizer

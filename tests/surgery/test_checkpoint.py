@@ -262,6 +262,32 @@ def test_a_live_model_on_an_accelerator_is_written(family, tmp_path):
     assert bytes(raw_bytes(torch.ones(1).as_subclass(Elsewhere))) == bytes.fromhex("0000803f")
 
 
+@pytest.mark.parametrize("dtype", ["auto", torch.float16])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "mixtral"]
+)  # whole tensors, pieces of fused ones, packed on loading
+def test_what_a_narrower_live_model_leaves_alone_keeps_its_bytes(family, dtype, tmp_path):
+    """Files in float32 under a config that says bfloat16, which is what transformers loads them as."""
+    source = save_tiny(family, tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    model, before = Model.load(source, dtype=dtype), bytes_of(source)
+    assert model.module.dtype == (torch.bfloat16 if dtype == "auto" else dtype)
+    places = Checkpoint(source).anatomy.places
+    write(model.weights, tmp_path / "copy")
+    assert bytes_of(tmp_path / "copy") == before
+    with torch.no_grad():
+        model.weights.parameter("norm").add_(1)  # as training does
+    edited = apply(Scale(0.5), model.weights, "1.attn.o")
+    written = write(edited, tmp_path / "out")
+    after = bytes_of(tmp_path / "out")
+    assert {name for name in before if after[name] != before[name]} == {
+        places[Site.parse(s)].name for s in ("norm", "1.attn.o")
+    }
+    assert {str(site) for site in written.kept} == {"norm", "1.attn.o"}
+    assert torch.equal(Checkpoint(tmp_path / "out")["norm"], model.weights["norm"].float())
+
+
 @pytest.mark.parametrize("shape", [(), (0, 3)], ids=["a number", "no rows"])
 def test_tensors_without_rows_are_read_and_written(shape, tmp_path):
     folder, name = (
