@@ -227,6 +227,9 @@ class Adapter(Factored):
             raise ValueError(f"The change of {self.folder} at {site} is no product of factors: read it whole.")
         return self._product(site)
 
+    def taken_from(self) -> Weights:
+        return self.base
+
     def scaling(self, site: Site | str) -> float:
         return self._pairs_at[self._existing(site)][0][0].scale
 

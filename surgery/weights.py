@@ -187,6 +187,10 @@ class Delta(_Tensors):
         """The leaves this vector is a sum of, with their coefficients; points among them sum to zero."""
         return [(1.0, self)]
 
+    def taken_from(self) -> Weights | None:
+        """The point that this vector leads away from: `base` of ``tuned - base``, of its multiples and parts. None where no one is known."""
+        return None
+
     def origins(self) -> frozenset[Origin]:
         leaves = [leaf for _, leaf in self.terms() if leaf is not self]
         own = {Origin.of(self.anatomy)} if not leaves and self.anatomy else set()
@@ -278,8 +282,16 @@ class Delta(_Tensors):
         walks = {site: [v.strips(site, pieces(self.shapes()[site])) for v in (self, other)] for site in shared}
         return {site: _angle(zip(*walk, strict=True)) for site, walk in walks.items()}
 
-    def survival(self, dtype: torch.dtype | str, base: Weights) -> dict[Site, Kept]:
-        """What storing ``base + self`` in `dtype` (``"bfloat16"``, or torch's own) keeps of the change, at each site."""
+    def survival(self, dtype: torch.dtype | str, base: Weights | None = None) -> dict[Site, Kept]:
+        """What storing ``base + self`` in `dtype` (``"bfloat16"``, or torch's own) keeps of the change, at each site.
+
+        base: by default the point that the change was taken from. Raises ValueError where that is not known, as of a stored change.
+        """
+        base = self.taken_from() if base is None else base
+        if base is None:
+            raise ValueError(
+                "This change does not know one point that it was taken from: say it, as in survival(dtype, base)."
+            )
         stored = as_dtype(dtype)
         if stored is None:
             raise ValueError(f"{dtype!r} is not one dtype: say which, as in survival('bfloat16', base).")
@@ -339,6 +351,12 @@ class Difference(Delta):
 
     def terms(self) -> list[tuple[float, _Tensors]]:
         return self._terms
+
+    def taken_from(self) -> Weights | None:
+        leaves = [leaf.taken_from() for _, leaf in self._terms if isinstance(leaf, Delta)]
+        points = [leaf for c, leaf in self._terms if c < 0 and isinstance(leaf, Weights)]
+        found = {id(point): point for point in (*leaves, *points)}
+        return found.popitem()[1] if len(found) == 1 else None
 
     def _read(self, site: Site, rows: slice) -> Tensor:
         if not any(site in leaf for _, leaf in self._terms):  # all that moved it has cancelled
@@ -595,6 +613,9 @@ class _Kept(Delta):
 
     def origins(self) -> frozenset[Origin]:
         return self._delta.origins()
+
+    def taken_from(self) -> Weights | None:
+        return self._delta.taken_from()
 
     def _read(self, site: Site, rows: slice) -> Tensor:
         value, heads = self._delta.rows(site, rows), self._at[site]

@@ -129,6 +129,7 @@ def test_base_plus_adapter_is_what_peft_merges(train: Train, family: str, varian
     assert adapter.notes == []
     sum_, expected = done.base + adapter, of_module(done.merged, done.base)
     assert set(adapter.factored()) == (set() if variant == "dora" else set(adapter))
+    assert (0.5 * adapter).survival("bfloat16") == (0.5 * adapter).survival("bfloat16", done.base)
     moved = 0
     for site in done.base:
         torch.testing.assert_close(sum_[site], expected[site], **CLOSE)

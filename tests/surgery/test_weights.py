@@ -337,6 +337,25 @@ def test_survival_takes_a_name(pairs):
         delta.survival("auto", base)
 
 
+def test_survival_knows_where_the_change_began(pairs, tmp_path):
+    base, tuned = pairs("llama")
+    delta = tuned - base
+    asked = delta.survival("bfloat16", base)
+    assert delta.survival("bfloat16") == asked
+    half = 0.5 * delta
+    for part in (half, half.keep("*.mlp.up"), 2 * half.keep("*.attn.o.h1"), half + 0.25 * (tuned - base)):
+        assert part.survival("bfloat16") == part.survival("bfloat16", base)
+    assert (-half).survival("bfloat16") == (-half).survival("bfloat16", tuned)
+    moved = base + half
+    assert (moved - base).survival("bfloat16") == (moved - base).survival("bfloat16", base)
+    stored = StoredDelta(save_delta(delta, tmp_path / "delta", base_hash="x"))
+    for unknown in (stored, 0.5 * stored, (tuned - base) + (tuned - moved), delta + stored):
+        with pytest.raises(
+            ValueError, match=r"does not know one point that it was taken from.*survival\(dtype, base\)"
+        ):
+            unknown.survival("bfloat16")
+
+
 def test_cosines_need_equal_shapes(pairs):
     a, b = pairs("llama"), pairs("gpt2")
     with pytest.raises(ValueError, match=r"do not have the same anatomy.*0\.attn\.k: "):
