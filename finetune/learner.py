@@ -6,6 +6,7 @@ the random state are afterwards as before; only the weights have changed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from finetune.lift import LIFT, budget
 from finetune.lift.selection import check_select
 from surgery.borrowing import own_draws, own_modes
 from surgery.model import Model
-from surgery.weights import linear_sites
+from surgery.weights import linear_sites, require_numbers
 
 Adapter = Literal["lora", "shira"]
 Trains = Literal["lift", "full", "lora", "shira"]
@@ -103,6 +104,8 @@ def check_budget(
         raise ValueError(
             f"{trains} tuning needs fp32 weights, or its steps vanish in rounding. Load the model with dtype='float32'."
         )
+    for site in linear_sites(model.weights):
+        require_numbers(model.weights, site, "`finetune.overlay.overlay_` lays trainable values beside them.")
     if trains == "shira":
         _check_room(model, adapted_layers(model), RANK if lora_rank is None else lora_rank)
 
@@ -138,9 +141,19 @@ def _choose(model: Model, trains: Trains) -> list[tuple[str, nn.Parameter]]:
     """Freeze what is left alone; the named parameters of the matrices LIFT tunes."""
     weights = model.weights
     found: dict[int, tuple[str, nn.Parameter]] = {}
+    packed = []
     for site in linear_sites(weights):
         parameter = weights.parameter(site)
-        found.setdefault(id(parameter), (str(site), parameter))
+        if parameter.ndim == 2:
+            found.setdefault(id(parameter), (str(site), parameter))
+        else:
+            packed.append(site)
+    if packed and trains == "lift":
+        warnings.warn(
+            f"LIFT trains matrices; of each layer's experts, stored as one tensor together, {packed[0]} and {len(packed) - 1} others are left "
+            "as they are. method='full' trains them too.",
+            stacklevel=2,
+        )
     for parameter in model.module.parameters():
         parameter.requires_grad_(trains == "full" or id(parameter) in found)
     return list(found.values())
@@ -174,7 +187,7 @@ def adapted_layers(model: Model) -> list[str]:
     if packed:
         raise ValueError(
             f"An adapter lies beside a layer, and the experts of this model are one tensor together ({packed[0]} and {len(packed) - 1} others "
-            "are no layers): use lift or full."
+            "are no layers): use full, or lift for the other matrices."
         )
     return sorted({model.anatomy.places[s].name.removesuffix(".weight") for s in linear_sites(model.weights)})
 

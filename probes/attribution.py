@@ -34,6 +34,7 @@ from surgery.edits import gain
 from surgery.model import Model
 from surgery.sites import Site, match, nothing_matched
 from surgery.transcript import Transcript, nobody_has, positions
+from surgery.weights import require_numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -282,7 +283,8 @@ def logit_contributions(
     constants = tuple(site for site in _CONSTANTS if site in anatomy.places)
     sites = (*(name for part in parts[:-1] for name in part.names), *constants, _HEAD)
     norm = _Norm(model, Site(None, "norm"))
-    unembedding = model.weights[anatomy.resolve(_HEAD)]
+    require_numbers(model.weights, _HEAD)
+    unembedding = model.weights[_HEAD]
     average = unembedding.mean(0, dtype=torch.float32)
     bias = model.weights[Site(None, "head.bias")].float() if Site(None, "head.bias") in anatomy.places else None
 
@@ -456,6 +458,7 @@ class _Along:
             return self._read[part]
         vector, layer = self.vectors(part.at), _layer(part.read)
         norm, weights = self.after(layer), self._model.weights
+        require_numbers(weights, Site(layer, "attn.o"))
         pulled = vector if norm is None else norm.back(vector)
         bias = Site(layer, "attn.o.bias")
         written = pulled @ weights[bias].float() if bias in part.names else None

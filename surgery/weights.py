@@ -462,18 +462,22 @@ def apply(edit: Edit | Rewiring, weights: Weights, at: str | Site | Iterable[str
     edit = bound(weights, named) if (bound := getattr(edit, "bound", None)) else edit
     check = getattr(edit, "check", None)
     for site in named:
-        stored = weights.dtype(site)
-        if not stored.is_floating_point or stored.itemsize == 1:
-            raise ValueError(
-                f"{site} is stored as {stored}: such numbers are codes of a quantised model, not weights, and an edit of them means nothing. "
-                "Load the model unquantised."
-            )
+        require_numbers(weights, site)
         if site.head is not None:
             weights.anatomy.head_slice(site)  # raises on a head that does not exist
         if check is not None:
             check(site, weights.shape(site))
     whole = {site for site in named if site.head is None}
     return Edited(weights, cast(Edit, edit), [s for s in named if s.head is None or s.whole not in whole])
+
+
+def require_numbers(weights: Weights, site: Site | str, instead: str = "Load the model unquantised.") -> None:
+    """Raise ValueError where the tensor at a site holds the codes of a quantised model. instead: what to do then."""
+    stored = weights.dtype(site)
+    if not stored.is_floating_point or stored.itemsize == 1:
+        raise ValueError(
+            f"{site} is stored as {stored}: such numbers are codes of a quantised model, not weights. {instead}"
+        )
 
 
 def linear_sites(weights: Weights) -> list[Site]:

@@ -18,7 +18,7 @@ from transformers.integrations import is_tensorboard_available
 
 from analyses.tasks import chained_sums
 from finetune.learner import one_device
-from finetune.lift import LIFT, principal_indices
+from finetune.lift import LIFT, budget, principal_indices
 from finetune.monitors import Recorder, every, read_log
 from finetune.objectives import nll
 from finetune.predictions import Predictions, Totals, predict
@@ -523,7 +523,8 @@ def test_experts_in_one_tensor_take_no_adapter() -> None:
     for method in ("lora", "shira"):
         m = model("mixtral")
         with pytest.raises(
-            ValueError, match=r"An adapter lies beside a layer, and the experts of this model are one tensor"
+            ValueError,
+            match=r"An adapter lies beside a layer, and the experts of this model are one tensor.*: use full, or lift for the other",
         ):
             tune(m, taught(m), **(SMALL | {"method": method}))
 
@@ -569,6 +570,31 @@ def test_a_folder_of_before_runs_were_marked_is_resumed_from(tmp_path: Path) -> 
     assert same(m, whole)
     assert again.losses == done.losses
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+def test_lift_leaves_experts_in_one_tensor_out_and_says_so(family: str) -> None:
+    m, start = model(family), model(family)
+    with pytest.warns(
+        UserWarning, match=r"stored as one tensor together, 0\.mlp\.e0\.down and .* are left as they are.*method='full'"
+    ):
+        done = tune(m, taught(m), **(SMALL | {"method": "lift"}))
+    left = {name: p for name, p in tensors(m).items() if not torch.equal(p, tensors(start)[name])}
+    assert left
+    assert all(p.ndim == 2 for p in left.values())
+    trained = {id(p): p for site in linear_sites(m.weights) if (p := m.weights.parameter(site)).ndim == 2}
+    assert done.trainable == sum(budget(p.shape, density=0.05) for p in trained.values())
+
+
+def test_lift_on_codes_of_a_quantised_model_points_to_the_overlay() -> None:
+    for dtype in (torch.int8, torch.uint8):
+        m = model()
+        layer = m.module.get_submodule("model.layers.1.mlp.down_proj")
+        layer.weight = torch.nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+        free = [p.requires_grad for p in m.module.parameters()]
+        with pytest.raises(ValueError, match=rf"1\.mlp\.down is stored as {dtype}.*finetune\.overlay\.overlay_"):
+            tune(m, taught(m), **SMALL)
+        assert [p.requires_grad for p in m.module.parameters()] == free
 
 
 def test_without_save_every_nothing_is_saved(tmp_path: Path) -> None:

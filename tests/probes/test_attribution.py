@@ -337,6 +337,33 @@ def test_the_interval_is_that_of_drawing_whole_questions():
         interval(values, question, level=2)
 
 
+class Coded(torch.nn.Linear):
+    """A linear layer that holds whole numbers, which it multiplies by their step where it computes."""
+
+    def __init__(self, layer):
+        super().__init__(*reversed(layer.weight.shape), bias=False, device="meta")
+        self.step = layer.weight.detach().abs().max() / 127
+        codes = (layer.weight.detach() / self.step).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight * self.step).T
+
+
+def test_codes_of_a_quantised_model_are_no_weights():
+    model, runs = setup("llama")
+    coded = Model(tiny("llama", tied=False)[0], model.tokenizer)
+    attention = coded.module.model.layers[1].self_attn
+    attention.o_proj = Coded(attention.o_proj)
+    coded.module.lm_head = Coded(coded.module.lm_head)
+    words = "is stored as torch.int8: such numbers are codes of a quantised model"
+    for scored in (writers_of, contributions):
+        with pytest.raises(ValueError, match=rf"1\.attn\.o {words}"):
+            scored(coded, direction(), runs, at="2.mid")
+    with pytest.raises(ValueError, match=rf"head {words}"):
+        logit_contributions(coded, runs)
+
+
 def test_what_cannot_be_attributed(unchecked):
     model, runs = setup("llama")
     u = direction()
