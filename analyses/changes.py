@@ -83,7 +83,12 @@ def confined(change: Change, model: Model, layers: Iterable[int] | None = None, 
 
 
 def settled(change: Change, model: Model) -> Change:
-    """A change that was checked against the model once, so that it need not be at every strength."""
+    """A change that was checked against the model once, so that it need not be at every strength.
+
+    Raises ValueError for a `Direction` that was measured in another model and not said to be meant for this one (``carried_to``).
+    """
+    if isinstance(change, Editing) and hasattr(direction := getattr(change.edit, "direction", None), "require"):
+        direction.require(model)
     if not isinstance(change, Steering):
         return change
     place(replace(change, strength=1.0, units="raw"), model)  # raises where it does not fit

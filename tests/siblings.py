@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery.checkpoint import Checkpoint
 from surgery.merging import Merged, plan, read_recipe
-from tests.families import save_tiny
+from tests.families import save_tiny, save_tiny_vlm
 
 FAMILIES = ("llama", "qwen2")
 NAMES = ("a", "b", "c")
@@ -36,8 +36,9 @@ def sibling(base: Path, to: Path, seed: int, share: float = 0.05, dtype: torch.d
 
 
 def siblings(family: str, home: Path, dtype: torch.dtype = torch.float32, **options) -> Path:
-    """A folder with base, a, b and c: three siblings near one random model."""
-    save_tiny(family, home / "base", dtype=dtype, **options)
+    """A folder with base, a, b and c: three siblings near one random model, or vision-language model as in ``llava (vision)``."""
+    name, vision, _ = family.partition(" (vision)")
+    (save_tiny_vlm if vision else save_tiny)(name, home / "base", dtype=dtype, **options)
     for seed, name in enumerate(NAMES, 1):
         sibling(home / "base", home / name, seed)
     return home

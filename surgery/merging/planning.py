@@ -143,6 +143,13 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
         placed[here] = rule
     reached = {*placed, *layout.anatomy.copies}
     carried = tuple(name for name in layout.tensors if name not in reached)
+    homes = layout.anatomy.stored_in()
+    left = [name for name in carried if not all(site.is_unnamed for site in homes[name])]
+    if left:
+        raise RecipeError(
+            f"mergekit's table of {layout.anatomy.family} does not reach {len(left)} weights, first {left[0]}: they would stay the base's. Add the models' "
+            "differences instead: `surgery diff MODEL BASE --to VECTOR`, then `surgery apply BASE --add VECTOR:0.5`."
+        )
     out = said or _promoted(placed, layout)
     return Plan(recipe, config, "stream", "", layout.folder, None, out, folders, carried, placed)
 

@@ -321,6 +321,14 @@ def test_an_interrupted_sweep_goes_on_and_gives_the_same_table(
     assert not [p for p in tmp_path.rglob("*") if "partial" in p.name]
 
 
+def test_a_direction_of_another_model_is_not_swept_unless_carried(model: Model) -> None:
+    strange = Direction.of({Site(1, "mid"): vector()}, model="0" * 64)
+    options = {**SHORT, "controls": 0, "measures": ["kl"]}
+    with pytest.raises(ValueError, match=r"measured in another model.*carried_to"):
+        sweep(model, Editing(RemoveDirection(strange), "1.attn.o"), [1.0], **options)
+    sweep(model, Editing(RemoveDirection(strange.carried_to(model)), "1.attn.o"), [1.0], **options)
+
+
 def test_a_folder_of_other_settings_is_refused_and_named(model: Model, tmp_path: Path) -> None:
     change = changes(model)["edit"]
     options = {**SHORT, "controls": 0, "measures": ["kl"], "to": tmp_path / "a"}

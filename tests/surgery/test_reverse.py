@@ -9,7 +9,7 @@ import torch
 from surgery import Checkpoint, CheckpointError, RemoveDirection, Scale, apply, undo, write
 from surgery.reverse import PATCH
 from surgery.tensorfile import TensorFile, save_tensors
-from tests.families import FAMILIES, save_tiny
+from tests.families import FAMILIES, SPARSE_FAMILIES, save_tiny, save_tiny_vlm
 
 
 def files(folder):
@@ -26,14 +26,21 @@ def reordered(folder):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SPARSE_FAMILIES, "llava (vision)", "qwen2-vl (vision)"])
 def test_the_original_returns_byte_for_byte(family, shards, tmp_path):
-    source = save_tiny(family, tmp_path / "model", shards=shards, dtype=torch.bfloat16)
+    name, vision, _ = family.partition(" (vision)")
+    if vision:
+        source = save_tiny_vlm(name, tmp_path / "model", "new" if shards == 1 else "old", dtype=torch.bfloat16)
+    else:
+        source = save_tiny(name, tmp_path / "model", shards=shards, dtype=torch.bfloat16)
     reordered(source)
     (source / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
     (source / "record.json").write_text("{}")
     base = Checkpoint(source)
-    edited = apply(RemoveDirection(torch.randn(base.anatomy.d_model)), base, ["*.attn.o", "0.mlp.down"])
+    down = next(
+        site for site in base if site.layer == 0 and site.part.endswith("down")
+    )  # of an expert where there are some
+    edited = apply(RemoveDirection(torch.randn(base.anatomy.d_model)), base, ["*.attn.o", down])
 
     def ours(folder, _):
         for name in ("README.md", "record.json", "recipe.yml"):
