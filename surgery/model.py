@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-HUB_FILES = {  # of a repository, what a model is loaded from
+HUB_FILES: dict[str, Any] = {  # of a repository, what a model is loaded from
     "allow_patterns": ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
     "ignore_patterns": [ANOTHER_FORMAT],
 }
