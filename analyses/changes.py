@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.directions import Direction
 from probes.steering import Steering, place, steered
 from surgery.drawn import Noise
 from surgery.edits import AddDirection, RemoveDirection
@@ -87,7 +88,7 @@ def settled(change: Change, model: Model) -> Change:
 
     Raises ValueError for a `Direction` that was measured in another model and not said to be meant for this one (``carried_to``).
     """
-    if isinstance(change, Editing) and hasattr(direction := getattr(change.edit, "direction", None), "require"):
+    if isinstance(change, Editing) and isinstance(direction := getattr(change.edit, "direction", None), Direction):
         direction.require(model)
     if not isinstance(change, Steering):
         return change
