@@ -17,6 +17,7 @@ import torch
 from surgery.checkpoint import Checkpoint
 from surgery.merging.recipe import Recipe, RecipeError, references, valid_seed
 from surgery.merging.rules import Rule, Source
+from surgery.sites import Site
 from surgery.tensorfile import CheckpointError
 from surgery.weights import Weights
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 Road = Literal["stream", "executor"]
 _LAYER = re.compile(r"\.\d+\.")
+_HEAD = Site(None, "head")
+_UNTIE = "load it, clone the embedding into lm_head, set tie_word_embeddings to false, save."
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
     said = _dtype(config.out_dtype or config.dtype) if dtype is None else dtype
 
     def executor(why: str) -> Plan:
+        _require_heads(planned, sources, main, names, {})
         return Plan(recipe, config, "executor", why, Path(main.model.path), None, said, folders, (), {})
 
     if multi_gpu:
@@ -125,11 +129,18 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
         weight.name: Rule(task, _inputs(task, sources, names), arithmetic, literal, chosen, names)
         for weight, task in planned
     }
+    _require_heads(planned, sources, main, names, rules)
     layout = sources[main].layout
     layers = _layers(config, layout.anatomy.n_layers)
     if layers is not None:
         if len(architecture.modules) != 1:
             return executor("the layers of a model of several parts are stacked anew")
+        head = layout.anatomy.places.get(_HEAD)
+        if head is not None and head.name not in rules:
+            raise RecipeError(
+                f"{names[main]}, like which the result is laid out, has a head of its own, and the model of the last layers, whose head the result "
+                f"would have, ties its to the embedding. Untie that one first: {_UNTIE}"
+            )
         out = said or _promoted_by_role(rules)
         return Plan(recipe, config, "stream", "", layout.folder, layers, out, folders, (), rules)
     placed: dict[str, Rule] = {}
@@ -331,6 +342,34 @@ def _inputs(
         )
         raise RecipeError(f"{task.output_weight.name} has different shapes: {said}. {fix}")
     return inputs
+
+
+def _require_heads(
+    planned: Iterable[tuple[Any, ExecuteMergeMethodTask]],
+    sources: Mapping[ModelReference, Source],
+    main: ModelReference,
+    names: Mapping[ModelReference, str],
+    rules: Mapping[str, Rule],
+) -> None:
+    """Raise RecipeError for a trained head that would be lost: an input has one of its own, and `main`, like which the output is laid out, ties its.
+
+    An input whose weight is 0 loses nothing; `rules` may be empty, and then nothing is known of weights.
+    """
+    if main not in sources or _HEAD not in sources[main].layout.anatomy.ties:
+        return
+    for weight, task in planned:
+        if not (weight.optional and weight.tied_names):
+            continue
+        shared = [rules[name] for name in (weight.name, *weight.tied_names) if name in rules]
+        for ref in task.model_order:
+            found = sources[ref].find((weight.name, *(weight.aliases or ()))) if ref in sources else None
+            if found is None or found in sources[ref].layout.anatomy.copies:
+                continue
+            if not shared or any(rule.sum is None or rule.sum.get(ref, 0) != 0 for rule in shared):
+                raise RecipeError(
+                    f"{names[ref]} has a head of its own ({found}), and {names[main]}, like which the result is laid out, ties its head to the "
+                    f"embedding: the trained head would be lost. Make {names[ref]} the base_model, or untie {names[main]} first: {_UNTIE}"
+                )
 
 
 @contextmanager

@@ -280,6 +280,34 @@ def test_heads(tied, tmp_path):
         assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
 
 
+def test_a_head_that_the_output_has_no_place_for(homes, tmp_path):
+    """Refused by every road, unless the model that has it counts for nothing."""
+    save_tiny("llama", tmp_path / "base", tied=True)
+    sibling(tmp_path / "base", tmp_path / "tied", 1)
+    save_tiny("llama", tmp_path / "untied", tied=False)
+    said = r"untied has a head of its own \(lm_head\.weight\), and .*base, .* ties .* Make .*untied the base_model, or untie .*base first"
+    both = of(
+        tmp_path, "task_arithmetic", ("tied", "untied"), each={"tied": {"weight": 0.5}, "untied": {"weight": 0.5}}
+    )
+    pieces = [
+        {"sources": [{"model": str(tmp_path / name), "layer_range": [*span]}]}
+        for name, span in (("base", (0, 2)), ("untied", (0, 3)))
+    ]
+    stack = {"merge_method": "passthrough", "slices": pieces}
+    for recipe in (both, of(tmp_path, "model_stock", ("tied", "untied")), stack):
+        for how in ({}, {"tokenizer": {"source": "base" if "base_model" in recipe else str(tmp_path / "tied")}}):
+            with pytest.raises(RecipeError, match=said):
+                merge(recipe | how, tmp_path / "out")
+    both["models"][1]["parameters"]["weight"] = 0.0
+    alone = of(tmp_path, "task_arithmetic", ("tied",), each={"tied": {"weight": 0.5}})
+    assert merge(both, tmp_path / "nothing").hash == merge(alone, tmp_path / "alone").hash
+    with pytest.raises(
+        RecipeError, match=r"untied, .*, has a head of its own, and the model of the last layers.* ties its"
+    ):
+        merge({"merge_method": "passthrough", "slices": pieces[::-1]}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_tensors_that_no_table_lists_are_carried(homes, tmp_path):
     home = shutil.copytree(homes("llama"), tmp_path / "home")
     for name in ("base", *NAMES):
