@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ANOTHER_FORMAT = "consolidated*.safetensors"  # Mistral's own, the same weights once more
 RECORD = "record.json"  # of the command that made a folder
+TEMPLATES = "additional_chat_templates"  # a folder: transformers' place for chat templates that have names
 SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1,
@@ -248,17 +249,18 @@ def require_shallow(text: str, most: int = 60) -> None:
 
 def stray_links(folder: Path) -> list[Fault]:
     """The links to files in a folder that lead out of it, and, in the hub's cache, out of its repository too."""
-    links = [p for p in folder.iterdir() if p.is_symlink() and not p.is_dir()] if folder.is_dir() else []
-    return [fault for link in sorted(links) if (fault := stray_link(link))]
+    present = [*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")] if folder.is_dir() else []
+    links = [p for p in present if p.is_symlink() and (p.name == TEMPLATES or not p.is_dir())]
+    return [fault for link in sorted(links) if (fault := stray_link(link, folder))]
 
 
-def stray_link(path: Path) -> Fault | None:
-    """What is wrong with a file that is a link out of its folder; None for any other."""
+def stray_link(path: Path, folder: Path | None = None) -> Fault | None:
+    """What is wrong with a file that is a link out of a folder, by default its own; None for any other."""
     if not path.is_symlink():
         return None
     fix = "Put the file itself there: a link may lead only into its own folder or hub-cache repository"
     try:
-        home, target = path.parent.resolve(), path.resolve(strict=False)
+        home, target = (folder or path.parent).resolve(), path.resolve(strict=False)
     except (OSError, RuntimeError):
         return Fault("link", path, "is a link that leads in a circle", fix)
     homes = [home, home.parent.parent] if home.parent.name == "snapshots" else [home]

@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,8 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from surgery.anatomy import Anatomy
-from surgery.checkpoint import INDEX, Checkpoint, load_module
+from surgery.checkpoint import Checkpoint, load_module
 from surgery.hashing import hash_bytes
+from surgery.headers import read_folder
+from surgery.side_files import side_files
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError, raw_bytes
 
@@ -42,16 +44,16 @@ def prove(
 ) -> list[str]:
     """Load a folder as anybody would, through transformers, and compare it with what was computed.
 
-    In this order: tokenizer, template, processor and generation files are the source's, byte for byte; every tensor has the hash
-    taken while it was computed (`hashes`); tied tensors are one; logits on probe prompts are finite and equal to the predicted ones, those
+    In this order: tokenizer, template, processor and generation files are all there and the source's, byte for byte; every tensor has the
+    hash taken while it was computed (`hashes`); tied tensors are one; logits on probe prompts are finite and equal to the predicted ones, those
     of the *source's* configuration carrying the tensors as computed; a short greedy generation does not fall into a loop, unless the
     source does too (`loops`: "refuse", only "report", or "ignore", which generates nothing).
 
     Returns what was checked, in words. Raises VerificationError naming the first culprit.
     """
     checks = [_side_files(folder, source, dtype)]
-    written = Checkpoint(folder)
-    with _opened(written) as module:
+    written = _read_back(folder, hashes)
+    with _opened_written(written) as module:
         loaded = _loaded(module, written)
         checks += [_bytes_agree(loaded, hashes, written), *_ties_hold(module, written.anatomy)]
         probes = probe_ids(written.anatomy.vocab)
@@ -66,17 +68,57 @@ def prove(
 
 def judge_generation(folder: Path, source: Checkpoint, loops: Loops) -> str:
     """The last check of `prove` by itself, for a model whose layers are not the source's."""
-    with _opened(Checkpoint(folder)) as module:
+    with _opened_written(Checkpoint(folder)) as module:
         return _does_not_loop(module, folder, source, loops)
 
 
+def _read_back(folder: Path, hashes: Mapping[str, str]) -> Checkpoint:
+    """The written folder as a checkpoint of exactly the tensors that were computed."""
+    found = read_folder(folder)
+    for fault in found.faults:
+        where = "the folder" if fault.where == folder else fault.where.name
+        raise VerificationError(f"The written model cannot be read: {where} {fault.found}.")
+    lost, strange = (
+        [n for n in one if n not in other] for one, other in ((hashes, found.tensors), (found.tensors, hashes))
+    )
+    if lost:
+        raise VerificationError(f"The written model lacks {lost[0]}, which was computed ({len(lost)} such).")
+    if strange:
+        raise VerificationError(f"The written model has {strange[0]}, which nobody computed ({len(strange)} such).")
+    with _blamed(folder):
+        return Checkpoint(folder)
+
+
 @contextmanager
-def _opened(checkpoint: Checkpoint) -> Iterator[PreTrainedModel]:
-    """The transformers model of a checkpoint: whole where it fits, otherwise with its weights left in their files."""
+def _opened_written(written: Checkpoint) -> Iterator[PreTrainedModel]:
+    with ExitStack() as open_until_then:
+        with _blamed(written.folder):
+            module = open_until_then.enter_context(_opened(written, written.folder.parent))
+        yield module
+
+
+@contextmanager
+def _blamed(folder: Path) -> Iterator[None]:
+    """That the written model does not load, said as that: its folder is a temporary one, and was not downloaded."""
+    try:
+        yield
+    except VerificationError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        said = str(error).replace(f"{folder}/", "").replace(f"{folder} ", "it ").partition(". ")[0].removesuffix(".")
+        raise VerificationError(f"The written model failed to load: {said or type(error).__name__}.") from error
+
+
+@contextmanager
+def _opened(checkpoint: Checkpoint, scratch: Path) -> Iterator[PreTrainedModel]:
+    """The transformers model of a checkpoint: whole where it fits, otherwise with its weights left in their files.
+
+    scratch: a folder that may be written to.
+    """
     if checkpoint.nbytes <= SHARE * free_memory():
         yield load_module(checkpoint.folder, "auto")
         return
-    with tempfile.TemporaryDirectory(dir=checkpoint.folder.parent, prefix=".spill-") as spill:
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".spill-") as spill:
         yield load_module(checkpoint.folder, "auto", offload=Path(spill))
 
 
@@ -135,19 +177,17 @@ def loops_at_end(ids: Iterable[int], times: int = 4, longest: int = 8) -> list[i
 
 def _side_files(folder: Path, source: Checkpoint, dtype: torch.dtype | None) -> str:
     """What surrounds the weights is what surrounded the source's."""
-    compared = 0
-    for path in sorted(folder.iterdir()):
-        theirs = source.folder / path.name
-        if path.suffix == ".safetensors" or path.name == INDEX or not theirs.is_file():
-            continue
-        same = path.read_bytes() == theirs.read_bytes()
-        if path.name == "config.json" and dtype is not None:
-            one, other = (_without_dtype(p) for p in (path, theirs))
-            same = one == other
+    names = side_files(source.folder)
+    for name in names:
+        ours, theirs = folder / name, source.folder / name
+        if not ours.is_file():
+            raise VerificationError(f"{name} is missing: the source has it, and it should have been copied.")
+        same = ours.read_bytes() == theirs.read_bytes()
+        if name == "config.json" and dtype is not None:
+            same = _without_dtype(ours) == _without_dtype(theirs)
         if not same:
-            raise VerificationError(f"{path.name} differs from the source's: it should have been copied as it is.")
-        compared += 1
-    return f"{compared} side files are the source's"
+            raise VerificationError(f"{name} differs from the source's: it should have been copied as it is.")
+    return f"{len(names)} side files are the source's"
 
 
 def _without_dtype(path: Path) -> Any:
@@ -271,7 +311,7 @@ def _does_not_loop(module: PreTrainedModel, folder: Path, source: Checkpoint, lo
     repeated = loops_at_end(_greedy(module, prompt))
     if repeated is None:
         return f"{_SAID} tokens generated, no loop"
-    with _opened(source) as original:
+    with _opened(source, folder.parent) as original:
         as_before = loops_at_end(_greedy(original, prompt)) is not None
     if as_before:
         return f"{_SAID} tokens generated: a loop, as the source's own"

@@ -1,12 +1,12 @@
 """The way back: a compact reverse patch, kept with what was written, from which the exact original bytes return.
 
 The patch (``undo.patch``, a safetensors file by another name, so that nothing takes it for weights) holds what the original had
-wherever the written model has something else: entries of tensors, file headers, small side files.
+wherever the written model has something else: entries of tensors, file headers, small side files. Of the side files that it leaves to
+the copy it has the hashes.
 """
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
 import threading
@@ -18,19 +18,22 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint import RECORD, Checkpoint, point_hash
-from surgery.hashing import Digest, hash_bytes
+from surgery.hashing import Digest, hash_bytes, hash_file
+from surgery.headers import TEMPLATES
+from surgery.side_files import PATCH, copy_file, files_in
 from surgery.tensorfile import DTYPES, CheckpointError, Stored, TensorFile, raw_bytes, save_tensors
 from surgery.whole import new_folder
 
-PATCH = "undo.patch"
 UNDO_LIMIT = 32 << 20  # bytes: an edit that needs more keeps no patch, and says so
 SIDE_LIMIT = 1 << 20  # bytes: larger side files are not the kind that is rewritten after the write itself
 _OURS = {PATCH, RECORD, "README.md"}  # a command puts its own in their place
 # nor are vocabularies, whatever their size
 _VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"}
 _BLOCK = 1 << 16  # entries compared at a time: numpy counts places in 64 bits
+_NONE = "no undo: "  # what a check begins with where no way back is kept
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FORMAT = "model-surgery reverse patch 2"
+_FORMAT = "model-surgery reverse patch 3"
+_BEFORE = "model-surgery reverse patch 2"  # without the hashes of what is left to the copy
 
 
 class Reverse:
@@ -67,26 +70,29 @@ class Reverse:
     def save(self, folder: Path, base_hash: str, point: str) -> str:
         """Write the patch into the new folder, and say what it holds; or say why there is none."""
         if self.refused:
-            return f"no undo: {self.refused}"
+            return f"{_NONE}{self.refused}"
         tensors = {}
         for name, pieces in sorted(self._pieces.items()):  # whichever thread came first
             tensors[f"index:{name}"] = torch.from_numpy(np.concatenate([i for i, _ in pieces]))
             tensors[f"value:{name}"] = torch.from_numpy(np.concatenate([v for _, v in pieces]).view(np.uint8))
         for file in self._layout.files:
             tensors[f"header:{file}"] = _as_tensor(TensorFile(self._layout.folder / file).header)
-        for path in sorted(self._layout.folder.iterdir()):
-            if path.is_file() and path.name not in self._layout.files and _is_kept(path, folder / path.name):
+        left: dict[str, str] = {}  # to the copy
+        for name in files_in(self._layout.folder):
+            path, ours = self._layout.folder / name, folder / name
+            if name in self._layout.files:
+                continue
+            if _is_kept(path, ours):
                 self._size += path.stat().st_size
                 if self._size > self._limit:
-                    self.refuse(
-                        f"with the original's {path.name} it would take more than {self._limit / 2**20:.0f} MiB"
-                    )
-                    return f"no undo: {self.refused}"
-                tensors[f"side:{path.name}"] = _as_tensor(path.read_bytes())
-        theirs = sorted(p.name for p in self._layout.folder.iterdir() if p.is_file())
+                    self.refuse(f"with the original's {name} it would take more than {self._limit / 2**20:.0f} MiB")
+                    return f"{_NONE}{self.refused}"
+                tensors[f"side:{name}"] = _as_tensor(path.read_bytes())
+            elif ours.is_file():
+                left[name] = hash_file(path)
         said = {
             "format": _FORMAT,
-            "files": json.dumps(theirs),
+            "left": json.dumps(left),
             "base_hash": base_hash,
             "hash": point,
             "content": _digest(tensors.values()),
@@ -102,14 +108,14 @@ def _is_kept(path: Path, ours: Path) -> bool:
     small = path.stat().st_size <= SIDE_LIMIT
     if not ours.is_file():
         return small
-    return (small and path.name not in _VOCABULARIES) or not filecmp.cmp(path, ours, shallow=False)
+    return (small and path.name not in _VOCABULARIES) or hash_file(path) != hash_file(ours)
 
 
 def undo(folder: str | os.PathLike[str], to: str | os.PathLike[str], *, progress: bool = False) -> str:
     """The original of a written model, byte for byte, in a new folder; gives its hash.
 
     Side files the write replaced (card, record, index) come back too. Raises CheckpointError where the folder has no patch, or where
-    its tensors are not those the patch was made for; nothing is left then.
+    its tensors, or the side files that only it has, are not those the patch was made for; nothing is left then.
     """
     from surgery.record import verify
 
@@ -117,15 +123,16 @@ def undo(folder: str | os.PathLike[str], to: str | os.PathLike[str], *, progress
     path = folder / PATCH
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} has no {PATCH}: it was not written by surgery, or the change was too large to keep a way back (its record says which). "
-            "The original is where it was: nothing was overwritten."
+            f"{folder} has no {PATCH}: {_why_none(folder)}. The original is where it was: nothing was overwritten."
         )
     patch = TensorFile(path)
     metadata = patch.metadata
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") not in (_FORMAT, _BEFORE):
         raise CheckpointError(f"{path} is not a reverse patch: its format is {metadata.get('format')!r}.")
-    outside = [name for name in _named(patch) if Path(name).name != name or name in ("", "..") or "\0" in name]
-    if outside or not {"hash", "base_hash"} <= metadata.keys():
+    outside = [name for name in _named(patch) if not _is_of_a_folder(name)]
+    left = json.loads(metadata.get("left", "{}"))
+    needed = {"hash", "base_hash", "left" if metadata["format"] == _FORMAT else "files"}
+    if outside or not needed <= metadata.keys() or not isinstance(left, dict):
         wrong = f"names {outside[0]!r}, which is no file of its folder" if outside else "does not say what it leads to"
         raise CheckpointError(f"{path} {wrong}: it was not written by surgery, and is refused.")
     if metadata.get("content") != _digest(patch[name] for name in patch.tensors):
@@ -137,6 +144,12 @@ def undo(folder: str | os.PathLike[str], to: str | os.PathLike[str], *, progress
         raise CheckpointError(
             f"{folder} is not what was written any more{': ' + found[0] if found else ''}. Undo needs its exact bytes."
         )
+    for name, digest in left.items():
+        if not (folder / name).is_file() or hash_file(folder / name) != digest:
+            raise CheckpointError(
+                f"{folder / name} is not what was written any more, and {PATCH} leaves it to this folder: the original cannot be given back whole. "
+                "Put back the file as it was written."
+            )
     headers = {n.removeprefix("header:"): _bytes(patch, n) for n in patch.tensors if n.startswith("header:")}
     restored: dict[str, str] = dict(hashes)
     originals: dict[str, Stored] = {}
@@ -158,19 +171,38 @@ def undo(folder: str | os.PathLike[str], to: str | os.PathLike[str], *, progress
                     bar.update(tensor.end - tensor.begin)
         for name in patch.tensors:
             if name.startswith("side:"):
-                (partial / name.removeprefix("side:")).write_bytes(_bytes(patch, name))
-        for name in json.loads(metadata["files"]):  # the others were copied as they were
-            if name not in _OURS and not (partial / name).exists() and (folder / name).is_file():
-                (partial / name).write_bytes((folder / name).read_bytes())
+                side = partial / name.removeprefix("side:")
+                side.parent.mkdir(exist_ok=True)
+                side.write_bytes(_bytes(patch, name))
+        if metadata["format"] == _BEFORE:
+            left = [n for n in json.loads(metadata["files"]) if n not in _OURS and (folder / n).is_file()]
+        for name in left:
+            if not (partial / name).exists():
+                copy_file(folder, partial, name)
         if point_hash(originals, restored) != metadata["base_hash"]:
             raise CheckpointError(f"{path} does not lead back to the original: the restored bytes have another hash.")
     return metadata["base_hash"]
 
 
+def _why_none(folder: Path) -> str:
+    """Why no patch was kept, as the record of the write says it."""
+    from surgery.record import Record
+
+    checks = Record.load(folder).checks if (folder / RECORD).is_file() else []
+    said = [check.removeprefix(_NONE) for check in checks if check.startswith(_NONE)]
+    return said[0] if said else "it was not written by surgery, or the change was too large to keep a way back"
+
+
 def _named(patch: TensorFile) -> list[str]:
     """Every file that undoing a patch would write."""
     told = [n.partition(":")[2] for n in patch.tensors if n.startswith(("header:", "side:"))]
-    return [*told, *json.loads(patch.metadata.get("files", "[]"))]
+    return [*told, *json.loads(patch.metadata.get("left", "{}")), *json.loads(patch.metadata.get("files", "[]"))]
+
+
+def _is_of_a_folder(name: str) -> bool:
+    """Whether a name is that of a file of a model's folder, or of its named chat templates."""
+    last = name.removeprefix(f"{TEMPLATES}/")
+    return Path(last).name == last and last not in ("", "..") and "\0" not in last
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

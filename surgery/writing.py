@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,12 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgery.checkpoint import INDEX, RECORD, Checkpoint, point_hash, read_headers
+from surgery.checkpoint import INDEX, Checkpoint, point_hash, read_headers
 from surgery.hashing import Digest
 from surgery.proof import Loops, prove
-from surgery.reverse import PATCH, UNDO_LIMIT, Reverse
+from surgery.reverse import UNDO_LIMIT, Reverse
 from surgery.rounding import Kept as Kept
 from surgery.rounding import generator, stochastic
+from surgery.side_files import copy_file, side_files
 from surgery.sites import Site
 from surgery.tensorfile import Stored, header_bytes, raw_bytes, read_header
 from surgery.weights import Weights, minus, some_rows
@@ -37,17 +37,6 @@ from surgery.whole import new_folder
 Rounding = Literal["nearest", "stochastic"]
 _CHUNK = 1 << 18  # entries computed at a time: fits the cache, and bounds memory for a huge embedding
 _THREADS = 8  # more would wait for the interpreter and for memory
-_WEIGHTS = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-}  # a copy would be stale
 
 
 @dataclass(frozen=True)
@@ -401,10 +390,8 @@ class _Sink:
 
 def _copy_side_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     """Tokenizer, template, processor and generation files; the config with its dtype made true."""
-    skip = {RECORD, INDEX, PATCH, "pytorch_model.bin.index.json", "provenance.json"}  # true of the original only
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and path.suffix not in _WEIGHTS and path.name not in skip:
-            _copy(path, target / path.name)
+    for name in side_files(source):
+        copy_file(source, target, name)
     if dtype is not None:
         config = json.loads((target / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)
@@ -418,8 +405,3 @@ def _copy_side_files(source: Path, target: Path, dtype: torch.dtype | None) -> N
             "total_size": sum(t.end - t.begin for h in headers for t in h),
         }
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as read, target.open("wb") as sink:  # not copy2: the umask decides the mode
-        shutil.copyfileobj(read, sink)

@@ -65,12 +65,30 @@ def template(folder):
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
 
 
+def lost(name):
+    return lambda folder: (folder / name).unlink()
+
+
+NAMED_TEMPLATE = "additional_chat_templates/tools.jinja"
 FAULTS = {
+    "a lost template": (lost("chat_template.jinja"), "chat_template.jinja is missing: the source has it"),
+    "a lost tokenizer": (lost("tokenizer.json"), "tokenizer.json is missing"),
+    "a lost processor": (lost("preprocessor_config.json"), "preprocessor_config.json is missing"),
+    "a lost named template": (lost(NAMED_TEMPLATE), f"{NAMED_TEMPLATE} is missing"),
+    "another named template": (lambda f: (f / NAMED_TEMPLATE).write_text("x"), f"{NAMED_TEMPLATE} differs"),
     "another chat template": (template, "chat_template.jinja differs"),
     "an untied head": (config(tie_word_embeddings=False), "config.json differs"),
     "another rope": (config(rope_parameters={"rope_type": "default", "rope_theta": 77.0}), "config.json differs"),
-    "a renamed tensor": (lambda f: rewrite(f, rename), "1.mlp.up|layers.1.mlp.up"),
-    "a dropped layer": (lambda f: rewrite(f, drop_layer), "layers.2|2.attn"),
+    "a renamed tensor": (
+        lambda f: rewrite(f, rename),
+        "written model lacks model.layers.1.mlp.up_proj.weight, which was computed",
+    ),
+    "a tensor too many": (
+        lambda f: rewrite(f, lambda tensors: tensors.update({"model.stray": torch.ones(1)})),
+        "written model has model.stray, which nobody computed",
+    ),
+    "a dropped layer": (lambda f: rewrite(f, drop_layer), r"written model lacks model.layers.2.* \(9 such\)"),
+    "a damaged configuration": (lambda f: (f / "config.json").write_text("{"), "config.json differs"),
     "a NaN": (lambda f: rewrite(f, infinite), "layers.0.mlp.up_proj.weight as loaded differs"),
 }
 
@@ -79,13 +97,18 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_named_and_nothing_is_left(name, offload, tmp_path, monkeypatch):
     source = save_tiny("llama", tmp_path / "model")
+    (source / "additional_chat_templates").mkdir()
+    (source / NAMED_TEMPLATE).write_text("{{ messages }}")
+    (source / "preprocessor_config.json").write_text("{}")
     fault, said = FAULTS[name]
     planted(fault, monkeypatch)
     if offload:
         monkeypatch.setattr(proof, "SHARE", 0)
         said = said.replace("as loaded", "on disk")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(VerificationError, match=said) as error:
         write(apply(Scale(0.5), Checkpoint(source), "1.mlp.down"), tmp_path / "out")
+    assert ".partial" not in str(error.value)
+    assert "ownload" not in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
@@ -104,7 +127,7 @@ def test_a_dropped_expert_is_named(family, offload, tmp_path, monkeypatch):
     planted(lambda folder: rewrite(folder, drop), monkeypatch)
     if offload:
         monkeypatch.setattr(proof, "SHARE", 0)
-    with pytest.raises(ValueError, match=rf"{lost}|2\.mlp\.e3"):
+    with pytest.raises(VerificationError, match=rf"lacks model\.{lost}"):
         write(apply(Scale(0.5), Checkpoint(source), "1.attn.o"), tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
@@ -120,8 +143,43 @@ def test_a_fault_of_the_index_is_named(tmp_path, monkeypatch):
         path.write_text(json.dumps(said))
 
     planted(swap, monkeypatch)
-    with pytest.raises(ValueError, match="Index and shards are of different checkpoints"):
+    with pytest.raises(
+        VerificationError,
+        match=r"written model cannot be read: model-0000\d-of-00002.safetensors contains .* says it is in",
+    ):
         write(Checkpoint(source), tmp_path / "out")
+
+
+def test_a_configuration_that_does_not_load_is_named(tmp_path, monkeypatch):
+    """Had the side files not been compared, loading would still have told, and of the written model."""
+    source = save_tiny("llama", tmp_path / "model")
+    monkeypatch.setattr(proof, "_side_files", lambda *_: "not looked at")
+    for fault, said in (
+        (config(num_hidden_layers=4), r"4 layers but lacks 9 of its tensors"),
+        (config(vocab_size=90), ""),
+    ):
+        with monkeypatch.context() as planting:
+            planted(fault, planting)
+            with pytest.raises(VerificationError, match=rf"written model failed to load: .*{said}") as error:
+                write(Checkpoint(source), tmp_path / "out")
+        assert ".partial" not in str(error.value)
+        assert "ownload" not in str(error.value)
+
+
+def test_nothing_is_spilled_beside_the_source(tmp_path, monkeypatch):
+    """A store of models may be one that nobody writes to. The copy fits into memory here, the source, twice its size, does not."""
+    source = Checkpoint(save_tiny("llama", tmp_path / "store" / "model"))
+    monkeypatch.setattr(proof, "free_memory", lambda: int(0.75 * source.nbytes / proof.SHARE))
+    monkeypatch.setattr(proof, "_greedy", lambda *_: [1] * 8)
+    places, real = [], proof.load_module
+
+    def load(folder, dtype, *, offload=None):
+        places.extend([offload] if offload else [])
+        return real(folder, dtype, offload=offload)
+
+    monkeypatch.setattr(proof, "load_module", load)
+    write(source, tmp_path / "out", dtype=torch.bfloat16, loops="report")
+    assert [place.parent for place in places] == [tmp_path]
 
 
 def test_a_configuration_that_only_the_logits_tell_apart(tmp_path, monkeypatch):

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from surgery import Checkpoint, CheckpointError, RemoveDirection, Scale, apply, undo, write
+from surgery.record import Record
 from surgery.reverse import PATCH
 from surgery.tensorfile import TensorFile, save_tensors
 from tests.families import FAMILIES, SPARSE_FAMILIES, save_tiny, save_tiny_vlm
 
 
 def files(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def reordered(folder):
@@ -36,6 +37,8 @@ def test_the_original_returns_byte_for_byte(family, shards, tmp_path):
     reordered(source)
     (source / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
     (source / "record.json").write_text("{}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     base = Checkpoint(source)
     down = next(
         site for site in base if site.layer == 0 and site.part.endswith("down")
@@ -82,7 +85,7 @@ def test_a_folder_that_changed_since_is_refused(what, tmp_path):
     path = tmp_path / "out" / ("model.safetensors" if what == "model" else PATCH)
     raw = bytearray(path.read_bytes())
     if what == "format":
-        path.write_bytes(bytes(raw).replace(b"reverse patch 2", b"reverse patch 9"))
+        path.write_bytes(bytes(raw).replace(b"reverse patch 3", b"reverse patch 9"))
     else:
         raw[-1] ^= 1
         path.write_bytes(raw)
@@ -101,7 +104,58 @@ def test_a_patch_that_would_write_elsewhere_is_refused(tmp_path):
     save_tensors(path, {**tensors, "side:../away.txt": torch.ones(1, dtype=torch.uint8)}, patch.metadata)
     with pytest.raises(CheckpointError, match=r"names '../away.txt'"):
         undo(tmp_path / "out", tmp_path / "back")
+    for name in ("additional_chat_templates/../away.txt", "additional_chat_templates/", "elsewhere/away.txt"):
+        save_tensors(path, tensors, {**patch.metadata, "left": json.dumps({name: ""})})
+        with pytest.raises(CheckpointError, match=rf"names '{name}'"):
+            undo(tmp_path / "out", tmp_path / "back")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize("change", ["altered", "lost"])
+@pytest.mark.parametrize("what", ["a vocabulary", "a large file"])
+def test_a_side_file_left_to_the_copy_that_changed_since_is_refused(what, change, tmp_path, monkeypatch):
+    monkeypatch.setattr("surgery.reverse.SIDE_LIMIT", 100)
+    source = save_tiny("llama", tmp_path / "model")
+    name = "tokenizer.json" if what == "a vocabulary" else "notes.txt"
+    (source / "notes.txt").write_text("long " * 100)
+    write(apply(Scale(0.5), Checkpoint(source), "0.mlp.up"), tmp_path / "out")
+    there = (tmp_path / "out" / name).read_bytes()
+    if change == "altered":
+        (tmp_path / "out" / name).write_text("{}")
+    else:
+        (tmp_path / "out" / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{name} is not what was written any more"):
+        undo(tmp_path / "out", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    (tmp_path / "out" / name).write_bytes(there)
+    undo(tmp_path / "out", tmp_path / "back")
+    assert files(tmp_path / "back") == files(source)
+
+
+def test_a_patch_of_the_format_before_is_still_read(tmp_path):
+    source = save_tiny("llama", tmp_path / "model")
+    write(apply(Scale(0.5), Checkpoint(source), "0.mlp.up"), tmp_path / "out")
+    path = tmp_path / "out" / PATCH
+    patch = TensorFile(path)
+    tensors = {name: patch[name].clone() for name in patch.tensors}
+    said = {key: text for key, text in patch.metadata.items() if key != "left"}
+    said |= {"format": "model-surgery reverse patch 2", "files": json.dumps(sorted(p.name for p in source.iterdir()))}
+    save_tensors(path, tensors, said)
+    undo(tmp_path / "out", tmp_path / "back")
+    assert files(tmp_path / "back") == files(source)
+
+
+def test_the_record_says_why_there_is_no_way_back(tmp_path):
+    base = Checkpoint(save_tiny("llama", tmp_path / "model"))
+
+    def seal(folder, written):
+        Record("scale", {}, checks=written.checks).save(folder)
+
+    write(base, tmp_path / "out", dtype=torch.bfloat16, seal=seal)
+    with pytest.raises(
+        CheckpointError, match=r"has no undo\.patch: it was stored as torch\.bfloat16 where the original"
+    ):
+        undo(tmp_path / "out", tmp_path / "back")
 
 
 def test_undo_of_undo_of_two_edits_is_the_first(tmp_path):
