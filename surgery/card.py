@@ -34,7 +34,8 @@ def model_card(record: Record, written: Written, source: Path) -> str:
         f"| {_public(role)} | {_public(entry['ref'])} | `{entry['hash'][:16]}` |"
         for role, entry in record.inputs.items()
     )
-    changed = "Nothing changed: an exact copy."
+    unlisted = written.unlisted()
+    changed = f"{unlisted[0].upper()}{unlisted[1:]}."
     if written.kept:
         t = written.total()
         changed = (
@@ -67,6 +68,9 @@ Checked after writing:
 
 def _public(word: str) -> str:
     """A word without the folders above it: a hub id stays, a path keeps its last part, and a path with a strength its strength."""
+    option, equals, value = word.partition("=")
+    if equals and option.startswith("--"):
+        return f"{option}={_public(value)}"
     path, colon, strength = word.rpartition(":")
     if colon and re.fullmatch(r"-?[\d.]+(e-?\d+)?", strength):
         return f"{_public(path)}:{strength}"

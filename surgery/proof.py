@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -51,18 +51,34 @@ def prove(
 
     Returns what was checked, in words. Raises VerificationError naming the first culprit.
     """
-    checks = [_side_files(folder, source, dtype)]
+    compared = _side_files(folder, source, side_files(source.folder), dtype)
+    checks = [f"{compared} side files are the source's"]
     written = _read_back(folder, hashes)
     with _opened_written(written) as module:
         loaded = _loaded(module, written)
-        checks += [_bytes_agree(loaded, hashes, written), *_ties_hold(module, written.anatomy)]
-        probes = probe_ids(written.anatomy.vocab)
-        actual = _logits(module, probes)
-        if not bool(torch.isfinite(actual).all()):
-            raise VerificationError("The written model gives logits that are NaN or infinite.")
-        checks.append(_as_predicted(actual, _predicted(module, loaded, written, source, probes)))
+        how = _bytes_agree(loaded, hashes, written)
+        checks += [f"{len(hashes)} tensors bit-equal to those computed ({how})", *_ties_hold(module, written.anatomy)]
+        checks.append(_logits_agree(module, loaded, written, source))
         if loops != "ignore":
             checks.append(_does_not_loop(module, folder, source, loops))
+    return checks
+
+
+def prove_found(folder: Path, hashes: Mapping[str, str], like: Checkpoint, kept: Collection[str]) -> list[str]:
+    """The same for a folder that another program wrote: what it computed is not known, so that less is proved, and less is said.
+
+    hashes: of the tensors as they are in the files. like: the checkpoint it is to be configured like. kept: the side files that are to be
+    that one's. The logits are predicted by its configuration where it has as many layers and tokens, otherwise by the folder's own.
+    """
+    checks = [f"{_side_files(folder, like, kept, None)} side files are the base's"]
+    written = _read_back(folder, hashes)
+    size, its = ((c.anatomy.n_layers, c.anatomy.vocab) for c in (written, like))
+    with _opened_written(written) as module:
+        loaded = _loaded(module, written)
+        how = _bytes_agree(loaded, hashes, written)
+        checks += [f"{len(hashes)} tensors as they are in the files ({how})", *_ties_hold(module, written.anatomy)]
+        said = _logits_agree(module, loaded, written, like if size == its else written)
+        checks.append(said if size == its else f"{said} by its own configuration")
     return checks
 
 
@@ -175,9 +191,8 @@ def loops_at_end(ids: Iterable[int], times: int = 4, longest: int = 8) -> list[i
     return None
 
 
-def _side_files(folder: Path, source: Checkpoint, dtype: torch.dtype | None) -> str:
-    """What surrounds the weights is what surrounded the source's."""
-    names = side_files(source.folder)
+def _side_files(folder: Path, source: Checkpoint, names: Collection[str], dtype: torch.dtype | None) -> int:
+    """How many of the source's files that surround the weights surround the written ones: all of them, or VerificationError names one."""
     for name in names:
         ours, theirs = folder / name, source.folder / name
         if not ours.is_file():
@@ -187,7 +202,7 @@ def _side_files(folder: Path, source: Checkpoint, dtype: torch.dtype | None) -> 
             same = _without_dtype(ours) == _without_dtype(theirs)
         if not same:
             raise VerificationError(f"{name} differs from the source's: it should have been copied as it is.")
-    return f"{len(names)} side files are the source's"
+    return len(names)
 
 
 def _without_dtype(path: Path) -> Any:
@@ -214,6 +229,7 @@ def _loaded(module: PreTrainedModel, written: Checkpoint) -> dict[str, Tensor]:
 
 
 def _bytes_agree(loaded: Mapping[str, Tensor], hashes: Mapping[str, str], written: Checkpoint) -> str:
+    """How every tensor was found to have its hash."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         digests = pool.map(lambda tensor: hash_bytes(raw_bytes(tensor)), loaded.values())
         for name, digest in zip(loaded, digests, strict=True):
@@ -227,8 +243,8 @@ def _bytes_agree(loaded: Mapping[str, Tensor], hashes: Mapping[str, str], writte
         for name in rest:
             if found.get(name) != hashes[name]:
                 raise VerificationError(f"{name} on disk differs from {name} as computed.")
-    how = f"{len(loaded)} as loaded by transformers" if loaded else ""
-    return f"{len(hashes)} tensors bit-equal to those computed ({', '.join(filter(None, [how, f'{len(rest)} as read back' if rest else '']))})"
+    how = [f"{len(loaded)} as loaded by transformers"] if loaded else []
+    return ", ".join([*how, *([f"{len(rest)} as read back"] if rest else [])])
 
 
 def _ties_hold(module: PreTrainedModel, anatomy: Anatomy) -> list[str]:
@@ -243,6 +259,17 @@ def _ties_hold(module: PreTrainedModel, anatomy: Anatomy) -> list[str]:
             raise VerificationError(f"{site} should be tied to {target}, but config.json says it is not.")
         tied.append(f"{site} tied to {target}")
     return tied
+
+
+def _logits_agree(
+    module: PreTrainedModel, loaded: Mapping[str, Tensor], written: Checkpoint, source: Checkpoint
+) -> str:
+    """The logits on the probe prompts are finite, and those that the source's configuration predicts."""
+    probes = probe_ids(written.anatomy.vocab)
+    actual = _logits(module, probes)
+    if not bool(torch.isfinite(actual).all()):
+        raise VerificationError("The written model gives logits that are NaN or infinite.")
+    return _as_predicted(actual, _predicted(module, loaded, written, source, probes))
 
 
 def _predicted(

@@ -24,13 +24,13 @@ from surgery.side_files import PATCH, copy_file, files_in
 from surgery.tensorfile import DTYPES, CheckpointError, Stored, TensorFile, raw_bytes, save_tensors
 from surgery.whole import new_folder
 
+NO_UNDO = "no undo: "  # what a check begins with that says why there is no patch
 UNDO_LIMIT = 32 << 20  # bytes: an edit that needs more keeps no patch, and says so
 SIDE_LIMIT = 1 << 20  # bytes: larger side files are not the kind that is rewritten after the write itself
 _OURS = {PATCH, RECORD, "README.md"}  # a command puts its own in their place
 # nor are vocabularies, whatever their size
 _VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"}
 _BLOCK = 1 << 16  # entries compared at a time: numpy counts places in 64 bits
-_NONE = "no undo: "  # what a check begins with where no way back is kept
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FORMAT = "model-surgery reverse patch 3"
 _BEFORE = "model-surgery reverse patch 2"  # without the hashes of what is left to the copy
@@ -70,7 +70,7 @@ class Reverse:
     def save(self, folder: Path, base_hash: str, point: str) -> str:
         """Write the patch into the new folder, and say what it holds; or say why there is none."""
         if self.refused:
-            return f"{_NONE}{self.refused}"
+            return f"{NO_UNDO}{self.refused}"
         tensors = {}
         for name, pieces in sorted(self._pieces.items()):  # whichever thread came first
             tensors[f"index:{name}"] = torch.from_numpy(np.concatenate([i for i, _ in pieces]))
@@ -86,7 +86,7 @@ class Reverse:
                 self._size += path.stat().st_size
                 if self._size > self._limit:
                     self.refuse(f"with the original's {name} it would take more than {self._limit / 2**20:.0f} MiB")
-                    return f"{_NONE}{self.refused}"
+                    return f"{NO_UNDO}{self.refused}"
                 tensors[f"side:{name}"] = _as_tensor(path.read_bytes())
             elif ours.is_file():
                 left[name] = hash_file(path)
@@ -189,7 +189,7 @@ def _why_none(folder: Path) -> str:
     from surgery.record import Record
 
     checks = Record.load(folder).checks if (folder / RECORD).is_file() else []
-    said = [check.removeprefix(_NONE) for check in checks if check.startswith(_NONE)]
+    said = [check.removeprefix(NO_UNDO) for check in checks if check.startswith(NO_UNDO)]
     return said[0] if said else "it was not written by surgery, or the change was too large to keep a way back"
 
 

@@ -57,10 +57,14 @@ class Written:
         inner = sum(r.cosine * r.asked * r.kept for r in rows if r.asked and r.kept)
         return Kept.of(asked, kept, inner, sum(r.unmoved * r.entries for r in rows), sum(r.entries for r in rows))
 
+    def unlisted(self) -> str:
+        """What became of the model, in words, where `kept` lists no site."""
+        same = self.hash == self.base_hash
+        return "an exact copy, nothing changed" if same else "no site changed, stored in another dtype"
+
     def __str__(self) -> str:
         if not self.kept:
-            same = self.hash == self.base_hash
-            return f"{self.folder}: {'an exact copy, nothing changed' if same else 'no site changed, stored in another dtype'}"
+            return f"{self.folder}: {self.unlisted()}"
         t = self.total()
         return (
             f"{self.folder}: {len(self.kept)} sites changed; asked {t.asked:.4g}, kept {t.kept:.4g} (cosine {t.cosine:.4f}, "

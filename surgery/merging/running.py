@@ -5,29 +5,29 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from surgery.checkpoint import INDEX, RECORD, Checkpoint, load_module, point_hash, read_headers
+from surgery.borrowing import own_draws
+from surgery.checkpoint import INDEX, Checkpoint, load_module, point_hash, read_headers
 from surgery.hashing import hash_bytes
 from surgery.headers import SINGLE
 from surgery.merging.planning import Plan, Road, loaders, plan, quiet, spans
 from surgery.merging.point import Merged
 from surgery.merging.recipe import DTYPES, Recipe, RecipeError, read_recipe
-from surgery.proof import Loops, VerificationError, judge_generation, prove
+from surgery.proof import Loops, VerificationError, judge_generation, prove_found
 from surgery.record import hash_folder
-from surgery.reverse import PATCH
-from surgery.tensorfile import CheckpointError, Stored, TensorFile, header_bytes
+from surgery.reverse import NO_UNDO
+from surgery.side_files import copy_file, side_files
+from surgery.tensorfile import TensorFile, header_bytes
 from surgery.whole import new_folder
 from surgery.writing import Written, write
 
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
 
 RECIPE = "mergekit_config.yml"  # mergekit's name for the copy of the recipe beside the merged model
+_TOKENIZER = {  # mergekit's, where it makes one
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
+}  # fmt: skip
 _SHARD = 5_000_000_000  # bytes, of a model whose layers no input has
 
 
@@ -49,20 +53,15 @@ class MergedModel(Written):
         """For each model as written, the hash of its tensors, and of its adapter's where it has one. Reads them all."""
         found: dict[str, str] = {}
         for name, (folder, adapter) in self.sources.items():
-            tensors, _ = read_headers(folder)
-            files = sorted({t.file for t in tensors.values()})
-            hashes = {tensor: h for file in files for tensor, h in TensorFile(folder / file).hashes().items()}
-            found[name] = point_hash(tensors, hashes)
+            found[name], _ = _hashes(folder)
             if adapter is not None:
                 words = json.dumps([found[name], hash_folder(adapter)], sort_keys=True)
                 found[name] = hash_bytes(words.encode())
         return found
 
-    def __str__(self) -> str:
-        if self.kept:
-            return super().__str__()
+    def unlisted(self) -> str:
         by = "our stream" if self.road == "stream" else "mergekit's executor"
-        return f"{self.folder}: {len(self.hashes)} tensors merged by {by}"
+        return f"{len(self.hashes)} tensors merged by {by}"
 
     def as_dict(self) -> dict[str, Any]:
         return {**super().as_dict(), "road": self.road}
@@ -119,11 +118,15 @@ def merge(
         inner = partial / f"{to.name}.made"  # beside folders of the merge's own, whatever it is called
         if source is None:
             written = _executed(made, partial, inner, chosen, multi_gpu, progress)
+            no_way_back = "mergekit's executor wrote every tensor anew, and kept nothing of the base"
         else:
             layout = Checkpoint(_skeleton(made, source, partial / "layout"))
             written = write(Merged(made, layout), inner, dtype=made.dtype, undo_limit=0, progress=progress)
             # asked and kept would be against a model that does not exist, and so would the way back
-            written = replace(written, kept={}, base_hash=source.hash())
+            checks = [check for check in written.checks if not check.startswith(NO_UNDO)]
+            written = replace(written, kept={}, base_hash=source.hash(), checks=checks)
+            no_way_back = "no model has these layers, so that there is none to go back to"
+        written.checks.append(f"{NO_UNDO}{no_way_back}")
         _lift(inner, partial)
         if loops != "ignore" and (source or made.is_known):
             written.checks.append(judge_generation(partial, source or Checkpoint(made.layout), loops))
@@ -177,10 +180,8 @@ def _skeleton(made: Plan, source: Checkpoint, folder: Path) -> Path:
     if len(shards) > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2), encoding="utf-8")
-    weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".onnx", ".msgpack"}
-    for path in source.folder.iterdir():
-        if path.is_file() and path.suffix not in weights and path.name not in (INDEX, RECORD, PATCH, "config.json"):
-            shutil.copyfile(path, folder / path.name)
+    for name in side_files(source.folder):
+        copy_file(source.folder, folder, name)
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(_relayered(config, made.layers), indent=2) + "\n", encoding="utf-8")
     return folder
@@ -258,21 +259,18 @@ def _executed(made: Plan, partial: Path, inner: Path, seed: int, multi_gpu: bool
         config.dtype = "float32"
     try:
         # mergekit draws some of its bars whatever it is told
-        with quiet(), loaders(()), _random_given_back(), nullcontext() if progress else redirect_stderr(io.StringIO()):
+        with quiet(), loaders(()), own_draws(), nullcontext() if progress else redirect_stderr(io.StringIO()):
             run_merge(config, str(inner), options, config_source=made.recipe.text)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError) as error:
         raise RecipeError(
             f"mergekit's executor cannot run this recipe: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
-    for name in (
-        "generation_config.json",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "video_preprocessor_config.json",
-    ):
-        if (made.layout / name).is_file() and not (inner / name).exists():
-            shutil.copyfile(made.layout / name, inner / name)
-    return _judged(inner)
+    tokenizer_made = bool(config.tokenizer or config.tokenizer_source)
+    its_own = {"config.json", *(_TOKENIZER if tokenizer_made else ())}
+    kept = [name for name in side_files(made.layout) if name not in its_own]
+    for name in kept:
+        copy_file(made.layout, inner, name)
+    return _judged(inner, made, kept)
 
 
 def _config_dtype(folder: Path) -> str | None:
@@ -281,55 +279,41 @@ def _config_dtype(folder: Path) -> str | None:
     return said if said in DTYPES else None
 
 
-def _judged(folder: Path) -> Written:
-    """Our verification of a folder that somebody else wrote: values finite, loads cleanly, every parameter bit-equal, ties kept."""
-    try:
-        checkpoint = Checkpoint(folder)
-    except CheckpointError:
-        raise
-    except ValueError:  # a family without a table
-        return _judged_by_name(folder)
-    for name in checkpoint.tensors:
-        _require_finite(checkpoint.stored(name), name)
-    hashes = checkpoint.hashes()
-    point = point_hash(checkpoint.tensors, hashes)
-    return Written(folder, point, point, hashes, {}, ["every value finite", *prove(folder, hashes, checkpoint, None)])
-
-
-def _judged_by_name(folder: Path) -> Written:
-    """The same for a family whose anatomy is not known: as far as names go."""
-    module = load_module(folder, "auto")
-    state = dict(module.named_parameters(remove_duplicate=False))
-    hashes: dict[str, str] = {}
-    headers: dict[str, Stored] = {}
+def _judged(folder: Path, made: Plan, kept: list[str]) -> Written:
+    """Our verification of a folder that somebody else wrote. kept: the side files that are the layout's."""
     for path in sorted(folder.glob("*.safetensors")):
         file = TensorFile(path)
-        hashes.update(file.hashes())
-        for name, tensor in file.tensors.items():
-            headers[name] = tensor
-            stored = file[name]
-            _require_finite(stored, name)
+        for name in file.tensors:
+            _require_finite(file[name], name)
+    (point, hashes), (base, _) = _hashes(folder), _hashes(made.layout)
+    checks = prove_found(folder, hashes, Checkpoint(made.layout), kept) if made.is_known else _by_name(folder)
+    return Written(folder, point, base, hashes, {}, ["every value finite", *checks])
+
+
+def _hashes(folder: Path) -> tuple[str, dict[str, str]]:
+    """The hash of a folder's point, and of each of its tensors; its family need not be known."""
+    tensors, _ = read_headers(folder)
+    files = sorted({tensor.file for tensor in tensors.values()})
+    hashes = {name: digest for file in files for name, digest in TensorFile(folder / file).hashes().items()}
+    return point_hash(tensors, hashes), hashes
+
+
+def _by_name(folder: Path) -> list[str]:
+    """What can be checked of a family whose anatomy is not known: it loads, and what loading does not rename is as in the files."""
+    module = load_module(folder, "auto")
+    state = dict(module.named_parameters(remove_duplicate=False))
+    tensors, _ = read_headers(folder)
+    found = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        file = TensorFile(path)
+        for name in file.tensors:
             loaded = state.get(name, state.get(f"{module.base_model_prefix}.{name}"))
-            if loaded is not None and not torch.equal(loaded, stored):
+            if loaded is not None and not torch.equal(loaded, file[name]):
                 raise VerificationError(f"{name} as loaded differs from {name} on disk.")
-    point = point_hash(headers, hashes)
-    return Written(
-        folder, point, point, hashes, {}, ["every value finite", f"{len(hashes)} tensors loaded by transformers"]
-    )
+            found += loaded is not None
+    return [f"{found} of {len(tensors)} tensors as loaded by transformers equal those in the files"]
 
 
 def _require_finite(tensor: Tensor, name: str) -> None:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise VerificationError(f"{name} has values that are NaN or infinite; nothing was written.")
-
-
-@contextmanager
-def _random_given_back() -> Iterator[None]:
-    """Python's, numpy's and torch's generators as they were: mergekit seeds all of them."""
-    python, array = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +123,14 @@ def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None
         "method": plan.method,
         "dtype": dtype,
         "share": _share(plan, reference),
+        "executor": aligned or any(p.kind == "family" for p in problems),
     }
     return _with_forecast(str(path), problems, reference, to, **job)
 
 
 def _source(source: Source, recipe: Path) -> tuple[Facts | None, list[Problem]]:
     facts, problems = examine(source.model)
+    problems = [_of_the_executor(p) if p.kind == "family" else p for p in problems]
     if facts is None and not Path(source.model).is_absolute() and locate(recipe.parent / source.model)[0] is not None:
         fix = f"A recipe's paths start at the working directory: run it in {recipe.parent}, or write {(recipe.parent / source.model).resolve()}"
         problems = [Problem("error", "reference", source.model, "is not here, but is beside the recipe", fix)]
@@ -149,6 +151,12 @@ def _source(source: Source, recipe: Path) -> tuple[Facts | None, list[Problem]]:
         elif facts:
             problems += check_adapter(folder, facts)
     return facts, problems
+
+
+def _of_the_executor(problem: Problem) -> Problem:
+    """A family without a table, in a recipe: our stream cannot merge it, and mergekit's own executor does."""
+    found = f"{problem.found}: mergekit's own executor merges it, and less is verified"
+    return replace(problem, severity="warning", found=found, fix="Nothing to do if that is enough")
 
 
 def _ranges(plan: Plan, found: dict[str, Facts]) -> Iterable[Problem]:
@@ -208,7 +216,7 @@ def _with_forecast(
     if made.disk > made.free:
         found = f"has {_size(made.free)} free, and the result takes {_size(made.disk)}"
         problems.append(Problem("error", "disk", str(to or Path.cwd()), found, "Make room, or write to another disk"))
-    if made.machine is not None and made.memory > made.machine:
+    if made.machine is not None and made.memory is not None and made.memory > made.machine:
         found = f"would need {_size(made.memory)} of memory, and this machine has {_size(made.machine)}"
         problems.append(Problem("warning", "memory", subject, found, "Run it on a larger machine"))
     return _report(subject, problems, made)

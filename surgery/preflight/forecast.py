@@ -52,10 +52,11 @@ IN_CHUNKS = ("linear", "task_arithmetic", "nearswap", "ram", "passthrough", "tie
 class Forecast:
     """memory: peak private bytes, `imports` of them the libraries. disk: bytes written. free: bytes free there. seconds: a rough time.
 
-    machine: this machine's memory in bytes, None where it is not known.
+    memory is None on mergekit's own executor, which holds as much as it likes. machine: this machine's memory in bytes, None where it is
+    not known.
     """
 
-    memory: int
+    memory: int | None
     imports: int
     disk: int
     free: int
@@ -67,10 +68,10 @@ class Forecast:
 
     def __str__(self) -> str:
         time = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} minutes"
-        return (
-            f"forecast memory {_size(self.memory)} at its peak ({_size(self.imports)} of it the libraries), "
-            f"disk {_size(self.disk)} ({_size(self.free)} free), roughly {time}"
-        )
+        memory = "not known, as mergekit's own executor does the merge"
+        if self.memory is not None:
+            memory = f"{_size(self.memory)} at its peak ({_size(self.imports)} of it the libraries)"
+        return f"forecast memory {memory}, disk {_size(self.disk)} ({_size(self.free)} free), roughly {time}"
 
 
 def peak_memory(
@@ -108,10 +109,12 @@ def forecast(
     to: Path,
     dtype: str | None = None,
     share: float = 1.0,
+    executor: bool = False,
 ) -> Forecast:
     """What writing a model laid out like `facts` takes.
 
     models: how many folders are read. moved: numbers that change, all by default. method: of a recipe. share: layers of the result over its own.
+    executor: whether mergekit's own does the merge, which keeps no way back.
     """
     out = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(dtype or "", dtype)
     code = next((c for c, name in SHORT.items() if name == out), None)
@@ -134,9 +137,12 @@ def forecast(
     home = next(p for p in to.absolute().parents if p.exists())
     seconds = STARTUP + models * facts.nbytes * share / THROUGHPUT
     libraries = IMPORTS + (MERGEKIT if method else 0)
-    patch = int(entries * share * (SAVED + written / max(1, sum(sizes.values()) * share))) if same else 0
+    patch = (
+        int(entries * share * (SAVED + written / max(1, sum(sizes.values()) * share))) if same and not executor else 0
+    )
     disk = int(written + side) + (patch if patch <= UNDO_LIMIT else 0)
-    return Forecast(int(memory), int(libraries), disk, shutil.disk_usage(home).free, round(seconds, 1), _machine())
+    free = shutil.disk_usage(home).free
+    return Forecast(None if executor else int(memory), int(libraries), disk, free, round(seconds, 1), _machine())
 
 
 def _machine() -> int | None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from surgery import writing
 from surgery.checkpoint import Checkpoint
 from surgery.hashing import hash_bytes
 from tests.families import save_tiny
@@ -138,8 +139,6 @@ def test_bad_usage(surgery, here: Path) -> None:
 
 
 def test_a_model_that_is_not_finite_fails_the_check(surgery, here: Path) -> None:
-    from safetensors.torch import save_file
-
     path = here / "models" / "a" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"][0] = float("inf")
@@ -150,6 +149,34 @@ def test_a_model_that_is_not_finite_fails_the_check(surgery, here: Path) -> None
         surgery("merge", "recipe.yml", "out", "-q"), 1
     )
     assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing: the source has it"),
+        (lambda folder: _drop_layer(folder / "model.safetensors"), "lacks model.layers.2."),
+    ],
+    ids=["a lost tokenizer", "a dropped layer"],
+)
+def test_a_fault_of_the_writer_fails_the_check(surgery, here: Path, monkeypatch, fault, said: str) -> None:
+    """Planted between writing and proving, in the temporary folder, which nobody needs to hear of."""
+    real = writing._copy_side_files
+
+    def sabotage(source, target, dtype):
+        real(source, target, dtype)
+        fault(target)
+
+    monkeypatch.setattr(writing, "_copy_side_files", sabotage)
+    line = one_line(surgery("merge", "recipe.yml", "out", "-q"), 1)
+    assert said in line
+    assert ".partial" not in line
+    assert sorted(p.name for p in here.iterdir()) == ["models", "recipe.yml"]
+
+
+def _drop_layer(path: Path) -> None:
+    tensors = {name: t for name, t in load_file(path).items() if ".layers.2." not in name}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def test_for_real(here: Path) -> None:

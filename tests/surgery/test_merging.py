@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from surgery.checkpoint import Checkpoint
+from surgery import undo
+from surgery.checkpoint import Checkpoint, CheckpointError
 from surgery.merging import RECIPE, RecipeError, merge, plan, read_recipe
+from surgery.preflight import check_model, check_recipe
 from surgery.proof import VerificationError
-from tests.families import save_tiny
+from surgery.record import Record
+from tests.families import characters, save_tiny
 from tests.siblings import (
     DENSE,
     NAMES,
@@ -206,6 +210,8 @@ def test_stacked_layers(method, family, homes, tmp_path):
     done = merge(read, tmp_path / "ours")
     assert done.road == "stream"
     assert "tensors merged by our stream" in str(done)
+    assert "no undo: no model has these layers, so that there is none to go back to" in done.checks
+    assert not any("asked not to" in check for check in done.checks)
     assert Checkpoint(tmp_path / "ours").anatomy.n_layers == 6
     assert done.base_hash == Checkpoint(home / models[0]).hash()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
@@ -396,6 +402,86 @@ def test_what_the_executor_makes_is_judged(homes, tmp_path):
     with pytest.raises(RecipeError, match="mergekit's executor cannot run this recipe"):
         merge(of(home, "model_stock", ("b", "c"), tokenizer={"source": gone}), tmp_path / "bad")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "out", "theirs"]
+
+
+@pytest.mark.parametrize("source", [None, "base", "union"])
+def test_what_the_executor_is_proved_against(source, homes, tmp_path, monkeypatch):
+    """The base, as far as the recipe leaves it alone: its side files, and its configuration."""
+    from mergekit import merge as mergekits
+
+    home = shutil.copytree(homes("llama"), tmp_path / "home")
+    (home / "base" / "additional_chat_templates").mkdir()
+    theirs = {
+        "additional_chat_templates/tools.jinja": "{{ messages }}",
+        "preprocessor_config.json": "{}",
+        "notes.txt": "x",
+    }
+    for name, text in theirs.items():
+        (home / "base" / name).write_text(text)
+    real, faults = mergekits.run_merge, []
+
+    def run(config, out, options, **rest):
+        real(config, out, options, **rest)
+        for fault in faults:
+            path = Path(out) / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | fault))
+
+    monkeypatch.setattr(mergekits, "run_merge", run)
+    if source is None:
+        monkeypatch.setattr("surgery.merging.planning._open", lambda order, names: ({}, "it is asked for"))
+    recipe = of(home, "model_stock", **({} if source is None else {"tokenizer": {"source": source}}))
+    done = merge(recipe, tmp_path / "out", seal=lambda f, m: Record("merge", {}, checks=m.checks).save(f))
+    assert done.road == "executor"
+    assert done.base_hash == Checkpoint(home / "base").hash() != done.hash
+    for name, text in theirs.items():
+        assert (tmp_path / "out" / name).read_text() == text
+    if source is None:
+        same = (tmp_path / name / "tokenizer.json" for name in ("home/base", "out"))
+        assert len({path.read_bytes() for path in same}) == 1
+    assert any("side files are the base's" in check for check in done.checks)
+    assert not any("the source's" in check or "those computed" in check for check in done.checks)
+    assert sum("as predicted" in check and "its own" not in check for check in done.checks) == 1
+    with pytest.raises(CheckpointError, match="mergekit's executor wrote every tensor anew"):
+        undo(tmp_path / "out", tmp_path / "back")
+    faults.append({"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}})
+    with pytest.raises(VerificationError, match=r"logits are up to .* from the predicted ones"):
+        merge(recipe, tmp_path / "bad")
+    faults.append({"num_hidden_layers": 4})
+    with pytest.raises(VerificationError, match=r"written model failed to load: it is a llama of 4 layers but lacks 9"):
+        merge(recipe, tmp_path / "bad")
+
+
+def test_a_family_without_a_table_is_judged_by_name(tmp_path):
+    from transformers import AutoModelForCausalLM, Starcoder2Config
+
+    config = Starcoder2Config(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    characters().save_pretrained(tmp_path / "base")
+    for seed, name in enumerate(NAMES, 1):
+        sibling(tmp_path / "base", tmp_path / name, seed)
+    recipe = of(tmp_path, "task_arithmetic", each=WEIGHTS)
+    done = merge(recipe, tmp_path / "out")
+    assert done.road == "executor"
+    assert "a family without a table" in done.checks[0]
+    assert any(
+        re.fullmatch(r"(\d+) of \1 tensors as loaded by transformers equal those in the files", c) for c in done.checks
+    )
+    assert furthest(by_mergekit(recipe, tmp_path / "theirs"), tensors_of(tmp_path / "out")) == 0
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    report = check_recipe(tmp_path / "recipe.yml")
+    assert report.ok, str(report)
+    assert any(p.severity == "warning" and p.kind == "family" for p in report.problems)
+    assert report.forecast is not None
+    assert report.forecast.memory is None
+    assert "memory not known, as mergekit's own executor does the merge" in str(report)
+    assert not check_model(str(tmp_path / "base")).ok
 
 
 @pytest.mark.parametrize("template", ["auto", "chatml", "{% for m in messages %}<<{{ m['content'] }}>>{% endfor %}"])
