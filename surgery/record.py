@@ -26,11 +26,14 @@ PACKAGES = (
     "model-surgery",
     "torch",
     "transformers",
+    "tokenizers",
     "safetensors",
+    "mergekit",
     "peft",
     "trl",
     "accelerate",
     "numpy",
+    "scikit-learn",
     "reasoning-gym",
 )
 Grade = Literal["low", "medium", "high"]
@@ -166,7 +169,8 @@ def replay(
         if any(fnmatch.fnmatch(name, p) for p in patterns):
             differences = _differences(name, was, again.outputs.get(name, "missing"))
             (differing if differences else equal).append(differences[0] if differences else name)
-    return Replayed(Path(to), equal, differing, compare_environment(record.environment, environment()))
+    changes = compare_environment(record.environment, environment(), record.command)
+    return Replayed(Path(to), equal, differing, changes)
 
 
 def environment() -> dict[str, Any]:
@@ -199,17 +203,21 @@ def processor() -> str:
 
 
 def source_hash() -> str:
-    """BLAKE3 of the toolkit's own source: a result never loses its code."""
+    """BLAKE3 of the toolkit's own source, tables included: a result never loses its code."""
     digest = Digest()
     root = Path(__file__).parent.parent
     for package in ("surgery", "probes", "finetune", "analyses"):
-        for path in sorted((root / package).rglob("*.py")):
+        for path in sorted(p for p in (root / package).rglob("*") if p.suffix in (".py", ".toml")):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
-def compare_environment(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[Grade, str]]:
-    """What changed since the record, gravest first: ``high`` changes numbers, ``medium`` may, ``low`` changes their last digits."""
+def compare_environment(then: Mapping[str, Any], now: Mapping[str, Any], command: str = "") -> list[tuple[Grade, str]]:
+    """What changed since the record, gravest first: ``high`` changes numbers, ``medium`` may, ``low`` changes their last digits.
+
+    command: whose record it is; the rules of a merge are mergekit's.
+    """
+    gravest = {"torch", "transformers", *(["mergekit"] if command == "merge" else [])}
     grades: dict[str, Grade] = {
         "device": "high",
         "source": "high",
@@ -226,9 +234,7 @@ def compare_environment(then: Mapping[str, Any], now: Mapping[str, Any]) -> list
     for package, was in then.get("packages", {}).items():
         today = now["packages"].get(package)
         if was != today:
-            found.append(
-                ("high" if package in ("torch", "transformers") else "medium", f"{package}: {was} then, {today} now")
-            )
+            found.append(("high" if package in gravest else "medium", f"{package}: {was} then, {today} now"))
     return sorted(found, key=lambda item: ("high", "medium", "low").index(item[0]))
 
 

@@ -1,13 +1,14 @@
 """A receipt names what changed; a replay gives the same or says what differs."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from surgery.checkpoint import Checkpoint
 from surgery.edits import Scale
-from surgery.record import Record, RecordError, compare_environment, environment, replay, verify
+from surgery.record import Record, RecordError, compare_environment, environment, replay, source_hash, verify
 from surgery.tensorfile import read_header
 from surgery.weights import apply
 from surgery.writing import write
@@ -101,3 +102,26 @@ def test_environments_are_compared_gravest_first():
     then = {**now, "threads": 99, "device": "abacus", "packages": {**now["packages"], "torch": "0.1", "peft": "0.1"}}
     assert [grade for grade, _ in compare_environment(then, now)] == ["high", "high", "medium", "low"]
     assert compare_environment(now, now) == []
+
+
+def test_what_makes_a_merge_is_recorded_and_grave_for_merges_alone():
+    now = environment()
+    for package in ("mergekit", "tokenizers", "scikit-learn"):
+        then = {**now, "packages": {**now["packages"], package: "0.1"}}
+        grade = "high" if package == "mergekit" else "medium"
+        said = f"{package}: 0.1 then, {version(package)} now"
+        assert compare_environment(then, now, "merge") == [(grade, said)]
+        assert compare_environment(then, now, "apply") == [("medium", said)]
+    older = {**now, "packages": {k: v for k, v in now["packages"].items() if k != "mergekit"}}
+    assert compare_environment(older, now, "merge") == []  # of what a record does not say nothing is said
+
+
+def test_the_tables_are_source(tmp_path, monkeypatch):
+    (tmp_path / "surgery").mkdir()
+    (tmp_path / "surgery" / "record.py").touch()
+    monkeypatch.setattr("surgery.record.__file__", str(tmp_path / "surgery" / "record.py"))
+    found = set()
+    for text in ("one", "two"):
+        (tmp_path / "surgery" / "anatomies.toml").write_text(text)
+        found.add(source_hash())
+    assert len(found) == 2
