@@ -64,7 +64,8 @@ def replay(
     """Run the recorded command again and compare; says how today's environment differs."""
     from surgery.record import Record, compare_environment, environment, replay
 
-    for grade, difference in compare_environment(Record.load(folder).environment, environment()):
+    record = Record.load(folder)
+    for grade, difference in compare_environment(record.environment, environment(), record.command):
         typer.echo(f"{grade}: {difference}", err=True)
     again = replay(folder, to or _beside(folder, "again"), COMMANDS)
     typer.echo(f"{len(again.equal)} outputs equal, {len(again.differing)} differ")

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
-from surgery.headers import require_shallow
+from surgery.yaml_text import load_yaml
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Compute = Literal["float32", "mergekit"]
 _OURS = "surgery"  # the one key of a recipe that is not mergekit's; mergekit ignores it
-_MAX_TEXT, _MAX_NODES = 1 << 20, 100_000
+_MAX_TEXT = 1 << 20
 
 
 class RecipeError(ValueError):
@@ -126,9 +126,8 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     import yaml
 
     try:
-        require_shallow(text)
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        tree = load_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         said = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
@@ -137,24 +136,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         raise RecipeError(
             f"{where} is a {type(tree).__name__}, not a mapping. A recipe begins like merge_method: linear"
         )
-    _require_small(tree, where)
     return tree
-
-
-def _require_small(tree: object, where: str) -> None:
-    """Refuse a tree that aliases make huge or endless before anybody walks all of it."""
-    waiting, seen = [tree], 0
-    while waiting:
-        node = waiting.pop()
-        seen += 1
-        if seen > _MAX_NODES:
-            raise RecipeError(
-                f"{where} unfolds to more than {_MAX_NODES} values: its YAML aliases multiply or form a circle."
-            )
-        if isinstance(node, dict):
-            waiting.extend(node.values())
-        elif isinstance(node, list):
-            waiting.extend(node)
 
 
 def _validated(tree: dict[str, Any], where: str) -> MergeConfiguration:

@@ -183,7 +183,7 @@ def locate(ref: str | os.PathLike[str]) -> tuple[Path | None, str]:
     return None, _nearby(path)
 
 
-def examine(ref: str, *, base: bool = False) -> tuple[Facts | None, list[Problem]]:
+def examine(ref: str) -> tuple[Facts | None, list[Problem]]:
     """What a model folder holds and all that is wrong with it by itself. None where there is nothing to compare."""
     folder, fix = locate(ref)
     if folder is None:

@@ -11,8 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from surgery.headers import CheckpointError, require_shallow
+from surgery.headers import CheckpointError
 from surgery.preflight.facts import Problem, Severity
+from surgery.yaml_text import load_yaml
 
 TABLED = "0.1.5"  # the mergekit that the table below describes; another is asked itself, which takes a second or two
 LIMIT = 256_000  # bytes of a recipe file
@@ -139,24 +140,16 @@ def read_yaml(path: Path) -> Any:
         )
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
     try:
-        text = path.read_text(encoding="utf-8")
-        require_shallow(text)
-        found = yaml.load(text, Loader)
-        _bounded(found, {}, 0)
+        return load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, OverflowError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError(
             f"{path} is not a recipe: {(text if text.isprintable() else ascii(text))[:200]}. Correct the YAML."
         ) from error
-    return found
 
 
-def lint(path: Path, to_folder: bool = True) -> tuple[Plan | None, list[Problem]]:
+def lint(path: Path) -> tuple[Plan | None, list[Problem]]:
     """A recipe file's plan and what is wrong with the recipe by itself; the models are not looked at."""
     where = str(path)
     try:
@@ -641,34 +634,3 @@ def _templates() -> list[str]:
 
 def _show(value: Any) -> str:
     return reprlib.repr(value)
-
-
-def _mapping(loader: Any, node: Any) -> dict[Any, Any]:
-    """A mapping in which no key is there twice."""
-    loader.flatten_mapping(node)
-    found: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in found:
-            raise ValueError(f"line {key_node.start_mark.line + 1}: the key {_show(key)} is there twice")
-        found[key] = loader.construct_object(value_node, deep=True)
-    return found
-
-
-def _bounded(value: Any, seen: dict[int, int], depth: int) -> int:
-    """How many values there are with every alias written out. Raises ValueError where they are too many or too deep for a recipe."""
-    if id(value) in seen:
-        count = seen[id(value)]
-        if count < 0:
-            raise ValueError("it contains itself")
-        return count
-    if not isinstance(value, dict | list):
-        return 1
-    if depth > 20:
-        raise ValueError("it is nested more than 20 deep")
-    seen[id(value)] = -1
-    parts = list(value.values()) if isinstance(value, dict) else value
-    seen[id(value)] = count = 1 + sum(_bounded(part, seen, depth + 1) for part in parts)
-    if count > 100_000:
-        raise ValueError("its aliases stand for more than 100,000 values")
-    return count

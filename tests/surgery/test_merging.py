@@ -117,9 +117,10 @@ BAD = {
     "our list": (GOOD | {"surgery": [1]}, "is a mapping"),
     "aliases that multiply": ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
         f"{c}: &{c} [{','.join(f'*{p}' for _ in range(10))}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)),
-        "unfolds to more than",
+        "its aliases stand for more than 100,000 values",
     ),
-    "a circle": ("models: &m [*m]\nmerge_method: linear\n", "unfolds to more than|is not YAML"),
+    "a circle": ("models: &m [*m]\nmerge_method: linear\n", "is not YAML .*recursive"),
+    "a key twice": ("merge_method: linear\nmodels: []\nmerge_method: slerp\n", "line 3: the key 'merge_method' is there twice"),
     "deep": ("models: " + "[" * 5000 + "]" * 5000 + "\n", "is not YAML"),
     "long": ("x: " + "y" * (1 << 20) + "\n", "has 1048580 characters"),
 }  # fmt: skip
@@ -131,6 +132,20 @@ def test_bad_recipes(case):
     with pytest.raises(RecipeError, match=said) as error:
         read_recipe(recipe)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_recipe_repeats_may_be_written_over():
+    text = """
+merge_method: ties
+base_model: x
+models:
+  - model: y
+    parameters: &shared {weight: 0.5, density: 0.4}
+  - model: z
+    parameters: {<<: *shared, density: 0.7}
+"""
+    found = [model.parameters for model in read_recipe(text).config.models or ()]
+    assert found == [{"weight": 0.5, "density": 0.4}, {"weight": 0.5, "density": 0.7}]
 
 
 def test_no_such_file(tmp_path):
