@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from surgery.adapter_names import Names, split_key
 from surgery.headers import read_json
 from surgery.linalg import low_rank_factors
 from surgery.sites import Site
@@ -153,12 +154,6 @@ _SAY_NOTHING = {  # of what the stored tensors mean: which modules were meant, h
     "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # as they begin, so that B A alone is not the change
-_KINDS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
-_WRAPPERS = {
-    "base_model", "model", "language_model", "text_model", "vision_model", "transformer", "gpt_neox", "module", "_orig_mod",
-    "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "modules_to_save",
-}  # fmt: skip
-_ALIASES = {"embed_out": "lm_head"}
 _MERGE = "PEFT can merge it into a model, PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload().save_pretrained(NEW): then take NEW - BASE."
 _UNTIE = "Untie the model first."
 _MOST = 1e30  # an alpha beyond it is damage
@@ -307,7 +302,7 @@ class Adapter(Factored):
         for key, tensor in stored.items():
             if not tensor.dtype.is_floating_point:
                 raise self._error(f"{key} is {tensor.dtype}, but weights are floating point.")
-            module, kind = _split(key)
+            module, kind = split_key(key)
             if kind is None:
                 home = homes.name(key)
                 if home is None:
@@ -422,30 +417,16 @@ class Adapter(Factored):
 
 
 class _Homes:
-    """Under which of a point's own names, and at which sites, it has what an adapter calls by a module's name.
-
-    Wrappers come and go with versions (``model.language_model.layers``, ``language_model.model.layers``), so where no name is equal, the
-    one that is equal without them counts, if there is only one.
-    """
+    """Under which of a point's own names, and at which sites, it has what an adapter calls by a module's name."""
 
     def __init__(self, base: Weights):
         self._base = base
         self._stored_in = base.anatomy.stored_in()
-        self._bare: dict[str, list[str]] = {}
-        for name in self._stored_in:
-            self._bare.setdefault(_without_wrappers(name), []).append(name)
+        tied = base.anatomy.ties.get(Site(None, "head"))
+        self._names = Names(self._stored_in, None if tied is None else base.anatomy.places[tied].name)
 
     def name(self, key: str) -> str | None:
-        wrapped = [key.removeprefix("base_model.model."), key.removeprefix("base_model."), key]
-        exact = [name for name in wrapped if name in self._stored_in]
-        if exact:
-            return exact[0]
-        bare = _without_wrappers(key)
-        found = self._bare.get(bare, [])
-        head, ties = Site(None, "head"), self._base.anatomy.ties
-        if not found and bare == "lm_head.weight" and head in ties:
-            return self._base.anatomy.places[ties[head]].name
-        return found[0] if len(found) == 1 else None
+        return self._names.find(key)
 
     def sites(self, name: str) -> list[Site]:
         return self._stored_in[name]
@@ -528,23 +509,6 @@ def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any, fol
         return patterns.get(get_pattern_key(list(patterns), name), default)
     except re.error as error:
         raise CheckpointError(f"{folder / CONFIG}: a pattern of its ranks or alphas is malformed: {error}") from error
-
-
-def _split(key: str) -> tuple[str, str | None]:
-    """A key as the module it names and the kind of tensor; no kind where it is a tensor of the base itself."""
-    segments = key.split(".")
-    at = next((i for i, segment in enumerate(segments) if segment in _KINDS), None)
-    if at is None:
-        return key, None
-    rest = segments[at + 1 :]
-    bias = rest[-1:] == ["bias"]
-    if len([s for s in rest if s not in ("weight", "bias")]) > 1:  # at most the adapter's name
-        return key, None
-    return ".".join(segments[:at]), segments[at] + (".bias" if bias else "")
-
-
-def _without_wrappers(name: str) -> str:
-    return ".".join(_ALIASES.get(s, s) for s in name.split(".") if s not in _WRAPPERS)
 
 
 def _piece(tensor: Tensor, rows: _Rows) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+from surgery.adapter_names import Names, split_key
 from surgery.hashing import hash_bytes, hash_file
 from surgery.headers import (
     MAX_JSON,
@@ -444,11 +445,6 @@ def _template(folder: Path) -> tuple[str | None, list[Problem]]:
 # --- adapters and deltas ------------------------------------------------------------------------------------------------------
 
 
-def _unwrapped(name: str) -> str:
-    """A tensor's name without what models wrap a language model in: an adapter of the bare one lands on a vision-language model's tower."""
-    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "text_model"))
-
-
 def check_adapter(folder: Path, base: Facts) -> list[Problem]:
     """What is wrong with a LoRA folder as an addition to `base`."""
     where = str(folder)
@@ -474,20 +470,16 @@ def check_adapter(folder: Path, base: Facts) -> list[Problem]:
             Problem("error", "adapter", where, found, "Merge it with PEFT first: model.merge_and_unload()"),
         ]
     misfits, absent = [], []
-    named = {_unwrapped(name): tensor for name, tensor in base.tensors.items()}
-    if "embed_tokens.weight" in named:
-        named.setdefault("lm_head.weight", named["embed_tokens.weight"])  # of a tied head
+    names = Names(base.tensors, base.name_of("embed") if base.tied else None)
     for entry in entries:
-        hit = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.\w+)?(?:\.weight)?", entry.name)
-        if not hit or len(entry.shape) != 2:
-            continue
-        target = named.get(_unwrapped(f"{hit[1]}.weight"))
-        if target is None:
-            absent.append(hit[1])
-        elif len(target.shape) == 2:
-            width = entry.shape[1] if hit[2] == "A" else entry.shape[0]
-            if width not in target.shape:
-                misfits.append(f"{entry.name} {entry.shape} against {target.shape}")
+        module, kind = split_key(entry.name)
+        name = names.find(module if kind is None else f"{module}.weight")
+        if name is None:
+            absent.append(module.removeprefix("base_model.model."))
+        elif kind in ("lora_A", "lora_B") and len(entry.shape) == len(base.tensors[name].shape) == 2:
+            width = entry.shape[1] if kind == "lora_A" else entry.shape[0]
+            if width not in base.tensors[name].shape:
+                misfits.append(f"{entry.name} {entry.shape} against {base.tensors[name].shape}")
     for rows, words in (
         (misfits, "does not fit the base's shapes"),
         (sorted(set(absent)), "changes modules the base lacks"),

@@ -14,11 +14,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from surgery import land, merge, reverse
+from surgery import Adapter, land, merge, reverse
+from surgery.adapter_names import without_wrappers
 from surgery.checkpoint import Checkpoint
 from surgery.delta import StoredDelta, save_delta
 from surgery.preflight import Report, check_apply, check_model, check_recipe
-from surgery.preflight.facts import _unwrapped, moved_by
+from surgery.preflight.facts import moved_by
 from surgery.preflight.forecast import UNDO_LIMIT, peak_memory
 from surgery.preflight.recipe import TABLED, asked, installed, lint, methods
 from tests.families import FAMILIES, save_tiny
@@ -786,5 +787,34 @@ def test_an_adapter_of_the_bare_model_fits_what_wraps_it() -> None:
         "language_model.model.layers.0.mlp.up_proj",
         "model.language_model.layers.0.mlp.up_proj",
     )
-    assert {_unwrapped(name) for name in names} == {"layers.0.mlp.up_proj"}
-    assert _unwrapped("model.vision_tower.layers.0.mlp.up_proj") == "vision_tower.layers.0.mlp.up_proj"
+    assert {without_wrappers(name) for name in names} == {"layers.0.mlp.up_proj"}
+    assert without_wrappers("model.vision_tower.layers.0.mlp.up_proj") == "vision_tower.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "modules"),
+    [
+        ("gpt2", True, ["c_attn", "lm_head", "wte"]),
+        ("gpt-neox", False, ["query_key_value", "embed_out"]),
+        ("llama", True, ["q_proj", "lm_head"]),
+        ("llama", False, ["down_proj", "lm_head", "embed_tokens"]),
+    ],
+)
+@pytest.mark.parametrize("bare", [False, True], ids=["as saved", "as the hub has it"])
+def test_an_adapter_is_judged_as_apply_judges_it(
+    family: str, tied: bool, modules: list[str], bare: bool, tmp_path: Path
+) -> None:
+    """By the same names: a folder saved from the backbone alone lacks its prefix."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = save_tiny(family, tmp_path / "model", tied=tied)
+    module = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(module, LoraConfig(r=2, target_modules=modules)).save_pretrained(
+        tmp_path / "adapter", save_embedding_layers=True
+    )
+    if bare:
+        rewrite(folder, lambda tensors: {n.removeprefix(f"{module.base_model_prefix}."): t for n, t in tensors.items()})
+    report = check_apply(str(folder), [str(tmp_path / "adapter")])
+    assert report.ok, str(report)
+    Adapter(tmp_path / "adapter", Checkpoint(folder))
