@@ -16,7 +16,8 @@ from torch import Tensor
 from surgery.checkpoint import Checkpoint
 from surgery.merging.recipe import RecipeError
 from surgery.seeds import seed_from_words
-from surgery.weights import Weights
+from surgery.sites import Site
+from surgery.weights import Weights, some_rows
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -35,6 +36,7 @@ class Source:
         self.point, self.layout = point, layout
         self._changed = frozenset() if point is layout else frozenset(point.changed_from(layout))
         self._homes = layout.anatomy.stored_in() if self._changed else {}
+        self._last: tuple[str, Tensor] | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -45,12 +47,30 @@ class Source:
         """The first of the names that the files have."""
         return next((name for name in names if name in self.layout.tensors), None)
 
-    def stored(self, name: str) -> Tensor:
-        """A tensor as a file would have it; fp32 where the adapter moves it."""
-        tensor = self.layout.stored(name)
-        for site in self._homes.get(name, ()):
-            if site in self._changed:
-                tensor = self.layout.anatomy.places[site].put(tensor.float(), self.point[site])
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Rows of a tensor as a file would have it; fp32 where the adapter moves it."""
+        moved = self._moved(name)
+        if not moved:
+            return some_rows(self.layout.stored(name), rows)
+        if self.by_rows(name):
+            return self.point.rows(moved[0], rows).float()
+        if self._last is None or self._last[0] != name:  # a walk in strips asks for the same one many times
+            self._last = None
+            self._last = name, self._put_together(name, moved)
+        return some_rows(self._last[1], rows)
+
+    def by_rows(self, name: str) -> bool:
+        """Whether some rows of a tensor can be had without the others, and by several threads at once."""
+        moved, places = self._moved(name), self.layout.anatomy.places
+        return not moved or (len(moved) == 1 and places[moved[0]].is_whole and self.point.by_rows(moved[0]))
+
+    def _moved(self, name: str) -> list[Site]:
+        return [site for site in self._homes.get(name, ()) if site in self._changed]
+
+    def _put_together(self, name: str, moved: list[Site]) -> Tensor:
+        tensor = self.layout.stored(name).float()
+        for site in moved:
+            tensor = self.layout.anatomy.places[site].put(tensor, self.point[site])
         return tensor
 
 
@@ -124,7 +144,8 @@ class Rule:
     @cached_property
     def by_rows(self) -> bool:
         """Whether some rows can be had without computing the others."""
-        return self._complete and (self.task.method_name in _BY_ENTRY or self._trims)
+        alike = self._complete and (self.task.method_name in _BY_ENTRY or self._trims)
+        return alike and all(source.by_rows(name) for source, name in self.inputs.values())
 
     def rows(self, rows: slice) -> Tensor:
         """Rows of the merged tensor as the file lays it out. Only where `by_rows` says so."""
@@ -140,6 +161,8 @@ class Rule:
         if self._complete and self._drops:
             with _one_thread():  # the sums that rescale must not depend on how many share them
                 return self._from_pieces([self._dropped(ref) for ref in self._others])
+        if self._complete and self._trims:
+            return self._from_pieces([self._trimmed(ref, slice(None)) for ref in self._others])
         with _seeded(self.seed, self.name), _mergekits_words(self.name):
             return self._execute(slice(None))
 
@@ -148,8 +171,7 @@ class Rule:
 
     def _input(self, ref: ModelReference, rows: slice = slice(None)) -> Tensor:
         source, name = self.inputs[ref]
-        tensor = source.stored(name)
-        tensor = tensor[rows] if tensor.ndim else tensor
+        tensor = source.rows(name, rows)
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
     # Generalised task arithmetic is a thinning of each model's difference from the base and a sum of what is left. Thinned here, by

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from surgery import undo
+from surgery import Adapter, undo, write, writing
 from surgery.checkpoint import Checkpoint, CheckpointError
-from surgery.merging import RECIPE, RecipeError, merge, plan, read_recipe
+from surgery.merging import RECIPE, RecipeError, merge, plan, read_recipe, rules
 from surgery.preflight import check_model, check_recipe
 from surgery.proof import VerificationError
 from surgery.record import Record
@@ -387,6 +388,47 @@ def test_adapters(homes, tmp_path):
     linear["models"][0]["model"] += f"+{tmp_path / 'adapter'}"
     merge(linear, tmp_path / "one")
     assert furthest(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "whole")) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["ties", "ram", "linear"])
+@pytest.mark.parametrize(
+    ("family", "modules", "together"),
+    [
+        ("llama", ["q_proj", "down_proj"], 0),
+        ("phi3", ["qkv_proj", "down_proj"], 1),  # of a fused tensor rows are not to be had by themselves
+        ("gpt2", ["c_attn", "c_proj"], 1),
+    ],
+)
+def test_an_adapters_change_is_put_together_once_at_most(
+    family, modules, together, method, homes, tmp_path, monkeypatch, unchecked
+):
+    """`unchecked`: checking the type of a mapping reads one of its tensors."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    home = homes(family, tied=family != "phi3")
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(home / "a"),
+        LoraConfig(r=3, target_modules=modules, init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    write(Checkpoint(home / "a") + Adapter(tmp_path / "adapter", Checkpoint(home / "a")), tmp_path / "whole")
+    monkeypatch.setattr(rules, "_ROWS", 256)  # many strips
+    monkeypatch.setattr(writing, "_CHUNK", 256)
+    counted, real = Counter(), Adapter._read
+
+    def read(self, site, rows):
+        counted.update([site] if rows == slice(None) else [])
+        return real(self, site, rows)
+
+    monkeypatch.setattr(Adapter, "_read", read)
+    found = {}
+    for name, model in (("typed", f"{home / 'a'}+{tmp_path / 'adapter'}"), ("plain", str(tmp_path / "whole"))):
+        recipe = of(home, method, ("b",), parameters={"weight": 0.5, "density": 0.5}, dtype="float32")
+        recipe["models"].append({"model": model})
+        found[name] = tensors_of(merge(recipe, tmp_path / name).folder)
+    assert furthest(found["typed"], found["plain"]) < 1e-5
+    assert max(counted.values(), default=0) <= together
 
 
 # --- mergekit's executor ------------------------------------------------------------------------------------------------------
