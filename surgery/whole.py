@@ -26,7 +26,7 @@ def write_whole(path: str | os.PathLike[str], text: str) -> Path:
 def new_folder(to: Path) -> Iterator[Path]:
     """A temporary folder beside `to` that becomes `to` when the block ends well and vanishes when it does not.
 
-    Leftovers of processes that were killed are removed. Raises FileExistsError when `to` exists.
+    All of it is on the disk before it has its name, so that a power cut leaves it whole or not at all too. Leftovers of processes that were killed are removed. Raises FileExistsError when `to` exists.
     """
     if to.exists() or to.is_symlink():
         raise FileExistsError(f"{to} exists already and is never overwritten. Choose another --to, or remove it.")
@@ -41,10 +41,23 @@ def new_folder(to: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        for path in partial.rglob("*"):
+            flush(path)
+        flush(partial)
         os.rename(partial, to)
+        flush(to.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def flush(path: Path) -> None:
+    """A file's bytes, or the names in a folder, are on the disk when this returns; what is there already costs next to nothing."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _alive(pid: int) -> bool:

@@ -32,7 +32,7 @@ from surgery.side_files import copy_file, side_files
 from surgery.sites import Site
 from surgery.tensorfile import Stored, header_bytes, raw_bytes, read_header
 from surgery.weights import Weights, minus, some_rows
-from surgery.whole import new_folder
+from surgery.whole import flush, new_folder
 
 Rounding = Literal["nearest", "stochastic"]
 _CHUNK = 1 << 18  # entries computed at a time: fits the cache, and bounds memory for a huge embedding
@@ -129,8 +129,9 @@ def write(
     ):
         for file in layout.files:
             job.write_file(partial / file, bar)
-            flushing.append(aside.submit(_flush, partial / file))
+            flushing.append(aside.submit(flush, partial / file))
         _copy_side_files(layout.folder, partial, dtype)
+        flushing += [aside.submit(flush, path) for path in partial.rglob("*") if path.name not in layout.files]
         checks = prove(partial, job.hashes, layout, dtype, loops)
         # what nothing changes has the hash of its copy
         base_hash = point_hash(layout.tensors, job.hashes | job.base_hashes)
@@ -158,12 +159,6 @@ def _done(work: Callable[..., _Learnt], *given: Any) -> Future[_Learnt]:
     except Exception as error:  # told in its turn
         done.set_exception(error)
     return done
-
-
-def _flush(path: Path) -> None:
-    """The file's bytes are on the disk when this returns."""
-    with path.open("rb") as written:
-        os.fsync(written.fileno())
 
 
 @dataclass(frozen=True)

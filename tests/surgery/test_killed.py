@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from surgery import Checkpoint, save_delta
+from surgery import Checkpoint, save_delta, whole
 from surgery.record import verify
 from tests.families import save_tiny
 
@@ -128,3 +128,17 @@ def test_killed_at_random_moments(job, here, start, tmp_path):
     assert not any(tmp_path.glob(f".{name}.partial-*"))
     assert Checkpoint(tmp_path / name).hash() == expected
     assert {path: path.read_bytes() for path in inputs} == inputs
+
+
+def test_all_of_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Also what a power cut would take: the names in folders, and side files, beside the weights."""
+    flushed = []
+    real = whole.flush
+    monkeypatch.setattr(whole, "flush", lambda path: flushed.append((path, (tmp_path / "out").exists())) or real(path))
+    with whole.new_folder(tmp_path / "out") as partial:
+        (partial / "additional_chat_templates").mkdir()
+        for name in ("config.json", "additional_chat_templates/tools.jinja"):
+            (partial / name).write_text("{}")
+    named = {path.relative_to(partial).as_posix() for path, there in flushed if not there}
+    assert named == {".", "config.json", "additional_chat_templates", "additional_chat_templates/tools.jinja"}
+    assert flushed[-1] == (tmp_path, True)
