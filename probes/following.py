@@ -304,17 +304,18 @@ class _Pass:
         name, which, pattern = parse_span(over)
         now = slice(self._past, None)
         place = self._positions[:, now]
-        if name == "all":
+        if name == "all" and not pattern:
             return self._alive[:, now] & _picked(over, which, place)
-        if name not in ("prompt", "completion", "thinking", "answer", "sentence"):
+        if name not in ("prompt", "completion", "thinking", "answer", "sentence", "all"):
             raise ValueError(
                 f"{over!r} cannot be followed: a pass knows prompt, completion, thinking, answer, sentence and all."
             )
         lengths = self._prompt_lengths
-        if name == "prompt":
+        if name in ("prompt", "all"):
             prompt = self._real[:, now] & (place < lengths)
-            inside = self._prompt_matches(over, pattern) if pattern else _picked(over, which, place, lengths)
-            return self._agreed(over, prompt & inside)
+            inside = self._prompt_matches(over) if pattern else _picked(over, which, place, lengths)
+            asked = self._agreed(over, prompt & inside)
+            return asked if name == "prompt" or self._shared else asked | self._reread(over, which)
         if self._shared:
             return torch.zeros_like(self._real[:, now])
         if pattern or name == "sentence":
@@ -381,7 +382,7 @@ class _Pass:
                 found[row, column] = at in positions(so_far, over)
         return found.to(self._tokens.device)
 
-    def _prompt_matches(self, over: str, pattern: str) -> Tensor:
+    def _prompt_matches(self, over: str) -> Tensor:
         """Which tokens of the prompts a regular expression matches; they must be in this pass as a whole, or in none of it."""
         member, lengths = torch.zeros(self._tokens.shape, dtype=torch.bool), self._prompt_lengths[:, 0].tolist()
         for row, (ids, real) in enumerate(zip(self._all_ids, self._real, strict=True)):

@@ -17,19 +17,22 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from probes.following import Follower, following
 from surgery.anatomy import Anatomy
 from surgery.model import Model
 from surgery.rows import rows_apart
 from surgery.sites import Site, match
-from surgery.transcript import Transcript
+from surgery.transcript import Transcript, parse_span
 from surgery.weights import Weights
 
 Function = Callable[[Tensor], Tensor]
 How = Literal["add", "ablate", "clamp"] | Function | Mapping[Site, Function]
 Units = Literal["residual", "raw"] | Mapping[Site, float]
 
+# hooks of all blocks open now that change the stream between attention and MLP, the outermost first
+_mids: list[RemovableHandle] = []
 # set while streams are measured: as they are without steering
 _measuring: ContextVar[bool] = ContextVar("measuring", default=False)
 _TEXTS = (  # on which the stream is measured where nothing else is said
@@ -121,6 +124,12 @@ def steered(model: Model, what: Any, **options: Any) -> Iterator[Model]:
         for site, there in groupby(in_order, key=lambda p: p.site):
             for handle in _attach(model, site, list(there), follower):
                 stack.callback(handle.remove)
+                if site.part == "mid":
+                    _mids.append(handle)
+                    stack.callback(_mids.remove, handle)
+        for handle in _mids:  # those of blocks outside too: what was attached just now comes before it
+            hooks: Any = handle.hooks_dict_ref()
+            hooks.move_to_end(handle.id)
         yield model
 
 
@@ -294,8 +303,12 @@ def _stream_of(site: Site, anatomy: Anatomy) -> Site:
 
 def _tells_rows_apart(placed: Placed) -> bool:
     """Whether rows that begin alike may be treated unlike."""
-    unlike = bool((placed.steering.strengths != placed.steering.strengths[0]).any())
-    return unlike or any(span.startswith("prompt") and span != "prompt" for span in placed.steering.spans)
+    if bool((placed.steering.strengths != placed.steering.strengths[0]).any()):
+        return True
+    asked = map(parse_span, placed.steering.spans)  # tokens of all that are counted are the same in all rows
+    return any(
+        bool(pattern or (which and name == "prompt")) for name, which, pattern in asked if name in ("prompt", "all")
+    )
 
 
 def _of_rows(strengths: Tensor, follower: Follower) -> Tensor:

@@ -35,7 +35,7 @@ SPANS = [
     "thinking[:3]",
 ]
 SPANS += ["answer[1:]", "completion[2:5]", "all[:4]"]
-SLOW = ["/a./", "thinking~/[ac]/", "sentence[0]", "sentence[1:]"]
+SLOW = ["/a./", "thinking~/[ac]/", "sentence[0]", "sentence[1:]", "all~/s|[ac]/", "all~/(s|a): ?<?/"]
 
 
 def setup(family="llama"):
@@ -92,8 +92,9 @@ def by_definition(model, transcript, span):
     prompt = transcript.spans["prompt"][1]
     if span.startswith("prompt"):
         return positions(transcript, span)
-    found = []
-    for at in range(len(transcript.ids)):
+    asked = read_transcript(model.tokenizer, "", transcript.ids[:prompt], (), model.markers)
+    found = positions(asked, span) if span.startswith("all") else []  # of the prompt all is known at once
+    for at in range(prompt, len(transcript.ids)):
         known = read_transcript(
             model.tokenizer, "", transcript.ids[:prompt], transcript.ids[prompt : at + 1], model.markers
         )
@@ -275,6 +276,17 @@ def test_a_plain_generate_says_where_its_prompts_end():
         assert seen.members(i, "completion") == [len(row), len(row) + 1]
     with following(model), pytest.raises(ValueError, match="Beam search moves rows"):
         model.module.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, num_beams=2)
+
+
+@torch.no_grad()
+def test_a_pattern_in_all_is_no_more_than_what_it_matches():
+    model, _ = setup()
+    with Seen(model, ["all~/t|a/"]) as seen, rows_apart():
+        runs = model.generate(["two", "two and two"], max_new_tokens=12)
+    for i, run in enumerate(runs):
+        expected = [at for at in positions(run, "all~/t|a/") if at < len(run.ids) - 1]  # the last token is never read
+        assert seen.members(i, "all~/t|a/") == expected
+        assert 0 < len(expected) < len(run.ids) - 1
 
 
 @torch.no_grad()

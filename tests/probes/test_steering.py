@@ -384,3 +384,31 @@ def test_nested_steerings_count_in_the_stream_without_steering():
     with steered(model, outer), steered(model, inner):
         nested, _ = read(model, runs)
     torch.testing.assert_close(together, nested, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gpt-neox"])
+def test_nested_is_together_between_attention_and_mlp(family):
+    """What an outer block does to the stream there comes after what an inner one has done to the stream before it."""
+    from probes.activations import collect
+    from probes.erasure import leace
+
+    model, runs = setup(family)
+    acts = collect(model, runs, at="1.mid", over="all")
+    eraser = leace(acts, (acts.position % 2).tolist())[Site(1, "mid")]
+    inner = [
+        Steering(vector(seed=1), 3.0, at=["1.resid", "1.attn.out"], over="completion"),
+        Steering(vector(seed=2), 0.5, at="1.mid", over="all", how="ablate"),
+    ]
+    for outer in (
+        Steering(vector(), 1.0, at="1.mid", over="all", how="ablate"),
+        Steering(vector(), 0.5, at="1.mid", over="all", how="clamp"),
+        Steering(None, at="1.mid", over="all", how=eraser),
+    ):
+        with steered(model, [outer, *inner]):
+            together, _ = read(model, runs)
+        with steered(model, outer):
+            before, _ = read(model, runs)
+            with steered(model, inner):
+                nested, _ = read(model, runs)
+            assert torch.equal(read(model, runs)[0], before)
+        torch.testing.assert_close(nested, together, rtol=1e-4, atol=1e-4)
