@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import Enum
 from functools import partial
-from types import CodeType
+from pathlib import PurePath
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -143,47 +147,89 @@ def _generator(*parts: object) -> torch.Generator:
 
 
 def digest(thing: Any) -> str:
-    """A hash of numbers, words, tensors, points, vectors and dataclasses and collections of them."""
+    """A hash of what something is: numbers, words, tensors, points, collections, functions with all they close over, a model by its weights,
+    other objects by their attributes.
+
+    What a function reads from its module counts by its name alone. Raises ValueError for what cannot be told from another of its kind in the
+    next process (an open file, a generator of random numbers).
+    """
     total = Digest()
     for piece in _bytes(thing):
         total.update(piece)
     return total.hexdigest()[:32]
 
 
-def _bytes(thing: Any) -> Iterator[bytes | memoryview]:
+_PLAIN = (  # what prints as what it is
+    type(None), bool, int, float, complex, str, bytes, range, slice, Enum, PurePath, Site, np.generic, torch.dtype, torch.device,
+)  # fmt: skip
+
+
+def _bytes(thing: Any, within: frozenset[int] = frozenset()) -> Iterator[bytes | memoryview]:
+    """within: the ids of what this is a part of."""
+    if id(thing) in within:
+        yield b"itself"
+        return
+    inner = partial(_bytes, within=within | {id(thing)})
     if isinstance(thing, Tensor):
         yield f"{thing.dtype}{tuple(thing.shape)}".encode()
         yield raw_bytes(thing)
+    elif isinstance(thing, np.ndarray):
+        yield f"{thing.dtype}{thing.shape}".encode()
+        yield from inner(thing.tolist())
     elif isinstance(thing, Delta | Weights):
         for site, shape in thing.shapes().items():
             yield str(site).encode()
             for strip in thing.strips(site, pieces(shape)):
-                yield from _bytes(strip)
-    elif is_dataclass(thing) and not isinstance(thing, Site):
+                yield from inner(strip)
+    elif isinstance(thing, Model):
+        yield from inner(thing.weights)
+    elif isinstance(thing, _PLAIN):
+        yield repr(thing).encode()
+    elif isinstance(thing, type | ModuleType):
+        yield _name(thing).encode()
+    elif is_dataclass(thing):
         yield type(thing).__name__.encode()
         for entry in fields(thing):
             yield f"{entry.name}=".encode()
-            yield from _bytes(getattr(thing, entry.name))
+            yield from inner(getattr(thing, entry.name))
     elif isinstance(thing, Mapping):
         for key, value in thing.items():
             yield f"{key}:".encode()
-            yield from _bytes(value)
+            yield from inner(value)
     elif isinstance(thing, list | tuple):
         for value in thing:
-            yield from _bytes(value)
+            yield from inner(value)
             yield b","
+    elif isinstance(thing, set | frozenset):  # its order is another in every process
+        yield from inner(sorted(map(digest, thing)))
+    elif isinstance(thing, re.Pattern):
+        yield from inner([thing.pattern, thing.flags])
     elif isinstance(thing, partial):
-        yield from _bytes([thing.func, thing.args, thing.keywords])
-    elif callable(thing):
-        yield from _code(getattr(thing, "__code__", None))
-        yield from _bytes([*(getattr(thing, "__defaults__", None) or ())])
-        held = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-        yield from _bytes(
-            [value for value in held if isinstance(value, str | int | float | tuple | list | dict | Tensor)]
-        )
-        yield f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__name__)}".encode()
+        yield from inner([thing.func, thing.args, thing.keywords])
+    elif isinstance(thing, MethodType):
+        yield from inner([thing.__func__, thing.__self__])
+    elif isinstance(thing, FunctionType):
+        yield from _code(thing.__code__)
+        yield from inner([thing.__defaults__, thing.__kwdefaults__])
+        yield from inner([cell.cell_contents for cell in thing.__closure__ or ()])
+        yield _name(thing).encode()
+    elif isinstance(thing, BuiltinFunctionType):
+        yield _name(thing).encode()
+        yield from inner(thing.__self__)
+    elif hasattr(thing, "__dict__"):
+        yield _name(type(thing)).encode()
+        if callable(thing) and isinstance(type(thing).__call__, FunctionType):
+            yield from _code(type(thing).__call__.__code__)
+        yield from inner(vars(thing))
     else:
-        yield repr(thing).encode()
+        raise ValueError(
+            f"{thing!r}, on which what is measured depends, cannot be told from another {type(thing).__name__} in the next process, so a folder "
+            "cannot be gone on with. Leave out `to`, or hold something that is known by what it prints as, such as a seed or a path."
+        )
+
+
+def _name(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', None) or thing.__name__}"
 
 
 def _code(code: CodeType | None) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -389,6 +390,58 @@ def test_a_digest_tells_changes_apart(model: Model) -> None:
     }
     assert len(seen) == 1  # a folder is gone on with by another process
     assert [digest(c) for c in changes(model).values()] == [digest(c) for c in changes(model).values()]
+
+
+class Words:
+    """Counts words of its own."""
+
+    def __init__(self, *words: str):
+        self.words = words
+
+    def __call__(self, model: Model, transcripts: Sequence[Transcript]) -> list[float]:
+        return [float(sum(t.text.count(word) for word in self.words)) for t in transcripts]
+
+    def count(self, model: Model, transcripts: Sequence[Transcript]) -> list[float]:
+        return self(model, transcripts)
+
+
+def using(held: object) -> Callable[[Model, Sequence[Transcript]], list[float]]:
+    return lambda _, transcripts: [float(hash(str(held))) for _ in transcripts]
+
+
+def test_a_digest_tells_targets_apart_by_what_they_hold(model: Model) -> None:
+    """Whatever a target closes over, is bound to or keeps as its own."""
+    held = [
+        QUESTIONS[0], QUESTIONS[1], Site(1, "mid"), Site(2, "mid"), {"a": 1}, {"a": 2}, {"a": {"b": 2}}, frozenset("ab"), frozenset("ac"),
+        np.arange(3), np.arange(3.0), np.arange(4), np.float32(0.5), len, math.sqrt, using(1), using(2), Words("a"), Words("b"), Question, Words,
+        re.compile("a" * 300), re.compile("a" * 301), re.compile("a", re.IGNORECASE), Path("a"), None, math, torch.float32, torch.nn.Linear(2, 2),
+        torch.nn.Linear(2, 2), Words("a").count, Words("b").count, "abc".count, "abd".count, vector(), vector(1), model, Model(*tiny("llama")),
+    ]  # fmt: skip
+    targets = [using(thing) for thing in held] + [Words("a"), Words("b"), Words("a").count, Words("b").count]
+    assert len({digest(target) for target in targets}) == len(targets)
+    for again in (using(QUESTIONS[0]), using(frozenset("ab")), using(Words("a")), Words("a").count):
+        assert digest(again) in {digest(target) for target in targets}
+
+    def itself(_: Model, transcripts: Sequence[Transcript]) -> list[float]:
+        return itself(_, transcripts[1:])
+
+    assert digest(itself) == digest(itself)
+
+
+def test_what_has_no_stable_bytes_is_not_resumed(model: Model, tmp_path: Path) -> None:
+    for held in (object(), torch.Generator(), iter([1])):
+        with pytest.raises(ValueError, match=r"cannot be told from another.*Leave out `to`"):
+            sweep(model, changes(model)["edit"], (1.0,), **SHORT, controls=0, target=using(held), to=tmp_path / "kept")
+        assert not (tmp_path / "kept").exists()
+
+
+def test_a_folder_is_not_resumed_with_another_target(model: Model, tmp_path: Path) -> None:
+    given = {**SHORT, "controls": 0, "measures": ("target",), "to": tmp_path / "kept"}
+    change = changes(model)["edit"]
+    first = sweep(model, change, (1.0,), **given, target=using(QUESTIONS[0]))
+    with pytest.raises(FileExistsError, match="holds a sweep with other target"):
+        sweep(model, change, (1.0,), **given, target=using(QUESTIONS[1]))
+    assert sweep(model, change, (1.0,), **given, target=using(QUESTIONS[0])) == first
 
 
 # --- the table, without a model ---------------------------------------------------------------------------------------
