@@ -333,7 +333,8 @@ class Judged:
         Columns: measure, before, after, difference, low, high (95 %, questions resampled in pairs; of lengths the restricted mean, see
         `Sweep.frame`; NaN where no answer has the span, or none was followed that far), n,
         heads_low, heads_high (smallest and largest difference of the random heads), heads_p, and so for random directions. A p is the share
-        of controls, the edit counted among them, that change the measure as much either way: with 19 controls it cannot be below 0.05.
+        of controls, the edit counted among them, that change the measure as much either way: with 19 controls it cannot be below 0.05. NaN
+        where the edit's difference is, and without controls.
         """
         import pandas as pd
 
@@ -483,7 +484,7 @@ def _effect(measure: str, before: Cell, after: Mapping[str, Cell], until: float,
         values = [d.value for d in drawn if d is not None]
         extreme = 1 + sum(abs(v) >= abs(change.value) for v in values)
         row |= {f"{kind}_low": min(values, default=math.nan), f"{kind}_high": max(values, default=math.nan)}
-        row[f"{kind}_p"] = extreme / (1 + len(values)) if values else math.nan
+        row[f"{kind}_p"] = extreme / (1 + len(values)) if values and not math.isnan(change.value) else math.nan
     return row
 
 
