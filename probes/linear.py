@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from probes.activations import Activations, collect
 from probes.directions import Labels, per_row
 from probes.held_out import Score, auc, auc_score, deal, mean_score, shuffled, units
+from surgery.borrowing import own_draws
 from surgery.linalg import each_matrix
 from surgery.model import Model
 from surgery.sites import Site, match
@@ -52,7 +53,8 @@ class ProbeRow:
     rows:        transcripts that have the span and a label.
     accuracy, majority, log_loss: held out, of classes; majority is the accuracy of always saying the commoner class of the training folds;
                  log_loss is in nats. NaN for a number.
-    same_length, same_length_low, same_length_high: the value where rows are compared with rows of about their length only.
+    same_length, same_length_low, same_length_high: the value where rows are compared with rows of about their length only; of a number, with
+                 the mean of those of other groups.
     shuffled, shuffled_most: mean and largest value with shuffled labels.
     untrained:   value in a model of the same architecture with random weights.
     embedding:   value at ``0.resid``, the same span.
@@ -105,7 +107,7 @@ class ProbeTable:
     """What `probe` found; reloads without a model.
 
     rows:   a `ProbeRow` for each site and span, the embedding first where it was not asked for.
-    chosen: for each span the value at sites chosen without the held-out questions. The best row of the table is optimistic: it was
+    chosen: for each span the value at sites, of those asked for, chosen without the held-out questions. The best row of the table is optimistic: it was
             picked by the very numbers it is praised for.
     about:  kind, folds, seed, and what else the caller decided.
     """
@@ -199,9 +201,9 @@ def probe(
     for span in spans:
         if not any(positions(text, span) for text in texts):
             raise ValueError(nobody_has(texts, span, "labelled transcripts"))
-    sites = list(dict.fromkeys([_EMBEDDING, *match(at, model.anatomy.activation_sites())]))
+    asked = match(at, model.anatomy.activation_sites())
     options: dict[str, Any] = {
-        "at": sites,
+        "at": list(dict.fromkeys([_EMBEDDING, *asked])),
         "over": spans,
         "pool": "mean",
         "batch_size": batch_size,
@@ -223,12 +225,13 @@ def probe(
         draws=draws,
         seed=seed,
         progress=progress,
+        among=asked,
     )
 
 
 def untrained(model: Model, *, seed: int = 0) -> Model:
     """A model of the same architecture and tokenizer with the weights its family begins training from. The random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with own_draws():
         torch.manual_seed(seed)
         module = type(model.module)(copy.deepcopy(model.module.config))
     module.to(model.device, next(model.module.parameters()).dtype)  # type: ignore[arg-type]
@@ -249,11 +252,13 @@ def probe_rows(
     draws: int = 1000,
     seed: int = 0,
     progress: bool = False,
+    among: Iterable[Site] | None = None,
 ) -> ProbeTable:
     """`probe` on activations already collected, one row a transcript and span (``pool="mean"``).
 
     labels, groups: one a row, or a transcript. lengths: tokens of the span, one a row; without them the columns about length are NaN.
     twin: the same rows from the untrained model; without them ``untrained`` is NaN. ``embedding`` is NaN where the rows lack ``0.resid``.
+    among: the sites that ``chosen`` chooses among, where others are there as controls only; by default all.
     """
     from tqdm.auto import tqdm
 
@@ -288,7 +293,7 @@ def probe_rows(
         mine = {site: found[task, site] for site in acts.values}
         embedding = mine[_EMBEDDING].score.value if _EMBEDDING in mine else math.nan
         rows += [_row(task, site, cell, embedding, alone[task.span], kind) for site, cell in mine.items()]
-        chosen.append(_choose(task, mine, settings))
+        chosen.append(_choose(task, {site: mine[site] for site in (acts.values if among is None else among)}, settings))
     about = {"kind": kind, "components": components, "folds": folds, "shuffles": shuffles, "draws": draws, "seed": seed}
     return ProbeTable(tuple(rows), tuple(chosen), about)
 
@@ -485,18 +490,30 @@ def _judge(predicted: np.ndarray, task: _Task, settings: _Settings, within: np.n
     if settings.kind == "classes":
         strata = task.fold if within is None else task.fold * (within.max() + 1) + within
         return auc_score(predicted, task.y, task.g, strata, what="held-out AUC", **options)
-    if within is None:
-        baseline = _training_means(task.y, task.fold)
-    else:
-        baseline = (np.bincount(within, task.y) / np.maximum(np.bincount(within), 1))[within]
+    spread = (task.y - _training_means(task.y, task.fold)) ** 2 if within is None else _spread(task.y, task.g, within)
     errors = _loss(predicted, task.y, "number")
-    return mean_score(errors, (task.y - baseline) ** 2, task.g, flip=True, what="held-out R²", **options)
+    return mean_score(errors, spread, task.g, flip=True, what="held-out R²", **options)
 
 
 def _training_means(y: np.ndarray, fold: np.ndarray) -> np.ndarray:
     """For each row the mean label of the folds it is not in."""
     sums, sizes = np.bincount(fold, y), np.bincount(fold)
     return ((sums.sum() - sums) / (sizes.sum() - sizes))[fold]
+
+
+def _spread(y: np.ndarray, g: np.ndarray, within: np.ndarray) -> Float[np.ndarray, " row"]:
+    """For each row its squared distance from the mean label of its bin in other groups; where these have none, from all their mean.
+
+    A mean of k rows is off by 1/k of their variance, which is taken out again: bins hold few rows. Of other folds it would be biased, for like
+    labels are dealt to different folds.
+    """
+    sums, sizes = (np.zeros((int(g.max()) + 1, int(within.max()) + 1)) for _ in range(2))
+    np.add.at(sums, (g, within), y)
+    np.add.at(sizes, (g, within), 1)
+    sums, sizes = sums.sum(0) - sums, sizes.sum(0) - sizes
+    empty = sizes == 0
+    sums, sizes = (np.where(empty, x.sum(1, keepdims=True), x)[g, within] for x in (sums, sizes))
+    return (y - sums / sizes) ** 2 * sizes / (sizes + 1)
 
 
 def _choose(task: _Task, mine: Mapping[Site, _Found], settings: _Settings) -> Chosen:

@@ -9,7 +9,7 @@ import torch
 
 from probes.activations import Activations, collect
 from probes.held_out import deal, units
-from probes.linear import BINS, PENALTIES, ProbeTable, probe, probe_rows, untrained
+from probes.linear import BINS, PENALTIES, ProbeTable, _judge, _Settings, _spread, _Task, probe, probe_rows, untrained
 from surgery.model import Model
 from surgery.sites import Site
 from surgery.transcript import positions
@@ -176,6 +176,27 @@ def test_a_number_is_ridge_regression():
     assert high.value <= max(losses.values()) + 0.01
 
 
+@pytest.mark.parametrize(("signal", "of_length"), [(0.5, 0.0), (0.5, 1.0), (0.0, 0.0), (0.0, 1.0)])
+def test_a_number_among_rows_of_one_length_is_neither_shrunk_nor_flattered(signal, of_length):
+    """Few rows of each length, predictions that know a planted share of what varies among them: over many draws it is told right on average."""
+    settings, found = _Settings("number", None, 0, 1, 0), []
+    for seed in range(200):
+        draw = np.random.default_rng(seed)
+        known, tokens = draw.standard_normal(50), draw.permutation(50) // 5 + 1.0
+        known = of_length * tokens + math.sqrt(signal) * known
+        y = known + math.sqrt(1 - signal) * draw.standard_normal(50)
+        task = _Task.of(0, "thinking", np.ones(50, bool), y.tolist(), range(50), tokens, "number", 5, seed)
+        found.append(_judge(known, task, settings, within=task.bins).value)
+    assert np.mean(found) == pytest.approx(signal, abs=0.03)
+
+
+def test_what_rows_of_one_length_are_compared_with():
+    """The mean of those of other questions; where there are none, of all rows of other questions."""
+    y, g, within = np.array([1.0, 2.0, 4.0, 9.0]), np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1])
+    expected = [(1 - 4) ** 2 / 2, (2 - 4) ** 2 / 2, (4 - 1.5) ** 2 * 2 / 3, (9 - 1.5) ** 2 * 2 / 3]
+    np.testing.assert_allclose(_spread(y, g, within), expected)
+
+
 def test_rows_without_a_label_and_spans():
     values, y, g = world()
     double = {site: torch.cat([v, v.flip(0)]) for site, v in values.items()}
@@ -284,6 +305,17 @@ def test_several_spans():
         assert row(by_hand, HIGH, span).value == row(table, HIGH, span).value
         assert row(by_hand, HIGH, span).length == row(table, HIGH, span).length
     assert table.about["folds"] == 3
+
+
+def test_the_embedding_that_is_a_control_is_not_chosen():
+    """The letters are in the embedding already, so it would win where it may: only sites that were asked for are chosen among."""
+    model = Model(*tiny("llama"))
+    runs, labels = runs_of(model)
+    for at, sites in (("2.resid", {"2.resid"}), (["0.resid", "2.resid"], {"0.resid"})):
+        table = probe(model, runs, labels, over="thinking", at=at, **FAST)
+        assert [r.site for r in table.rows] == ["0.resid", "2.resid"]
+        assert set(table.chosen[0].sites) == sites
+    assert table.summary()["site"].item() == "0.resid"
 
 
 def test_the_untrained_twin():
