@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from probes.activations import as_spans
 from probes.passes import Batch, batches
 from probes.results import interval, load_tensors, save_tensors
+from surgery.borrowing import text_positions
 from surgery.model import Model
 from surgery.sites import Site
 from surgery.transcript import Transcript, positions
@@ -156,7 +157,11 @@ def attention(
     shape = (len(kept), model.anatomy.n_layers, model.anatomy.n_heads)
     mass, rest, even = (torch.zeros(s, dtype=torch.float64) for s in (shape, shape, shape[:2]))
     place = {i: k for k, i in enumerate(kept)}
-    with eager(model), tqdm(total=len(kept), desc="looking", disable=not progress, leave=False) as bar:
+    with (
+        eager(model),
+        text_positions(model.module),
+        tqdm(total=len(kept), desc="looking", disable=not progress, leave=False) as bar,
+    ):
         for batch in batches(model, transcripts, wanted, batch_size):
             sums = _Sums(model, batch, [marks[i] for i in batch.members], [others[i] for i in batch.members])
             sums.read(queries)

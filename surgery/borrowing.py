@@ -58,6 +58,23 @@ def no_generation_settings(module: nn.Module) -> Iterator[None]:
         held.generation_config = own
 
 
+@contextmanager
+def text_positions(module: nn.Module) -> Iterator[None]:
+    """Passes inside are of texts: how far the images of the last batch moved its positions, which Qwen's vision-language models keep, is set aside.
+
+    They would add it to those of any batch that goes on over a cache, whatever its rows.
+    """
+    held: Any = module.base_model
+    if not hasattr(held, "rope_deltas"):
+        yield
+        return
+    own, held.rope_deltas = held.rope_deltas, None
+    try:
+        yield
+    finally:
+        held.rope_deltas = own
+
+
 def give_back_memory() -> None:
     """To the system, what was held and is not any more: a trainer is full of cycles, and glibc keeps freed blocks (3 GB after two arms)."""
     gc.collect()

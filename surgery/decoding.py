@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from surgery.borrowing import no_generation_settings
+from surgery.borrowing import no_generation_settings, text_positions
 from surgery.rows import are_apart
 from surgery.seeds import seed_from_numbers
 from surgery.transcript import end_tokens
@@ -58,7 +58,7 @@ def decode(
             pad_token_id=model.pad_id,
             use_cache=True,
         )
-        with no_generation_settings(module):
+        with no_generation_settings(module), text_positions(module):
             told: Tensor = module.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -101,7 +101,8 @@ def prefix_cache(module: PreTrainedModel, prefix: Sequence[int], rows: int) -> A
     if are_apart() or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
     ids = torch.tensor([list(prefix)], device=next(module.parameters()).device)
-    module.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    with text_positions(module):
+        module.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(rows)
     return cache
 

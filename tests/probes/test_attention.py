@@ -6,7 +6,7 @@ import torch
 from probes.attention import AttentionMass, attention, eager
 from surgery.model import Model
 from surgery.transcript import positions
-from tests.families import FAMILIES, HEADS, LAYERS, WINDOW, tiny
+from tests.families import FAMILIES, HEADS, LAYERS, VLM_FAMILIES, WINDOW, tiny, tiny_language, tiny_vlm
 from tests.oracles.attribution import attention_mass
 
 SLIDING = {"mistral": (0, 1, 2), "gemma2": (0, 2), "gemma3": (0, 2)}
@@ -79,6 +79,18 @@ def test_a_batch_of_three_is_three_of_one():
     together, alone = (attention(model, runs, to=TO, batch_size=n) for n in (3, 1))
     for name in ("mass", "uniform", "others"):
         torch.testing.assert_close(getattr(together, name), getattr(alone, name), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", VLM_FAMILIES)
+def test_the_language_of_a_vision_language_model_looks_as_it_does_alone(family):
+    """Read in pieces, after a generation of somebody else's too."""
+    language, tokenizer = tiny_language(family)
+    alone, tower = Model(language, tokenizer), Model(tiny_vlm(family, language=language), tokenizer)
+    runs = [alone.transcript(q, text) for q, text in zip(QUESTIONS, TEXTS, strict=True)]
+    with torch.no_grad():
+        tower.module.generate(input_ids=torch.tensor([[5, 6], [7, 8]]), max_new_tokens=3, do_sample=False)
+    expected, found = (attention(model, runs, to=TO, queries=4) for model in (alone, tower))
+    torch.testing.assert_close(found.mass, expected.mass, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

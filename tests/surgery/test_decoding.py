@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from surgery.decoding import GumbelNoise, decode, pad_after_prefix, prefix_cache
 from surgery.model import Model
 from surgery.room import Roomy, with_room
-from tests.families import FAMILIES, save_tiny, tiny
+from tests.families import FAMILIES, VLM_FAMILIES, save_tiny, tiny, tiny_language, tiny_vlm
 
 END = 2
 LENGTH = 60
@@ -27,8 +27,8 @@ def batch(model: Model) -> tuple[Tensor, Tensor, int]:
     return pad_after_prefix(rows, model.pad_id)
 
 
-def noise() -> GumbelNoise:
-    return GumbelNoise([(0, i, 0) for i in range(24)], HEAT)
+def noise(rows: int = 24) -> GumbelNoise:
+    return GumbelNoise([(0, i, 0) for i in range(rows)], HEAT)
 
 
 def theirs(model: Model, ids: Tensor, mask: Tensor) -> list[list[int]]:
@@ -60,6 +60,28 @@ def test_rows_that_have_ended_leave_and_the_others_do_not_notice(family: str) ->
     assert sizes[0] == 24
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < 24
+
+
+@pytest.mark.parametrize("family", VLM_FAMILIES)
+def test_the_language_of_a_vision_language_model_writes_as_it_does_alone(family: str) -> None:
+    """Batch after batch of other sizes, rows that end on the way, and after a generation of somebody else's."""
+    language, tokenizer = tiny_language(family)
+    tower = Model(tiny_vlm(family, vocab=len(tokenizer), language=language), tokenizer)
+    alone = Model(language, tokenizer)
+    with torch.no_grad():
+        tower.module.generate(input_ids=torch.tensor([[5, 6], [7, 8], [9, 9]]), max_new_tokens=3, do_sample=False)
+    held = getattr(tower.module.base_model, "rope_deltas", None)
+    for count in (3, 2, 24):
+        ids, mask, start = (x[:count] if isinstance(x, Tensor) else x for x in batch(alone))
+        with torch.no_grad():
+            caches = [prefix_cache(m.module, ids[0, :start].tolist(), count) for m in (alone, tower)]
+            expected, told = (
+                decode(m, ids, mask, LENGTH, cache, noise(count))
+                for m, cache in zip((alone, tower), caches, strict=True)
+            )
+        assert told == expected
+    assert any(row[-1] == END for row in told)
+    assert getattr(tower.module.base_model, "rope_deltas", None) is held
 
 
 def test_rows_stay_where_they_are_while_somebody_follows_the_passes() -> None:
