@@ -59,16 +59,16 @@ class AttentionMass:
 
         mass:     of the attention, 0 to 1. excess: mass less the even share, so that 0 is chance at any length of context.
         per_token: mass on a marked token less that on one of the prompt's other tokens, times how many are marked; 0 where the marked are
-                  like the rest. low, high: percentile bootstrap over questions.
+                  like the rest. Without the transcripts whose prompt has no other tokens. low, high: percentile bootstrap over questions.
         """
         import pandas as pd
 
         layers, heads = self.mass.shape[1:]
         places = pd.DataFrame([{"layer": layer, "head": head} for layer in range(layers) for head in range(heads)])
         tables = []
-        for measure, values in self._measures().items():
+        for measure, (values, question) in self._measures().items():
             flat = values.flatten(1).double()
-            low, high, n = interval(flat, self.question, draws=draws, seed=seed, level=level)
+            low, high, n = interval(flat, question, draws=draws, seed=seed, level=level)
             tables.append(places.assign(measure=measure, value=flat.mean(0).numpy(), low=low, high=high, n=n))
         return pd.concat(tables, ignore_index=True)
 
@@ -77,9 +77,9 @@ class AttentionMass:
         import pandas as pd
 
         rows = []
-        for measure, values in self._measures().items():
+        for measure, (values, question) in self._measures().items():
             means = values.double().mean((1, 2))[:, None]
-            low, high, n = interval(means, self.question, draws=draws, seed=seed, level=level)
+            low, high, n = interval(means, question, draws=draws, seed=seed, level=level)
             rows.append({"measure": measure, "value": float(means.mean()), "low": low[0], "high": high[0], "n": n})
         return pd.DataFrame(rows)
 
@@ -91,22 +91,28 @@ class AttentionMass:
         """
         import pandas as pd
 
-        shared = [q for q in dict.fromkeys(self.question) if q in other.question]
-        if not shared:
+        if not set(self.question) & set(other.question):
             raise ValueError("The two have no question in common: attention is compared question by question.")
-        rows = []
-        for measure in ("mass", "excess", "per_token"):
-            before, after = (
-                _by_question(found._measures()[measure], found.question, shared) for found in (self, other)
-            )
+        rows, mine, theirs = [], self._measures(), other._measures()
+        for measure in (m for m in mine if m in theirs):
+            shared = [q for q in dict.fromkeys(mine[measure][1]) if q in theirs[measure][1]]
+            if not shared:
+                continue
+            before, after = (_by_question(*found[measure], shared) for found in (mine, theirs))
             low, high, n = interval((before - after)[:, None], shared, draws=draws, seed=seed, level=level)
             value = float((before - after).mean())
             rows.append({"measure": measure, "value": value, "low": low[0], "high": high[0], "n": n})
         return pd.DataFrame(rows)
 
-    def _measures(self) -> dict[str, Float[Tensor, "transcript layer head"]]:
-        expected = self.others * (self.marked / self.unmarked)[:, None, None]
-        return {"mass": self.mass, "excess": self.mass - self.uniform[:, :, None], "per_token": self.mass - expected}
+    def _measures(self) -> dict[str, tuple[Float[Tensor, "transcript layer head"], tuple[str, ...]]]:
+        """Each measure of the transcripts that have it, and their questions; none that no transcript has."""
+        found = {"mass": (self.mass, self.question), "excess": (self.mass - self.uniform[:, :, None], self.question)}
+        with_others = (self.unmarked > 0).nonzero()[:, 0].tolist()
+        if with_others:
+            expected = self.others * (self.marked / self.unmarked)[:, None, None]
+            apart = (self.mass - expected)[with_others]
+            found["per_token"] = (apart, tuple(self.question[i] for i in with_others))
+        return found
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, whole or not at all."""

@@ -152,6 +152,26 @@ def test_even_attention_has_no_excess():
     assert measures["per_token"] < 1e-6
 
 
+def test_a_prompt_that_is_marked_as_a_whole_has_no_other_tokens():
+    """Such a transcript counts for all but the comparison with the prompt's others, and does not spoil that of the rest."""
+    model, runs = setup("llama")
+    some = attention(model, runs[:1], to=TO)
+    whole = attention(model, runs[1:2], to="prompt")
+    mixed = AttentionMass(
+        *(torch.cat([getattr(some, n), getattr(whole, n)]) for n in ("mass", "uniform", "others", "marked", "unmarked")),
+        (0, 1), (*some.question, *whole.question), some.to, some.over,
+    )  # fmt: skip
+    assert (float(some.unmarked[0]) > 0, float(whole.unmarked[0])) == (True, 0.0)
+    of = {
+        name: t.summary(draws=10).set_index("measure")
+        for name, t in (("some", some), ("whole", whole), ("mixed", mixed))
+    }
+    assert of["mixed"].loc["per_token", "value"] == of["some"].loc["per_token", "value"]
+    assert of["mixed"]["n"].to_dict() == {"mass": 2, "excess": 2, "per_token": 1}
+    assert list(of["whole"].index) == ["mass", "excess"] == list(whole.frame(draws=10)["measure"].unique())
+    assert mixed.drop(mixed, draws=10).set_index("measure")["n"].to_dict() == {"mass": 2, "excess": 2, "per_token": 1}
+
+
 def test_what_cannot_be_looked_at(unchecked):
     model, runs = setup("llama")
     with pytest.raises(ValueError, match="0 have the first, 3 the second"):

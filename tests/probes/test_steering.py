@@ -364,6 +364,12 @@ def test_what_cannot_be_steered(options, message, unchecked):
         pass
 
 
+def test_a_direction_by_layers_is_asked_where_in_them():
+    model, _ = setup()
+    with pytest.raises(ValueError, match=r"Say where to steer, as in at='\*\.resid'.*layers"), steered(model, {1: vector()}):
+        pass
+
+
 def test_compiled_layers_and_confused_calls():
     model, _ = setup()
     said = Steering(vector(), at="1.resid")
