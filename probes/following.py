@@ -43,8 +43,9 @@ class Follower:
     def __init__(self, model: Model):
         self._reader = _Reader(model.tokenizer, model.markers)
         self._signature = list(inspect.signature(model.module.base_model.forward).parameters)
-        self._pass: _Pass | None = None
-        self._cache: Any = None
+        self._passes: list[
+            tuple[_Pass | None, Any]
+        ] = []  # those that run, each inside the one before, and their caches
 
     def mask(self, over: str | Sequence[str]) -> Bool[Tensor, "batch token"]:
         """Which tokens of this pass are real and in the span, or in any of several.
@@ -70,23 +71,24 @@ class Follower:
         return self._running().items
 
     def _running(self) -> _Pass:
-        if self._pass is None:
+        running = self._passes[-1][0] if self._passes else None
+        if running is None:
             raise RuntimeError("No forward pass is running: ask from a hook inside the model.")
-        return self._pass
+        return running
 
     def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pre-hook of the backbone: a pass begins."""
         given = {**dict(zip(self._signature, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        self._pass, self._cache = None, cache
-        self._pass = _Pass(
-            self._reader, given.get("input_ids"), given.get("attention_mask"), past, getattr(cache, _HISTORY, None)
-        )
+        self._passes.append((None, cache))  # `after` comes also where what follows fails
+        history = getattr(cache, _HISTORY, None)
+        begun = _Pass(self._reader, given.get("input_ids"), given.get("attention_mask"), past, history)
+        self._passes[-1] = (begun, cache)
 
     def after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A hook of the backbone: the pass has ended, and what went through stays with the cache. output: None where it failed."""
-        ended, cache, self._pass, self._cache = self._pass, self._cache, None, None
+        ended, cache = self._passes.pop() if self._passes else (None, None)
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         if ended is not None and cache is not None and output is not None and ended.ids is not None:
             setattr(cache, _HISTORY, ended.history())

@@ -47,8 +47,8 @@ class Recording:
         self._model, self._follower = model, follower
         self._passes: list[_Pass] = []
         self._nodes = 0
-        self._now: _Pass | None = None
-        self._flat = torch.empty(0, dtype=torch.long)
+        # passes that run, each inside the one before, and which of their rows are kept
+        self._open: list[tuple[_Pass, Tensor] | None] = []
 
     def __repr__(self) -> str:
         return f"<Recording of {len(self._passes)} passes over {', '.join(self.over)} at {len(self.sites)} sites>"
@@ -87,25 +87,28 @@ class Recording:
 
     def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pre-hook of the backbone: which rows of the pass will be kept, and what they continue."""
+        self._open.append(None)  # `after` comes also where what follows fails
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
         position, mask = self._follower.position, self._follower.mask(self._wide)
         cache = kwargs.get("past_key_values")
         parents = _continued(cache, len(position))
         tokens = [row[real].tolist() for row, real in zip(ids, position >= 0, strict=True)]
         rows = mask.nonzero()[:, 0]
-        self._now = _Pass(self._nodes, parents, tokens, rows.cpu(), position[mask].cpu())
-        self._flat = mask.flatten().nonzero()[:, 0]
+        begun = _Pass(self._nodes, parents, tokens, rows.cpu(), position[mask].cpu())
+        self._open[-1] = (begun, mask.flatten().nonzero()[:, 0])
         self._nodes += len(tokens)
 
     def see(self, site: Site, value: Tensor) -> None:
-        if self._now is not None and len(self._flat):
-            self._now.values[site] = value.detach().flatten(0, 1)[self._flat.to(value.device)]
+        running = self._open[-1] if self._open else None
+        if running is not None and len(running[1]):
+            running[0].values[site] = value.detach().flatten(0, 1)[running[1].to(value.device)]
 
     def after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A hook of the backbone: the pass counts, and stays with the cache."""
-        ended, self._now = self._now, None
-        if ended is None:
+        """A hook of the backbone: the pass counts, and stays with the cache. output: None where it failed."""
+        running = self._open.pop() if self._open else None
+        if running is None or output is None:
             return
+        ended = running[0]
         if len(ended.rows):
             require_seen(self._model, self.sites, ended.values)
         self._passes.append(ended)
@@ -165,7 +168,7 @@ def recording(
         handles = []
         try:
             handles.append(backbone.register_forward_pre_hook(seen.before, with_kwargs=True))
-            handles.append(backbone.register_forward_hook(seen.after, with_kwargs=True))
+            handles.append(backbone.register_forward_hook(seen.after, with_kwargs=True, always_call=True))
             with tapped(model, sites, seen.see):
                 yield seen
         finally:

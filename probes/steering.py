@@ -88,7 +88,9 @@ class Steering:
                 "Say where to steer, as in at='14.resid': neither a single vector nor a function knows its site."
             )
         if self.at is None and any(isinstance(key, int) for key in by_site):
-            raise ValueError("Say where to steer, as in at='*.resid': a mapping from layers does not know where in them.")
+            raise ValueError(
+                "Say where to steer, as in at='*.resid': a mapping from layers does not know where in them."
+            )
         if not self.strengths.numel() or not bool(torch.isfinite(self.strengths).all()):
             raise ValueError(f"A strength is a finite number, or one for each row; this is {self.strength}.")
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from probes.activations import collect
 from probes.mixing import mix_logits, mixed
+from probes.recorder import recording
 from probes.steering import steered
 from surgery.decoding import prefix_cache
 from surgery.edits import Scale
@@ -118,6 +120,26 @@ def test_a_steered_mixture_steers_a_model_with_two_weights_twice():
         plain = tokens(base)
         with mixed(base, other, 0.0):
             assert tokens(base) == plain
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_steered_and_recorded_inside_a_mixture(scale):
+    """The other weights' passes go through the same module, in the middle of the base's: whoever follows these is not put off."""
+    base, tuned = pair()
+    other = tuned_weights(base, tuned)
+    v = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    push = {"strength": 1.0, "at": "1.resid", "over": "completion"}
+    with steered(base, v, **push), mixed(base, other, scale):
+        outside = tokens(base)
+    with mixed(base, other, scale), steered(base, v, **push):
+        assert tokens(base) == outside
+    with mixed(base, other, scale), recording(base, at="1.resid") as seen:
+        runs = base.generate(QUESTIONS, max_new_tokens=6, batch_size=3)
+    assert [t.ids for t in runs] != outside
+    found, expected = seen.of(runs), collect(base, runs, at="1.resid", over="completion")
+    kept = [i for i, at in enumerate(expected.position.tolist()) if at < len(runs[int(expected.transcript[i])].ids) - 1]
+    assert found.position.tolist() == expected.position[kept].tolist()
+    torch.testing.assert_close(found["1.resid"], expected["1.resid"][kept], rtol=1e-4, atol=1e-4)
 
 
 def test_everything_is_given_back():

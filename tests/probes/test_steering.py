@@ -366,7 +366,10 @@ def test_what_cannot_be_steered(options, message, unchecked):
 
 def test_a_direction_by_layers_is_asked_where_in_them():
     model, _ = setup()
-    with pytest.raises(ValueError, match=r"Say where to steer, as in at='\*\.resid'.*layers"), steered(model, {1: vector()}):
+    with (
+        pytest.raises(ValueError, match=r"Say where to steer, as in at='\*\.resid'.*layers"),
+        steered(model, {1: vector()}),
+    ):
         pass
 
 
