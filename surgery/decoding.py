@@ -46,7 +46,7 @@ def decode(
         raise ValueError(f"max_new_tokens={length}: ask for at least one token.")
     module: Any = model.module
     ends, width = torch.tensor(sorted(end_tokens(model.tokenizer)), dtype=torch.long), ids.shape[1]
-    stretch = length if _followed(module) or not len(ends) else _STRETCH
+    stretch = length if followed(module) or not len(ends) else _STRETCH
     cache = with_room(DynamicCache(config=module.config) if past is None else past)
     ids, mask, ends = ids.to(model.device), mask.to(model.device), ends.to(model.device)
     going, written = list(range(len(ids))), [[] for _ in ids]
@@ -83,7 +83,7 @@ def decode(
     return written
 
 
-def _followed(module: nn.Module) -> bool:
+def followed(module: nn.Module) -> bool:
     """Whether hooks look at the passes: they may count on every row to stay where it is."""
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
@@ -113,13 +113,16 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(shortest - 1) if len({row[i] for row in rows}) > 1), shortest - 1)
 
 
-def pad_after_prefix(rows: Sequence[Sequence[int]], pad: int, share: bool = True) -> tuple[Tensor, Tensor, int]:
+def pad_after_prefix(
+    rows: Sequence[Sequence[int]], pad: int, share: bool = True, most: int | None = None
+) -> tuple[Tensor, Tensor, int]:
     """Ids and attention mask ``[batch, longest]``, the padding between the rows' common prefix and the rest, and the prefix's length.
 
-    At least one token of each row lies after the prefix. Without `share` the prefix is empty: plain left padding.
+    At least one token of each row lies after the prefix, which has `most` tokens at most. Without `share` it is empty: plain left padding.
     """
     width = max(map(len, rows))
     start = common_prefix(rows) if share else 0
+    start = start if most is None else min(start, most)
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     for i, row in enumerate(rows):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint, load_module
-from surgery.decoding import GumbelNoise, decode, pad_after_prefix, prefix_cache
+from surgery.decoding import GumbelNoise, decode, followed, pad_after_prefix, prefix_cache
 from surgery.headers import ANOTHER_FORMAT
 from surgery.rounding import as_dtype
 from surgery.rows import rows_are
@@ -227,23 +227,25 @@ class Model:
         with tqdm(total=len(jobs), desc="generating", disable=not progress, leave=False) as bar:
             for first in range(0, len(order), batch_size):
                 batch = order[first : first + batch_size]
-                with rows_are([prompts[i] for i, _ in batch], [i for i, _ in batch]):
+                asked = [prompts[i] for i, _ in batch]
+                with rows_are(asked, [i for i, _ in batch]):
                     rows = self._generate_batch(
-                        [starts[i] for i, _ in batch], [(seed, i, j) for i, j in batch], heat, length
+                        [starts[i] for i, _ in batch], min(asked), [(seed, i, j) for i, j in batch], heat, length
                     )
                 done.update(zip(batch, rows, strict=True))
                 bar.update(len(batch))
         return [[done[i, j] for j in range(samples)] for i in range(len(starts))]
 
     def _generate_batch(
-        self, prompts: list[list[int]], seeds: list[tuple[int, int, int]], heat: float, length: int
+        self, starts: list[list[int]], prompt: int, seeds: list[tuple[int, int, int]], heat: float, length: int
     ) -> list[list[int]]:
-        if not all(prompts):
+        """prompt: tokens of the shortest prompt, past which a shared row would be some rows' completion for who follows the passes."""
+        if not all(starts):
             raise ValueError("A prompt without a single token gives the model nothing to go on from: ask something.")
-        ids, mask, start = pad_after_prefix(prompts, self.pad_id)
-        cache = prefix_cache(self.module, prompts[0][:start], len(prompts)) if start else None
+        ids, mask, begin = pad_after_prefix(starts, self.pad_id, most=prompt if followed(self.module) else None)
+        cache = prefix_cache(self.module, starts[0][:begin], len(starts)) if begin else None
         if cache is None:
-            ids, mask, _ = pad_after_prefix(prompts, self.pad_id, share=False)
+            ids, mask, _ = pad_after_prefix(starts, self.pad_id, share=False)
         return decode(self, ids, mask, length, cache, GumbelNoise(seeds, heat) if heat else None)
 
     @property

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from analyses.controls import planted_tokenizer
+from probes.activations import collect
 from probes.following import following
+from probes.recorder import recording
+from probes.steering import steered
 from surgery.decoding import pad_after_prefix, prefix_cache
 from surgery.model import Model
 from surgery.rows import rows_apart, rows_are
@@ -306,6 +309,29 @@ def test_a_shared_prefix_is_prompt():
         with rows_apart():
             assert prefix_cache(model.module, rows[0][:3], 2) is None
         hook.remove()
+
+
+@pytest.mark.parametrize("over", ["thinking", "completion", "answer", "prompt", "prompt[-1]", "all"])
+def test_several_samples_go_on_from_the_same_thoughts(over):
+    """What they share is more than their prompt, and is followed as that of each by itself."""
+    model, _ = setup()
+    prompt, ids = model.prompt_ids("s"), model.tokenizer("<think>abc</think>d", add_special_tokens=False)["input_ids"]
+    begun = [read_transcript(model.tokenizer, "s", prompt, ids, model.markers)]
+    options = {"temperature": 1.0, "seed": 2, "max_new_tokens": 6}
+    v = torch.randn(model.anatomy.d_model, generator=torch.Generator().manual_seed(0))
+    with steered(model, v, strength=2, at="1.resid", over=over), recording(model, at="1.resid", over=over) as seen:
+        together = model.continued(begun, samples=3, **options)
+        acts = seen.of(together)
+    with steered(model, v, strength=2, at="1.resid", over=over), rows_apart():
+        apart = model.continued(begun, samples=3, **options)
+        expected = collect(model, together, at="1.resid", over=over)
+    assert [t.ids for t in together] == [t.ids for t in apart]
+    if not over.startswith("prompt"):
+        assert [t.ids for t in together] != [t.ids for t in model.continued(begun, samples=3, **options)]
+    kept = [
+        i for i, at in enumerate(expected.position.tolist()) if at < len(together[int(expected.transcript[i])].ids) - 1
+    ]
+    torch.testing.assert_close(acts["1.resid"], expected["1.resid"][kept], rtol=1e-4, atol=1e-4)
 
 
 def ask(model, question, *, rows=None, **given):
