@@ -310,7 +310,8 @@ class Judged:
 
     sweeps: ``strengths``: the edit at other strengths, at the recipe's share of heads. ``shares``: at other shares, at its strength. Each
             with arms ``edit``, ``random heads 0`` and so on (as many, of the same layers) and ``random directions 0`` and so on (at the
-            same heads). Where it was asked for, ``steering``: the raw direction added at every layer, and ``layers``: at one alone.
+            same heads). Where it was asked for, ``steering``: the raw direction added at every layer, and ``layers``: at one alone; beside
+            random directions as long as it.
     recipe: of the edit.
     """
 
@@ -425,7 +426,7 @@ def judge(
 
     def run(panel: str, change: Any, at: Iterable[float], **more: Any) -> Sweep:
         kept = None if to is None else Path(to) / panel
-        return sweep(model, change, sorted(set(at)), controls=0, to=kept, **options, **more)
+        return sweep(model, change, sorted(set(at)), to=kept, **{"controls": 0, **options, **more})
 
     sweeps = {"strengths": run("strengths", arms(recipe.share), {*strengths, recipe.strength})}
     if others := sorted({*shares} - {recipe.share}):
@@ -434,13 +435,12 @@ def judge(
         here = [cell for cell in sweeps["strengths"].cells if cell.strength == recipe.strength]  # measured already
         same = (replace(cell, line=Line(f"{cell.line.arm}{_AT}{recipe.share:g}")) for cell in here)
         sweeps["shares"] = replace(other, cells=(*other.cells, *same))
+    push = Steering(found.direction, over=recipe.span, units="raw")
     if steering:
-        sweeps["steering"] = run("steering", Steering(found.direction, over=recipe.span, units="raw"), steering)
+        sweeps["steering"] = run("steering", push, steering, controls=controls)
     if layerwise:
         there = sorted({site.layer for site in found.direction if site.layer is not None})
-        sweeps["layers"] = run(
-            "layers", Steering(found.direction, over=recipe.span, units="raw"), layerwise, layers=there
-        )
+        sweeps["layers"] = run("layers", push, layerwise, layers=there, controls=controls)
     return Judged(sweeps, recipe)
 
 
@@ -455,8 +455,15 @@ def _panel(name: str, table: Any) -> DataFrame:
     if name == "layers":
         layer = table["layers"].astype(float)
         table = table.assign(arm=table["strength"].map("{:+g}".format), x=layer)
-    drawn = table["arm"].str.extract(r"^(random \w+) (\d+)$")
-    table = table.assign(arm=drawn[0].fillna(table["arm"]), draw=drawn[1].astype("Int64"))
+    named = table["arm"].str.extract(r"^(random \w+) (\d+)$")
+    arm, draw = named[0].fillna(table["arm"]), table["draw"].fillna(named[1].astype("Int64"))
+    if name == "steering":
+        arm = arm.where(draw.isna(), "random directions")
+    if name == "layers":
+        arm = arm.where(draw.isna(), "random directions, " + arm)
+    table = table.assign(arm=arm, draw=draw)
+    if name == "layers":  # whatever stands in for it, the untouched model is one line
+        table = table[draw.isna() | (table["strength"] != 0)]
     return table[["panel", "x", "arm", "draw", "measure", "value", "low", "high", "n", "missing"]]
 
 
@@ -657,9 +664,15 @@ def _kept_runs(model: Model, asked: Sequence[str], about: Mapping[str, Any], pat
     identity = fingerprint(model)
     if path is not None and path.is_file():
         there = Runs.load(path)
-        if (there.model, dict(there.about), there.questions) != (identity, dict(about), list(asked)):
+        known = {**there.about, "model": there.model}
+        differing = [
+            f"{k} was {known.get(k)!r}, now {v!r}" for k, v in {**about, "model": identity}.items() if known.get(k) != v
+        ]
+        if not differing and there.questions != list(asked):
+            differing = ["the questions are others"]
+        if differing:
             raise FileExistsError(
-                f"{path} holds answers of another model, or to other questions or settings. Choose another folder, or remove it."
+                f"{path} holds the answers of another run: {'; '.join(differing)}. Choose another folder, or remove it."
             )
         return there
     runs = Runs(tuple(model.generate(asked, **options)), identity, about)

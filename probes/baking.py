@@ -289,6 +289,11 @@ def _without_stream(placed: list[Placed], weights: Weights, closely: bool) -> We
     sites = [p.site for p in placed]
     unit = placed[0].unit
     assert unit is not None
+    if len({*sites}) < len(sites):
+        raise BakingError(
+            "Several directions are taken out of the stream at once, and each brings a part of the others back unless they are orthogonal: bake "
+            "one after the other."
+        )
     if sites != stream[: len(sites)]:
         missing = next(s for s in stream if s not in sites)
         raise BakingError(

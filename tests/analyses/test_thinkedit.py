@@ -301,16 +301,23 @@ def test_panels_and_figures(judged: Judged, found: Found) -> None:
     assert set(of["shares"]["arm"]) == {"edit", "random heads", "random directions"}
     assert of["strengths"].query("arm != 'edit'")["draw"].notna().all()
     assert sorted(of["layers"].query("arm == '-1'")["x"]) == [0, 1, 2, 3]
-    steered = of["steering"].set_index("x")["value"]
+    assert sorted(of["layers"].query("arm == 'random directions, -1' and draw == 0")["x"]) == [0, 1, 2, 3]
+    assert set(of["layers"]["arm"]) == {"+0", "-1", "random directions, -1"}
+    steered = of["steering"].query("arm == 'steering'").set_index("x")["value"]
+    control = of["steering"].query("arm == 'random directions'").set_index("x")["value"]
     assert steered[1.0] > steered[0.0]  # from short to long
+    assert abs(control[1.0] - control[0.0]) < steered[1.0] - steered[0.0]
     answers = judged.answers()
     assert answers.groupby("arm").size().to_dict() == {"edited": 32, "untouched": 32}
     for draw, options in (
         (figures.edit_sweep, {"panel": "strengths", "measure": "accuracy"}),
         (figures.edit_sweep, {"panel": "shares", "measure": "length"}),
         (figures.edit_sweep, {"panel": "layers", "measure": "length"}),
+        (figures.edit_sweep, {"panel": "steering", "measure": "length"}),
     ):
-        assert figures.draw(draw, table, **options).axes[0].get_xlabel()
+        drawn = figures.draw(draw, table, **options).axes[0]
+        assert drawn.get_xlabel()
+        assert any("range of 1" in label for label in drawn.get_legend_handles_labels()[1])
     for draw in (figures.lengths, figures.accuracy_under_length):
         labels = figures.draw(draw, answers).axes[0].get_legend_handles_labels()[1]
         assert [label.split(",")[0] for label in labels] == ["untouched", "edited"]
@@ -341,8 +348,10 @@ def test_the_whole_goes_on_where_it_stopped(planted: PlantedLength, tmp_path, mo
     again = thinkedit(planted.model, asked, TWO, **options)
     pd.testing.assert_frame_equal(again.frame(), first.frame())
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*.json*")} == in_files
-    with pytest.raises(FileExistsError, match="other questions or settings"):
+    with pytest.raises(FileExistsError, match="max_new_tokens was 40, now 41"):
         thinkedit(planted.model, asked, TWO, **{**options, "max_new_tokens": 41})
+    with pytest.raises(FileExistsError, match="the questions are others"):
+        thinkedit(planted.model, planted.questions(15, seed=5), TWO, **options)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------------

@@ -189,8 +189,8 @@ def test_a_proof_that_fails(monkeypatch):
         bake(everywhere(vector(), at="1.attn.out"), model)
 
 
-def resid(count, **options):
-    return everywhere(vector(), at=["0.resid", "0.mid", "1.resid"][:count], how="ablate", **options)
+def resid(count, seed=0, **options):
+    return everywhere(vector(seed=seed), at=["0.resid", "0.mid", "1.resid"][:count], how="ablate", **options)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +214,8 @@ def resid(count, **options):
         ("llama", everywhere(vector(), at="1.mid", how="ablate"), r"steer 0\.resid as well, and all others up to 1\.mid"),
         ("llama", resid(2, strength=0.5), "the same at every site, and the strength 1"),
         ("llama", [resid(1), everywhere(vector(), at="1.attn.out", how="ablate")], "bake one after the other"),
+        ("llama", [resid(3), resid(3, seed=1)], "Several directions.*bake one after the other"),
+        ("llama", [resid(1), resid(1, seed=1)], "Several directions.*bake one after the other"),
     ],
 )  # fmt: skip
 def test_what_weights_cannot_hold(family, steering, message):
