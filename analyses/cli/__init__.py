@@ -11,7 +11,7 @@ written    how every command that makes a model writes it
 arms       arms
 look       inspect, check, measure, figure
 dose       sweep
-think      generate, direction, heads, thinkedit
+think      generate, direction, heads, judge, thinkedit
 probing    probe
 seeing     seeing
 receipts   verify, replay, undo

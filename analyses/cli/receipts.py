@@ -16,7 +16,7 @@ from analyses.cli.options import RECEIPTS, Quiet, app
 from analyses.cli.probing import probe
 from analyses.cli.seeing import seeing
 from analyses.cli.start import study
-from analyses.cli.think import direction, generate, heads, thinkedit
+from analyses.cli.think import direction, generate, heads, judge, thinkedit
 from analyses.cli.tuning import tune
 
 COMMANDS: dict[str, Callable[..., object]] = {
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "generate": generate,
     "direction": direction,
     "heads": heads,
+    "judge": judge,
     "probe": probe,
     "thinkedit": thinkedit,
     "seeing": seeing,

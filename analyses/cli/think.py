@@ -1,4 +1,4 @@
-"""Commands of reasoning length: generate, direction, heads, and thinkedit, which is all of them with an edit and its judgement."""
+"""Commands of reasoning length: generate, direction, heads, judge, and thinkedit, which is all of them with an edit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ from analyses.cli.options import (
 from analyses.cli.written import AllowLoops, write_model
 
 if TYPE_CHECKING:
-    from analyses.thinkedit import Found, ThinkEdit
+    from analyses.tasks import Question
+    from analyses.thinkedit import Found, Judged, ThinkEdit
     from probes.directions import Direction
     from surgery.model import Model
     from surgery.runs import Runs
@@ -66,6 +67,12 @@ Long = Annotated[
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy; by default 0 for one sample, 1 for several.", show_default=False)
 ]
+Controls = Annotated[int, typer.Option(help="Random heads, and random directions: how many of each.", min=0)]
+Sweeps = Annotated[bool, typer.Option("--sweeps/--no-sweeps", help="Other shares and strengths too.")]
+Steer = Annotated[bool, typer.Option("--steer", help="Steer along the direction too, everywhere and layer by layer.")]
+Heat = Annotated[float, typer.Option(help="Of all answers.", min=0)]
+BatchSize = Annotated[int, typer.Option(help="Answers at once.", min=1)]
+Passages = Annotated[int, typer.Option(help="Passages of general text.", min=1, max=40)]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest completion, in tokens: a longer answer is cut off.", min=1)]
 
 
@@ -268,6 +275,89 @@ def found_heads(
     return loaded, Found(along, ranked, recipe), inputs
 
 
+@app.command(rich_help_panel=LOOK)
+def judge(
+    model: ModelRef,
+    found: Annotated[
+        str,
+        typer.Option(
+            "--found",
+            help="What was found: the folder of `surgery heads` or of `surgery thinkedit`.",
+            show_default=False,
+        ),
+    ],
+    to: To,
+    data: Questions = "sums",
+    count: Annotated[
+        int | None, typer.Option(help="Questions; by default all of a file, else 24.", min=2, show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Answers to each.", min=1)] = 1,
+    controls: Controls = 3,
+    sweeps: Sweeps = True,
+    steer: Steer = False,
+    temperature: Heat = 1.0,
+    max_new_tokens: MaxNewTokens = 64,
+    batch_size: BatchSize = 32,
+    passages: Passages = 16,
+    device: Device = "auto",
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """What taking a found direction out of its heads does to MODEL, beside random heads and random directions; nothing is edited.
+
+    Give questions that neither direction nor heads were found on. Interrupted, the same command goes on.
+    """
+    record = begin_record("judge", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
+    require_new(to)
+    from analyses import thinkedit
+    from surgery.model import Model
+    from surgery.whole import new_folder
+
+    inside = Path(found) / "thinkedit" / "found"
+    folder = inside if inside.is_dir() else Path(found)
+    if not (folder / "heads.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{found} holds no heads: give the folder of `surgery heads` or of `surgery thinkedit`."
+        )
+    known = thinkedit.Found.load(folder)
+    questions = _questions(data, count, 24, seed)
+    heads = known.heads()
+    if dry_run:
+        typer.echo(
+            f"{len(heads)} heads at strength {known.recipe.strength:g}, judged on {len(questions)} questions of {data}, {samples} answers each; "
+            f"would go to {to}"
+        )
+        return
+    if shared := {q.question for q in questions} & set(known.contributions.question):
+        typer.echo(f"note: {len(shared)} of the {len(questions)} questions are those the heads were found on", err=True)
+    loaded = Model.load(model, device=device, dtype="float32")
+    known.direction.require(loaded)
+    workshop = to.with_name(f".{to.name}.judge")  # measurements until all are there
+    judged = thinkedit.judge(
+        loaded, known, questions, samples=samples, temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
+        to=workshop, progress=not quiet, **_panels(controls, sweeps, steer, passages),
+    )  # fmt: skip
+    effects = judged.effects()
+    files = {name: hash_of(folder / f"{name}.safetensors") for name in ("direction", "heads")}
+    record.inputs = model_input(loaded, model) | data_input(data)
+    record.inputs |= {
+        name: {"ref": str(folder / f"{name}.safetensors"), "hash": known_by} for name, known_by in files.items()
+    }
+    record.results = {
+        "heads": [str(s) for s in heads],
+        "questions": len(questions),
+        "effects": effects.to_dict("records"),
+    }
+    with new_folder(to) as made:
+        judged.save(made / "judged")
+        _write_judged(judged, made)
+        record.save(made)
+    shutil.rmtree(workshop, ignore_errors=True)
+    typer.echo(effects.to_string(index=False, float_format="%.4g"))
+    typer.echo(to)
+
+
 @app.command(rich_help_panel=CHANGE)
 def thinkedit(
     model: ModelRef,
@@ -290,15 +380,13 @@ def thinkedit(
     like_paper: LikePaper = False,
     short: Short = None,
     long: Long = None,
-    controls: Annotated[int, typer.Option(help="Random heads, and random directions: how many of each.", min=0)] = 3,
-    sweeps: Annotated[bool, typer.Option("--sweeps/--no-sweeps", help="Other shares and strengths too.")] = True,
-    steer: Annotated[
-        bool, typer.Option("--steer", help="Steer along the direction too, everywhere and layer by layer.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(help="Of all answers.", min=0)] = 1.0,
+    controls: Controls = 3,
+    sweeps: Sweeps = True,
+    steer: Steer = False,
+    temperature: Heat = 1.0,
     max_new_tokens: MaxNewTokens = 64,
-    batch_size: Annotated[int, typer.Option(help="Answers at once.", min=1)] = 32,
-    passages: Annotated[int, typer.Option(help="Passages of general text.", min=1, max=40)] = 16,
+    batch_size: BatchSize = 32,
+    passages: Passages = 16,
     device: Device = "auto",
     dtype: Dtype = None,
     seed: Seed = 0,
@@ -315,8 +403,7 @@ def thinkedit(
     if strength == 0:
         raise ValueError("--strength 0 does nothing: give one above 0, up to 2.")
     require_new(to)
-    from analyses.general_text import GENERAL_TEXT
-    from analyses.thinkedit import SHARES, STRENGTHS, split, thinkedit
+    from analyses.thinkedit import split, thinkedit
     from surgery.model import Model
 
     questions = questions_to_judge_on(data, count, 60, side, seed)
@@ -333,9 +420,7 @@ def thinkedit(
     workshop = to.with_name(f".{to.name}.thinkedit")  # answers and measurements until the model is written
     done = thinkedit(
         loaded, questions, recipe, samples=samples, temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
-        to=workshop, progress=not quiet, controls=controls, texts=GENERAL_TEXT[:passages],
-        strengths=STRENGTHS if sweeps else (), shares=SHARES if sweeps else (),
-        steering=(-0.08, -0.04, 0.04, 0.08) if steer else (), layerwise=(-1.0, 1.0) if steer else (),
+        to=workshop, progress=not quiet, **_panels(controls, sweeps, steer, passages),
     )  # fmt: skip
     heads, effects = done.found.heads(), done.frame()
     record.inputs = data_input(data)
@@ -356,32 +441,49 @@ def thinkedit(
     typer.echo(written)
 
 
+def _panels(controls: int, sweeps: bool, steer: bool, passages: int) -> dict[str, Any]:
+    """What is measured beside the edit itself, as `analyses.thinkedit.judge` takes it."""
+    from analyses.general_text import GENERAL_TEXT
+    from analyses.thinkedit import SHARES, STRENGTHS
+
+    return {
+        "controls": controls,
+        "texts": GENERAL_TEXT[:passages],
+        "strengths": STRENGTHS if sweeps else (),
+        "shares": SHARES if sweeps else (),
+        "steering": (-0.08, -0.04, 0.04, 0.08) if steer else (),
+        "layerwise": (-1.0, 1.0) if steer else (),
+    }
+
+
 def _write_found(done: ThinkEdit, folder: Path) -> None:
     """What was found, as files that reload, tables and figures."""
     from analyses import figures
 
     inside = folder / "thinkedit"
     done.save(inside)
-    panels, answers = done.judged.frame(), done.judged.answers()
-    tables = {
-        "effects": done.frame(),
-        "edit": panels,
-        "heads": done.found.frame(),
-        "answers": answers,
-        "lengths": done.lengths(),
-    }
-    tables["direction"] = done.found.direction.frame()
+    _write_judged(done.judged, inside)
+    tables = {"heads": done.found.frame(), "lengths": done.lengths(), "direction": done.found.direction.frame()}
     for name, table in tables.items():
         table.to_csv(inside / f"{name}.csv", index=False)
-    drawn = {"lengths": figures.draw(figures.lengths, tables["lengths"])}
-    drawn["accuracy-under-length"] = figures.draw(figures.accuracy_under_length, answers)
-    drawn["heads"] = figures.draw(figures.heads, tables["heads"])
+    for name, draw in (("lengths", figures.lengths), ("heads", figures.heads)):
+        figures.save(figures.draw(draw, tables[name]), inside / "figures" / f"{name}.png")
+
+
+def _write_judged(judged: Judged, folder: Path) -> None:
+    """What an edit does, as tables and figures."""
+    from analyses import figures
+
+    panels, answers = judged.frame(), judged.answers()
+    for name, table in (("effects", judged.effects()), ("edit", panels), ("answers", answers)):
+        table.to_csv(folder / f"{name}.csv", index=False)
+    drawn = {"accuracy-under-length": figures.draw(figures.accuracy_under_length, answers)}
     for panel in dict.fromkeys(panels["panel"]):
         for measure in ("length", "accuracy"):
             if ((panels["panel"] == panel) & (panels["measure"] == measure)).any():
                 drawn[f"{panel}-{measure}"] = figures.draw(figures.edit_sweep, panels, panel=panel, measure=measure)
     for name, figure in drawn.items():
-        figures.save(figure, inside / "figures" / f"{name}.png")
+        figures.save(figure, folder / "figures" / f"{name}.png")
 
 
 def _of_right_answers(model: Any, runs: Runs, at: str, over: str, seed: int, quiet: bool) -> Direction:

@@ -15,7 +15,7 @@ import torch
 from analyses import cli
 from analyses.cli.given import spans_in
 from analyses.controls import PlantedLength, planted_length
-from analyses.thinkedit import ThinkEdit
+from analyses.thinkedit import PANELS, Judged, ThinkEdit
 from surgery.checkpoint import Checkpoint
 from surgery.edits import RemoveDirection
 from surgery.runs import Runs
@@ -241,6 +241,57 @@ def test_thinkedit_from_questions_to_a_judged_model(
     for figure in ("heads", "edit", "lengths"):
         drawn = surgery("figure", figure, out, "--to", tmp_path / f"{figure} of all.png")
         assert drawn.code == 0, drawn
+
+
+def test_heads_are_judged_later(surgery, home: Path, tmp_path: Path) -> None:
+    found, out = tmp_path / "found", tmp_path / "out"
+    words = ["heads", home / "model", "--direction", home / "length", "--runs", home / "second-runs.jsonl", *TWO, "-q"]
+    assert surgery(*words, "--to", found).code == 0
+    words = ["judge", home / "model", "--found", found, "--data", home / "first.jsonl", "--count", 8, "--controls", 1]
+    words += ["--no-sweeps", "--passages", 2, "--max-new-tokens", 40, "-q"]
+    said = surgery(*words, "--to", out, "--dry-run")
+    assert "2 heads at strength 1, judged on 8 questions" in said.out
+    said = surgery(*words, "--to", out)
+    assert said.code == 0, said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["found", "out"]
+    effects = pd.read_csv(out / "effects.csv").set_index("measure")
+    assert effects.loc["length", "difference"] > 0
+    judged = Judged.load(out / "judged")
+    pd.testing.assert_frame_equal(judged.frame(), pd.read_csv(out / "edit.csv"), check_dtype=False)
+    record = verified(surgery, out, {"model", "data", "direction", "heads"})
+    assert record["results"]["heads"] == json.loads((found / "record.json").read_text())["results"]["heads"]
+    assert (out / "figures" / "strengths-length.png").is_file()
+    assert "note: " in surgery(*words[:4], "--data", home / "second.jsonl", *words[6:], "--to", tmp_path / "again").err
+    for words, part in (
+        (["judge", home / "model", "--found", home], "holds no heads"),
+        (["judge", home / "tiny", "--found", found], "another model"),
+    ):
+        said = surgery(*words, "--to", tmp_path / "none")
+        assert (said.code, part in said.err) == (2, True), said
+
+
+def test_thinkedit_like_the_paper_with_all_panels(surgery, home: Path, tmp_path: Path) -> None:
+    words = [
+        "thinkedit",
+        home / "model",
+        "--data",
+        home / "first.jsonl",
+        "--count",
+        15,
+        "--samples",
+        4,
+        "--max-new-tokens",
+        32,
+        *TWO,
+    ]
+    words += ["--like-paper", "--short", 6, "--long", 20, "--steer", "--site", "mlp", "--controls", 1, "--passages", 1]
+    said = surgery(*words, "--allow-loops", "-q", "--to", tmp_path / "out")
+    assert said.code == 0, said
+    done = ThinkEdit.load(tmp_path / "out" / "thinkedit")
+    assert (done.found.recipe.how, done.found.recipe.site) == ("thresholds", "mlp")
+    drawn = {path.stem for path in (tmp_path / "out" / "thinkedit" / "figures").glob("*.png")}
+    panels = {f"{panel}-{measure}" for panel in PANELS for measure in ("length", "accuracy")}
+    assert drawn == {"lengths", "accuracy-under-length", "heads"} | panels
 
 
 def test_what_is_refused_is_one_line(surgery, home: Path, tmp_path: Path, unchecked) -> None:
