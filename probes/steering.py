@@ -82,7 +82,7 @@ class Steering:
             )
         if self.is_function == (self.direction is not None):
             raise ValueError("Steering takes a direction, or a function of rows as `how` and no direction.")
-        by_site = self.how if self.is_function else self.direction
+        by_site: Any = self.how if self.is_function else self.direction
         if self.at is None and not isinstance(by_site, Mapping):
             raise ValueError(
                 "Say where to steer, as in at='14.resid': neither a single vector nor a function knows its site."

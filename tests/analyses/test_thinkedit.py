@@ -213,26 +213,28 @@ def test_an_edited_head_writes_no_more_of_its_direction(family: str) -> None:
                 torch.testing.assert_close(rest, kept, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "qwen2-moe"])
 def test_the_edit_is_what_projecting_the_heads_output_is(family: str) -> None:
+    """Behind a norm of gain g the stream has no more u where what the head writes has no more of g * u."""
     model = Model(*tiny(family))
-    point, ids = model.weights, torch.tensor([told(model)[0].ids])
+    point, anatomy, ids = model.weights, model.anatomy, torch.tensor([told(model)[0].ids])
     u = {layer: torch.randn(32, generator=torch.Generator().manual_seed(layer)) for layer in range(3)}
     heads = [Site(0, "attn.o", 1), Site(2, "attn.o", 3)]
     with torch.no_grad():
         with model.installed(apply(RemoveDirection(u), point, at=heads)):
             edited = model.module(input_ids=ids).logits
-        z: dict[Site, torch.Tensor] = {}
         hooks = []
         for head in heads:
-            unit, W = u[head.layer] / u[head.layer].norm(), point[str(head)].float()
-            of, out = Site(head.layer, "attn.z", head.head), Site(head.layer, "attn.out")
-            hooks.append(model.anatomy.tap(of).attach(model.module, lambda x, h=head: z.update({h: x})))
-            hooks.append(
-                model.anatomy.tap(out).attach(
-                    model.module, lambda x, h=head, W=W, unit=unit: x - ((z[h] @ W.T) @ unit)[..., None] * unit
-                )
+            norm, tap = anatomy.norm_after(head), anatomy.tap(Site(head.layer, "attn.z", head.head))
+            W, along = (
+                point[head].float(),
+                u[head.layer] * (1 if norm is None else point[norm].float() + anatomy.gain_offset),
             )
+
+            def project(_, args, out, W=W, along=along, part=tap.head):
+                return out - ((args[0][..., part] @ W.T) @ along)[..., None] * along / along.square().sum()
+
+            hooks.append(model.module.get_submodule(tap.path).register_forward_hook(project))
         try:
             projected = model.module(input_ids=ids).logits
         finally:

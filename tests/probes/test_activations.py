@@ -60,7 +60,7 @@ def test_the_streams_of_the_module(family):
         torch.testing.assert_close(mine["3.resid"], last[0][0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "qwen2-moe"])
 def test_every_site_and_head_of_a_padded_batch(family):
     model, runs = setup(family)
     acts = collect(model, runs, at=["**", "*.attn.z.h3", "1.attn.z.h0"], over="all")

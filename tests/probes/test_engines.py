@@ -18,7 +18,7 @@ def real(activations):
 
 
 @pytest.mark.parametrize("engine", ["nnsight", "transformer-lens"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "qwen2-moe"])
 def test_all_engines_read_the_same(family, engine):
     model = Model(*tiny(family))
     sites = [*model.anatomy.activation_sites(), Site(1, "attn.z", 3), Site(0, "attn.z", 0)]

@@ -34,7 +34,7 @@ def hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.module.modules())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "qwen2-moe"])
 def test_generating_in_batches_with_samples(family):
     """Shared prefixes, left padding or both; rows that end early; one token a pass from the cache."""
     model, at = setup(family), ["1.resid", "2.attn.out", "1.attn.z.h2", "3.resid"]

@@ -61,7 +61,7 @@ FORMULAS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "qwen2-moe"])
 def test_the_formulas_on_the_span_and_nowhere_else(family):
     model, runs = setup(family)
     for site in sites_of(model):
@@ -115,7 +115,7 @@ def test_thinking_is_steered_where_it_is():
     assert moved == set(members(runs, "thinking")) | closing  # a marker of eight tokens is known at the eighth
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "qwen2-moe"])
 def test_the_same_tokens_with_a_cache_and_without(family):
     """What a steered generation says is what the steered model finds likeliest when it reads it in one pass."""
     model, _ = setup(family)
