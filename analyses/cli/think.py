@@ -39,7 +39,6 @@ from analyses.cli.options import (
 from analyses.cli.written import AllowLoops, write_model
 
 if TYPE_CHECKING:
-    from analyses.tasks import Question
     from analyses.thinkedit import Found, Judged, ThinkEdit
     from probes.directions import Direction
     from surgery.model import Model
@@ -291,6 +290,7 @@ def judge(
     count: Annotated[
         int | None, typer.Option(help="Questions; by default all of a file, else 24.", min=2, show_default=False)
     ] = None,
+    side: Side = None,
     samples: Annotated[int, typer.Option(help="Answers to each.", min=1)] = 1,
     controls: Controls = 3,
     sweeps: Sweeps = True,
@@ -321,7 +321,7 @@ def judge(
             f"{found} holds no heads: give the folder of `surgery heads` or of `surgery thinkedit`."
         )
     known = thinkedit.Found.load(folder)
-    questions = _questions(data, count, 24, seed)
+    questions = questions_to_judge_on(data, count, 24, side, seed)
     heads = known.heads()
     if dry_run:
         typer.echo(
