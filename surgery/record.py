@@ -6,6 +6,7 @@ and says how today's environment differs from the recorded one.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
@@ -145,8 +146,8 @@ def replay(
 ) -> Replayed:
     """Run the recorded command again, into `to`, and compare the outputs.
 
-    `commands` maps a command's name to the function behind it. Raises RecordError when an input's hash cannot be what it was, or for
-    an unknown command.
+    `commands` maps a command's name to the function behind it. Raises RecordError when an input's hash cannot be what it was, and for
+    a command or an option that is not known any more.
     """
     import fnmatch
 
@@ -156,7 +157,14 @@ def replay(
         raise RecordError(
             f"The record's command is {record.command!r}; this version knows {', '.join(sorted(commands))}."
         )
-    commands[record.command](**{**record.arguments, "to": Path(to)})
+    command, arguments = commands[record.command], {**record.arguments, "to": Path(to)}
+    unknown = [name for name in arguments if name not in inspect.signature(command).parameters]
+    if unknown:
+        raise RecordError(
+            f"The record was made by a version whose {record.command!r} knew {', '.join(unknown)}; this one's does not. Replay it with that "
+            "version, or run the command anew."
+        )
+    command(**arguments)
     again = Record.load(to)
     changed = [role for role, was in record.inputs.items() if again.inputs.get(role, {}).get("hash") != was["hash"]]
     if changed:

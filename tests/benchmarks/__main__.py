@@ -43,7 +43,7 @@ SECTIONS: dict[str, Callable[[str, Path], list[measure.Row]]] = {
     "merge-large": lambda folder, base: bench_merge.run_large(folder),
     "memory": lambda folder, base: bench_memory.run(),
     "realign": bench_realign.run,
-    "check": lambda folder, base: bench_check.run(folder),
+    "check": lambda folder, base: [*bench_check.seconds(base), *bench_check.run(folder)],
     "lift": lambda folder, base: bench_lift.run(str(base), rounds=1),
     "training": lambda folder, base: bench_training.run(base),
     "drift": lambda folder, base: bench_drift.run(base),

@@ -108,7 +108,7 @@ def run(folder: Path | str, sizes: Iterable[int] = SIZES) -> list[measure.Row]:
                 jobs.append((f"merge, {method}", check_recipe(path), ["merge", str(path)]))
             for name, report, words in jobs:
                 forecast = report.forecast
-                if forecast is None:
+                if forecast is None or forecast.memory is None:
                     raise RuntimeError(str(report))
                 began = time.perf_counter()
                 fact = measure.once("tests.benchmarks.bench_check:command_job", {"words": words, "folder": place})

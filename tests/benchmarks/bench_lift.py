@@ -85,7 +85,7 @@ def refresh_rows(weights: list[Tensor], rounds: int) -> list[dict[str, Any]]:
             own,
             statistics.median(times[name]),
             1 / 15 if full else None,
-            identical(masks["ours"], masks[name]),
+            identical(masks["ours"], masks[name]) + ("; of the study's refresh 0.125 is asked" if full else ""),
         )
         for name, (_, full) in peers.items()
     ]

@@ -69,6 +69,8 @@ def test_a_replay(run, tmp_path):
 def test_a_replay_that_cannot_be(run, tmp_path):
     with pytest.raises(RecordError, match=r"The record's command is 'scale'; this version knows merge"):
         replay(run, tmp_path / "a", {"merge": scale})
+    with pytest.raises(RecordError, match=r"a version whose 'scale' knew factor; this one's does not"):
+        replay(run, tmp_path / "a", {"scale": lambda model, to: scale(model, 1.0, to)})
     model = Path(Record.load(run).arguments["model"])
     for path in model.iterdir():
         path.unlink()
