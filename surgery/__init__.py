@@ -10,12 +10,14 @@ headers      what safetensors headers and indices say; torch-free, believed no f
 tensorfile   one safetensors file, by memory map
 whole        files and folders that are there whole or not at all
 borrowing    modes, random states and memory, given back
+side_files   what lies beside weights and goes where they go
 checkpoint   Checkpoint reads a model folder by site
 reverse      the way back, as a compact patch
 proof        a written model is loaded and compared before it appears
 writing      write() streams, hashes, proves, is atomic
 linalg       low rank, principal subspaces and angles
 _blas        BLAS and LAPACK routines that let other threads run
+adapter_names  which of a model's tensors an adapter's mean
 lowrank      Factored and Adapter: changes as factor pairs, PEFT's LoRA folders read and written
 delta        a vector as a file, dense, sparse or low-rank, with the hash of its base
 drawn        Noise, Permuted: vectors as large as another, and otherwise random
@@ -23,6 +25,7 @@ across       land(): a vector as it fits another model, a vision-language model'
 edits        Scale, RemoveDirection, AddDirection, TruncateRank: pure (site, W) -> W; SwapLayers, ReplaceLayers
 edit_lists   edits as a small YAML
 realign      SafeLoRA and SafeMERGE
+yaml_text    YAML in which nothing is taken otherwise than it reads
 merging      mergekit's recipes and rules over our stream: read_recipe(), merge()
 transcript   Transcript: prompt, thinking, answer, sentences, as token spans
 rows         rows_are(): where the prompts of a running batch end, said by whoever runs it
