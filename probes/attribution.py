@@ -7,7 +7,7 @@ exactly, and a head costs one number a token.
 contributions        what the embeddings and each head, attention and MLP add along a direction
 writers_of           the same for heads alone
 logit_contributions  the same for a logit
-ablations            the causal check: what changes when a head is silenced
+ablations            the causal check: what changes when a head, an attention or an MLP is silenced
 
 A norm *after* attention (Gemma, OLMo 2) divides by one number a token. It is taken as it was, `frozen`: a head's share of what attention
 adds is then the gain times the head's output over that number, and the shares still sum to the whole.
@@ -153,29 +153,29 @@ class Contributions:
 
 @dataclass(frozen=True, eq=False)
 class Ablations:
-    """What silencing each head changed, transcript by transcript.
+    """What silencing each part changed, transcript by transcript.
 
-    sites:      the heads, silenced one at a time.
+    sites:      the parts (heads, attentions, MLPs), silenced one at a time.
     at:         for each the site of the direction at which the stream was read.
-    projection: ``[transcript, head]``: the stream's mean component along the direction, as it was less as it became. What the head
+    projection: ``[transcript, part]``: the stream's mean component along the direction, as it was less as it became. What the part
                 writes there by itself is its contribution; the rest is what later parts make of it.
-    kl:         ``[transcript, head]``: mean KL divergence of the next-token distribution that became from the one that was, in nats, at least 0.
-    nll:        ``[transcript, head]``: mean rise of the next token's negative log-likelihood, in nats.
-    how:        ``zero``, or ``mean``: the head's output at every token is its mean over the span of these transcripts.
+    kl:         ``[transcript, part]``: mean KL divergence of the next-token distribution that became from the one that was, in nats, at least 0.
+    nll:        ``[transcript, part]``: mean rise of the next token's negative log-likelihood, in nats.
+    how:        ``zero``, or ``mean``: the part's output at every token is its mean over the span of these transcripts.
     """
 
     sites: tuple[Site, ...]
     at: tuple[Site, ...]
-    projection: Float[Tensor, "transcript head"]
-    kl: Float[Tensor, "transcript head"]
-    nll: Float[Tensor, "transcript head"]
+    projection: Float[Tensor, "transcript part"]
+    kl: Float[Tensor, "transcript part"]
+    nll: Float[Tensor, "transcript part"]
     transcript: tuple[int, ...]
     question: tuple[str, ...]
     over: tuple[str, ...]
     how: str
 
     def frame(self, *, draws: int = 2000, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
-        """A row a head and measure (projection, kl, nll): layer, head, site, at, measure, value, low, high, n (questions)."""
+        """A row a part and measure (projection, kl, nll): layer, head, site, at, measure, value, low, high, n (questions)."""
         import pandas as pd
 
         tables = []
@@ -190,7 +190,8 @@ class Ablations:
                 {"layer": s.layer, "head": s.head, "site": str(s), "at": str(at), "measure": measure}
                 for s, at in zip(self.sites, self.at, strict=True)
             ]
-            tables.append(pd.DataFrame(places).assign(value=values.mean(0).numpy(), low=low, high=high, n=n))
+            places = pd.DataFrame(places).astype({"layer": "Int64", "head": "Int64"})
+            tables.append(places.assign(value=values.mean(0).numpy(), low=low, high=high, n=n))
         return pd.concat(tables, ignore_index=True)
 
     def save(self, path: str | Path) -> None:
@@ -310,27 +311,28 @@ def logit_contributions(
     return _contributions(model, sites, (_HEAD,) * len(sites), scores, kept, transcripts, over)
 
 
-# --- silencing heads ------------------------------------------------------------------------------------------------------------
+# --- silencing parts ------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def ablated(
-    model: Model, heads: str | Site | Iterable[str | Site], *, to: Mapping[Site, Tensor] | None = None
+    model: Model, parts: str | Site | Iterable[str | Site], *, to: Mapping[Site, Tensor] | None = None
 ) -> Iterator[Model]:
-    """The model with some heads silenced: what they give to ``attn.o`` is zero, at every token, or the fixed vectors `to`.
+    """The model with some parts silenced: what they write is zero, at every token, or the fixed vectors `to`.
 
-    heads: sites or patterns, as in ``3.attn.o.h2``. to: ``3.attn.z`` -> a vector as wide as all heads together, of which the silenced
-    ones take their part. Hooks are gone on leaving. Raises ValueError for a head that does not exist, and for vectors of another width.
+    parts: sites or patterns: heads as in ``3.attn.o.h2``, of which what they give to ``attn.o`` is silenced, and whole attentions and MLPs as
+    in ``3.attn.out`` and ``3.mlp.out``. to: site -> vector; of heads the site is ``3.attn.z`` and the vector as wide as all heads
+    together, of which the silenced ones take their part. Hooks are gone on leaving. Raises ValueError for a part that does not exist,
+    and for vectors of another width.
     """
-    chosen: dict[int, list[slice]] = {}
-    for site in _heads(model.anatomy, heads):
-        chosen.setdefault(_layer(site), []).append(_columns(model.anatomy, site))
+    chosen: dict[Site, list[slice]] = {}
+    for site in _silent(model.anatomy, parts):
+        chosen.setdefault(_read_at(site), []).append(_columns(model.anatomy, site))
     handles = []
     try:
-        for layer, slices in chosen.items():
-            z = Site(layer, "attn.z")
-            fixed = None if to is None else _fixed(model, z, to)
-            handles.append(model.anatomy.tap(z).attach(model.module, _silencer(slices, fixed)))
+        for site, slices in chosen.items():
+            fixed = None if to is None else _fixed(model, site, to)
+            handles.append(model.anatomy.tap(site).attach(model.module, _silencer(slices, fixed)))
         yield model
     finally:
         for handle in handles:
@@ -341,7 +343,7 @@ def ablations(
     model: Model,
     direction: Tensor | Mapping[Any, Tensor],
     transcripts: Sequence[Transcript],
-    heads: str | Site | Iterable[str | Site],
+    parts: str | Site | Iterable[str | Site],
     *,
     over: str | Sequence[str] = "thinking",
     at: str | Site | Iterable[str | Site] | None = None,
@@ -349,30 +351,30 @@ def ablations(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Ablations:
-    """Silence heads one at a time and see what becomes of the direction and of the next-token distribution: a pass a head and batch.
+    """Silence parts one at a time and see what becomes of the direction and of the next-token distribution: a pass a part and batch.
 
-    direction, over, at: as in `contributions`; a head is judged at the first site of the direction downstream of it. heads: sites or
-    patterns, such as ``contributions(...).top(count=10)``. how: ``zero``, or ``mean``: a head's mean output over the span, which
-    leaves the model nearer to what it was trained on.
-    Silencing acts at every token of the transcript; effects are averaged over the span. Raises ValueError for a head that does
+    direction, over, at: as in `contributions`; a part is judged at the first site of the direction downstream of it. parts: heads,
+    attentions and MLPs, as in `ablated`; such as ``contributions(...).top(count=10)``, or ``("*.attn.out", "*.mlp.out")``. how: ``zero``, or
+    ``mean``: a part's mean output over the span, which leaves the model nearer to what it was trained on.
+    Silencing acts at every token of the transcript; effects are averaged over the span. Raises ValueError for a part that does
     not exist or lies downstream of every site of the direction, and where no transcript has the span.
     """
     from probes.lens import next_token_losses
 
     if how not in ("zero", "mean"):
-        raise ValueError(f"how={how!r}: silence a head with 'zero' or with its 'mean'.")
+        raise ValueError(f"how={how!r}: silence a part with 'zero' or with its 'mean'.")
     anatomy, targets = model.anatomy, _targets(model, direction, at)
-    silenced = _heads(anatomy, heads)
+    silenced = _silent(anatomy, parts)
     downstream = []
     for site in silenced:
-        target = _first_after(anatomy, targets, Site(site.layer, "attn.out"))
+        target = _first_after(anatomy, targets, site if site.head is None else Site(site.layer, "attn.out"))
         if target is None:
             raise ValueError(f"{site} writes after {', '.join(map(str, targets))}: it cannot move the direction there.")
         downstream.append(target)
     wanted = [positions(t, over) for t in transcripts]
     to = None
     if how == "mean":
-        sites = sorted({Site(s.layer, "attn.z") for s in silenced})
+        sites = sorted(set(map(_read_at, silenced)))
         pooled = collect(model, transcripts, at=sites, over=over, pool="mean", batch_size=batch_size)
         to = {site: pooled[site].mean(0).to(model.device) for site in sites}
     final, count = Site(anatomy.n_layers, "resid"), len(silenced)
@@ -653,22 +655,30 @@ def _others(model: Model, transcripts: Sequence[Transcript], against: int | Sequ
     return others
 
 
-def _heads(anatomy: Anatomy, heads: str | Site | Iterable[str | Site]) -> list[Site]:
-    """The heads that sites or patterns name, each once. Raises ValueError for what names no head."""
-    wanted = [heads] if isinstance(heads, str | Site) else list(heads)
-    found = match(wanted, anatomy.places) if wanted else []
-    headless = [s for s in found if s.head is None or s.part != "attn.o"]
-    if headless or not found:
+def _silent(anatomy: Anatomy, parts: str | Site | Iterable[str | Site]) -> list[Site]:
+    """The heads, attentions and MLPs that sites or patterns name, each once. Raises ValueError for what names something else."""
+    wanted = [parts] if isinstance(parts, str | Site) else list(parts)
+    outputs = [s for s in anatomy.activation_sites() if s.part in ("attn.out", "mlp.out")]
+    found = match(wanted, [*anatomy.places, *outputs]) if wanted else []
+    others = [s for s in found if s not in outputs and (s.head is None or s.part != "attn.o")]
+    if others or not found:
         raise ValueError(
-            f"{headless[0] if headless else 'An empty list'} names no head. A head is a site like 3.attn.o.h2; *.attn.o.h2 is head 2 of every layer."
+            f"{others[0] if others else 'An empty list'} names no part that can be silenced: a head is a site like 3.attn.o.h2 (*.attn.o.h2 is "
+            "head 2 of every layer), a whole attention 3.attn.out, an MLP 3.mlp.out."
         )
     for site in found:
-        anatomy.head_slice(site)  # raises where there is no such head
+        if site.head is not None:
+            anatomy.head_slice(site)  # raises where there is no such head
     return found
 
 
-def _columns(anatomy: Anatomy, head: Site) -> slice:
-    return anatomy.head_slice(head)[1]
+def _read_at(part: Site) -> Site:
+    """Where the output of a part that is silenced passes by."""
+    return part if part.head is None else Site(part.layer, "attn.z")
+
+
+def _columns(anatomy: Anatomy, part: Site) -> slice:
+    return slice(None) if part.head is None else anatomy.head_slice(part)[1]
 
 
 def _silencer(slices: Sequence[slice], fixed: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -681,14 +691,12 @@ def _silencer(slices: Sequence[slice], fixed: Tensor | None) -> Callable[[Tensor
     return silenced
 
 
-def _fixed(model: Model, z: Site, to: Mapping[Site, Tensor]) -> Tensor:
-    width = model.anatomy.width(z)
-    if z not in to or to[z].shape != (width,):
-        found = f"shape {tuple(to[z].shape)}" if z in to else "nothing"
-        raise ValueError(
-            f"To silence heads of {z} with a fixed output takes a vector of {width} numbers there; got {found}."
-        )
-    return to[z]
+def _fixed(model: Model, site: Site, to: Mapping[Site, Tensor]) -> Tensor:
+    width = model.anatomy.width(site)
+    if site not in to or to[site].shape != (width,):
+        found = f"shape {tuple(to[site].shape)}" if site in to else "nothing"
+        raise ValueError(f"To fix what passes {site} takes a vector of {width} numbers there; got {found}.")
+    return to[site]
 
 
 def _layer(site: Site) -> int:

@@ -216,6 +216,44 @@ def test_silencing_a_head_is_scaling_its_columns_to_nothing(family):
     assert not torch.allclose(silenced, before)
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *SPARSE_FAMILIES, *VLMS])
+def test_a_layer_that_is_silenced_adds_nothing(family):
+    model, runs = setup(family)
+
+    def streams(*sites):
+        acts = collect(model, runs, at=sites, over="all")
+        return [acts[site] for site in sites]
+
+    with ablated(model, ["1.attn.out", "1.mlp.out"]):
+        before, after = streams("1.resid", "2.resid")
+        assert torch.equal(before, after)
+    if family in SERIAL:
+        with ablated(model, "1.attn.out"):
+            assert torch.equal(*streams("1.resid", "1.mid"))
+    fixed = torch.linspace(-1, 1, model.anatomy.width(Site(1, "mlp.out")))
+    with ablated(model, "1.mlp.out", to={Site(1, "mlp.out"): fixed}):
+        assert torch.equal(streams("1.mlp.out")[0], fixed.expand_as(before))
+    assert not torch.equal(*streams("1.resid", "2.resid"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_silenced_layer_takes_away_what_it_wrote(family):
+    """Heads' shares are frozen behind a norm; what a whole layer adds is what comes out of it."""
+    model, runs = setup(family)
+    at = "2.resid" if family == "gpt-neox" else "1.mid"
+    part = Site(1, "mlp.out") if family == "gpt-neox" else Site(1, "attn.out")
+    said = contributions(model, direction(), runs, at=at)
+    done = ablations(model, direction(), runs, [part, Site(0, "mlp.out")], at=at, how="zero", batch_size=4)
+    torch.testing.assert_close(
+        done.projection[:, done.sites.index(part)], said.scores[:, said.sites.index(part)], rtol=1e-3, atol=1e-4
+    )
+    table = done.frame(draws=20)
+    assert set(table["site"]) == {str(part), "0.mlp.out"}
+    assert table["head"].isna().all()
+    mean = ablations(model, direction(), runs, part, at=at, how="mean", batch_size=4)
+    assert float(mean.projection.mean()) == pytest.approx(0, abs=1e-4)  # on average nothing was taken away
+
+
 @pytest.mark.parametrize("family", [f for f in SERIAL if f not in POST_NORM])
 def test_a_silenced_head_takes_away_what_it_wrote(family):
     """Where it writes, before anything has read it, and where no norm stands between."""
@@ -400,8 +438,15 @@ def test_what_cannot_be_attributed(unchecked):
         found.score("0.mlp.out")
     with pytest.raises(ValueError, match="from 0 to 99; 1 were given"):
         logit_contributions(model, runs, against=[3])
-    with pytest.raises(ValueError, match="names no head"):
+    with pytest.raises(ValueError, match=r"1\.attn\.o names no part that can be silenced.*3\.mlp\.out"):
         ablations(model, u, runs, "1.attn.o")
+    with pytest.raises(ValueError, match=r"1\.mlp\.out writes after 1\.mid"):
+        ablations(model, u, runs, "1.mlp.out", at="1.mid")
+    with (
+        pytest.raises(ValueError, match=r"what passes 1\.mlp\.out takes a vector of 32 numbers there; got nothing"),
+        ablated(model, "1.mlp.out", to={}),
+    ):
+        pass
     with pytest.raises(ValueError, match=r"1\.attn\.o\.h9 does not exist"):
         ablations(model, u, runs, "1.attn.o.h9")
     with pytest.raises(ValueError, match=r"2\.attn\.o\.h1 writes after 1\.mid"):
