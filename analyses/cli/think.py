@@ -288,7 +288,7 @@ def judge(
     to: To,
     data: Questions = "sums",
     count: Annotated[
-        int | None, typer.Option(help="Questions; by default all of a file, else 24.", min=2, show_default=False)
+        int | None, typer.Option(help="Questions; by default 24, of a file at most.", min=2, show_default=False)
     ] = None,
     side: Side = None,
     samples: Annotated[int, typer.Option(help="Answers to each.", min=1)] = 1,

@@ -69,21 +69,21 @@ def tune(
         float | None, typer.Option(help="Hide this share of the tokens to learn in the input, in (0, 1].", show_default=False)
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="lift: fraction of each matrix, in (0, 1]; default 0.05.", show_default=False)
+        float | None, typer.Option(help="lift, grpo: fraction of each matrix, in (0, 1]; default 0.05.", show_default=False)
     ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(help="lift, shira: as many entries as a LoRA of this rank; lora: its rank.", show_default=False)
     ] = None,
-    filter_rank: Annotated[int, typer.Option(help="lift: rank of the filter that decides what is principal.", min=1)] = 16,
-    refresh: Annotated[int | None, typer.Option(help="lift: choose anew every so many steps.", show_default=False)] = None,
+    filter_rank: Annotated[int, typer.Option(help="lift, grpo: rank of the filter that decides what is principal.", min=1)] = 16,
+    refresh: Annotated[int | None, typer.Option(help="lift, grpo: choose anew every so many steps.", show_default=False)] = None,
     select: Annotated[
         str,
         typer.Option(
-            help="lift: largest, or a control: smallest (what the released code trains), random, magnitude, gradient, movement, hybrid."
+            help="lift, grpo: largest, or a control: smallest (what the released code trains), random, magnitude, gradient, movement, hybrid."
         ),
     ] = "largest",
-    block: Annotated[int, typer.Option(help="lift: choose blocks of so many rows and columns, as 4.", min=1)] = 1,
-    scope: Annotated[str, typer.Option(help="lift: the budget of each matrix, or global: of all together.")] = "matrix",
+    block: Annotated[int, typer.Option(help="lift, grpo: choose blocks of so many rows and columns, as 4.", min=1)] = 1,
+    scope: Annotated[str, typer.Option(help="lift, grpo: the budget of each matrix, or global: of all together.")] = "matrix",
     prior: Annotated[
         str | None, typer.Option(metavar="VECTOR", help="DRIFT: bend the gradients toward this task vector's folder.", show_default=False)
     ] = None,
