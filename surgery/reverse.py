@@ -78,6 +78,7 @@ class Reverse:
         for file in self._layout.files:
             tensors[f"header:{file}"] = _as_tensor(TensorFile(self._layout.folder / file).header)
         left: dict[str, str] = {}  # to the copy
+        without = []
         for name in files_in(self._layout.folder):
             path, ours = self._layout.folder / name, folder / name
             if name in self._layout.files:
@@ -90,6 +91,8 @@ class Reverse:
                 tensors[f"side:{name}"] = _as_tensor(path.read_bytes())
             elif ours.is_file():
                 left[name] = hash_file(path)
+            else:
+                without.append(name)
         said = {
             "format": _FORMAT,
             "left": json.dumps(left),
@@ -98,7 +101,8 @@ class Reverse:
             "content": _digest(tensors.values()),
         }
         save_tensors(folder / PATCH, tensors, said)
-        return f"undo kept: {(folder / PATCH).stat().st_size / 2**20:.1f} MiB"
+        lacking = f", without {', '.join(without)}, which no copy takes along" if without else ""
+        return f"undo kept: {(folder / PATCH).stat().st_size / 2**20:.1f} MiB{lacking}"
 
 
 def _is_kept(path: Path, ours: Path) -> bool:
@@ -114,7 +118,8 @@ def _is_kept(path: Path, ours: Path) -> bool:
 def undo(folder: str | os.PathLike[str], to: str | os.PathLike[str], *, progress: bool = False) -> str:
     """The original of a written model, byte for byte, in a new folder; gives its hash.
 
-    Side files the write replaced (card, record, index) come back too. Raises CheckpointError where the folder has no patch, or where
+    Side files the write replaced (card, record, index) come back too; files over 1 MiB that no copy takes along (weights in another format)
+    do not, and the check of the write named them. Raises CheckpointError where the folder has no patch, or where
     its tensors, or the side files that only it has, are not those the patch was made for; nothing is left then.
     """
     from surgery.record import verify

@@ -72,6 +72,16 @@ def test_whoever_asks_for_no_way_back_is_told_that_whatever_else_stands_in_its_w
     assert "no undo: it was asked not to keep a way back" in written.checks
 
 
+def test_what_undo_will_not_bring_back_is_said_when_it_is_written(tmp_path):
+    source = save_tiny("llama", tmp_path / "model")
+    (source / "model.gguf").write_bytes(bytes(2 << 20))
+    (source / "small.bin").write_bytes(b"kept")
+    written = write(apply(Scale(0.5), Checkpoint(source), "0.attn.k"), tmp_path / "out")
+    assert any(check.endswith("MiB, without model.gguf, which no copy takes along") for check in written.checks)
+    undo(tmp_path / "out", tmp_path / "back")
+    assert {p.name for p in source.iterdir()} - {p.name for p in (tmp_path / "back").iterdir()} == {"model.gguf"}
+
+
 def test_another_dtype_keeps_no_way_back(tmp_path):
     base = Checkpoint(save_tiny("llama", tmp_path / "model"))
     written = write(base, tmp_path / "out", dtype=torch.bfloat16)
