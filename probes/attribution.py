@@ -32,6 +32,7 @@ from probes.results import interval, load_tensors, save_tensors
 from surgery.anatomy import Anatomy, Tap
 from surgery.edits import gain
 from surgery.model import Model
+from surgery.rows import may_leave
 from surgery.sites import Site, match, nothing_matched
 from surgery.transcript import Transcript, nobody_has, positions
 from surgery.weights import require_numbers
@@ -333,7 +334,8 @@ def ablated(
         for site, slices in chosen.items():
             fixed = None if to is None else _fixed(model, site, to)
             handles.append(model.anatomy.tap(site).attach(model.module, _silencer(slices, fixed)))
-        yield model
+        with may_leave(handles):  # all rows are treated alike
+            yield model
     finally:
         for handle in handles:
             handle.remove()

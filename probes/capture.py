@@ -52,10 +52,12 @@ def read(
 
 
 @contextmanager
-def tapped(model: Model, sites: Sequence[Site], see: Callable[[Site, Tensor], None]) -> Iterator[None]:
+def tapped(
+    model: Model, sites: Sequence[Site], see: Callable[[Site, Tensor], None]
+) -> Iterator[list[torch.utils.hooks.RemovableHandle]]:
     """Call ``see(site, value)`` with the live tensor whenever a forward pass inside the block comes by a site.
 
-    A head's value is its slice of the whole. Hooks are gone on leaving, also after an exception. Raises ValueError for a site that does not exist.
+    A head's value is its slice of the whole. Gives the hooks' handles; they are gone on leaving, also after an exception. Raises ValueError for a site that does not exist.
     """
     handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -65,7 +67,7 @@ def tapped(model: Model, sites: Sequence[Site], see: Callable[[Site, Tensor], No
     try:
         for site in sites:
             handles.append(model.anatomy.tap(site).attach(model.module, looking(site)))
-        yield
+        yield handles
     finally:
         for handle in handles:
             handle.remove()

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from surgery.model import Model
-from surgery.rows import Rows, rows_are, rows_now
+from surgery.rows import KeptByRow, Rows, may_leave, rows_are, rows_now
 from surgery.transcript import Markers, end_tokens, opens_thinking, parse_span, positions, read_transcript
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ def following(model: Model) -> Iterator[Follower]:
         handles.append(module.base_model.register_forward_pre_hook(follower.before, with_kwargs=True))
         handles.append(module.base_model.register_forward_hook(follower.after, always_call=True))
         vars(module)["generate"] = _announcing(module)
-        yield follower
+        with may_leave(handles):
+            yield follower
     finally:
         for handle in handles:
             handle.remove()
@@ -144,7 +145,7 @@ def _announcing(module: Any) -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
-class _History:
+class _History(KeptByRow):
     """What went into a cache: the tokens ``[batch, past]``, what was said of the rows, and how far the completions have been read."""
 
     ids: Tensor
@@ -162,6 +163,10 @@ class _History:
         if self.read > past:
             return _History(ids, self.rows)
         return _History(ids, self.rows, self.read, tuple(p for p in self.places for _ in range(times)))
+
+    def select(self, rows: Sequence[int]) -> _History:
+        places = tuple(self.places[i] for i in rows) if self.places else ()
+        return _History(self.ids[list(rows)], self.rows, self.read, places)
 
 
 class _Pass:

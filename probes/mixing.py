@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from surgery.model import Model, changed_parameters, swapped
-from surgery.rows import rows_apart, rows_now
+from surgery.rows import may_leave, rows_apart, rows_now
 from surgery.weights import Weights
 
 Swap = Callable[[], AbstractContextManager[Any]]
@@ -60,12 +60,14 @@ def mixed(
         if not _plain_cache(module):
             stack.enter_context(rows_apart())
         mixture = _Mixture(module, swap, scales, floor)
-        for handle in (
+        handles = (
             base.module.register_forward_pre_hook(mixture.begin, with_kwargs=True),
             base.module.register_forward_hook(mixture.mix, with_kwargs=True, always_call=True),
             base.module.base_model.register_forward_hook(mixture.fill, with_kwargs=True),
-        ):
+        )
+        for handle in handles:
             stack.callback(handle.remove)
+        stack.enter_context(may_leave(handles))
         yield base
 
 

@@ -17,6 +17,7 @@ from probes.activations import Activations, Rows, as_spans
 from probes.capture import require_seen, tapped
 from probes.following import Follower, following
 from surgery.model import Model
+from surgery.rows import KeptByRow, may_leave
 from surgery.sites import Site, match
 from surgery.transcript import Transcript, parse_span
 
@@ -36,6 +37,17 @@ class _Pass:
     rows: Int[Tensor, " kept"]
     position: Int[Tensor, " kept"]
     values: dict[Site, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Recorded(KeptByRow):
+    """Whose tokens are in a cache: the node that each row continues, and how many columns there are."""
+
+    nodes: list[int]
+    length: int
+
+    def select(self, rows: Sequence[int]) -> _Recorded:
+        return _Recorded([self.nodes[i] for i in rows], self.length)
 
 
 class Recording:
@@ -116,7 +128,7 @@ class Recording:
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         if cache is not None:
             nodes = list(range(ended.first, ended.first + len(ended.tokens)))
-            setattr(cache, _RECORDED, (nodes, int(cache.get_seq_length())))
+            setattr(cache, _RECORDED, _Recorded(nodes, int(cache.get_seq_length())))
 
     # afterwards
 
@@ -169,7 +181,7 @@ def recording(
         try:
             handles.append(backbone.register_forward_pre_hook(seen.before, with_kwargs=True))
             handles.append(backbone.register_forward_hook(seen.after, with_kwargs=True, always_call=True))
-            with tapped(model, sites, seen.see):
+            with tapped(model, sites, seen.see) as taps, may_leave([*handles, *taps]):
                 yield seen
         finally:
             for handle in handles:
@@ -189,12 +201,12 @@ def _continued(cache: Any, batch: int) -> list[int]:
     past = 0 if cache is None else int(cache.get_seq_length())
     if not past:
         return [-1] * batch
-    nodes, length = getattr(cache, _RECORDED, ([], 0))
-    if length != past or not nodes or batch % len(nodes):
+    held: _Recorded = getattr(cache, _RECORDED, _Recorded([], 0))
+    if held.length != past or not held.nodes or batch % len(held.nodes):
         raise ValueError(
             f"The {past} tokens in the cache were not recorded as they are: fill the cache inside the block, and do not cut it."
         )
-    return [node for node in nodes for _ in range(batch // len(nodes))]
+    return [node for node in held.nodes for _ in range(batch // len(held.nodes))]
 
 
 def _taken(chains: dict[tuple[int, ...], list[Any]], transcript: Transcript) -> Any:

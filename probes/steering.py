@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from probes.following import Follower, following
 from surgery.anatomy import Anatomy
 from surgery.model import Model
-from surgery.rows import rows_apart
+from surgery.rows import may_leave, rows_apart
 from surgery.sites import Site, match
 from surgery.transcript import Transcript, parse_span
 from surgery.weights import Weights
@@ -129,6 +129,7 @@ def steered(model: Model, what: Any, **options: Any) -> Iterator[Model]:
         for site, there in groupby(in_order, key=lambda p: p.site):
             for handle in _attach(model, site, list(there), follower):
                 stack.callback(handle.remove)
+                stack.enter_context(may_leave([handle]))  # whose rows are whose, the follower says
                 if site.part == "mid":
                     _mids.append(handle)
                     stack.callback(_mids.remove, handle)

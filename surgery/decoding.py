@@ -7,13 +7,14 @@ than being copied at each of them, and rows that have ended leave the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from surgery.borrowing import no_generation_settings, text_positions
-from surgery.rows import are_apart
+from surgery.rows import all_stay, are_apart, rows_are, rows_now, select_rows
 from surgery.seeds import seed_from_numbers
 from surgery.transcript import end_tokens
 
@@ -35,7 +36,8 @@ def decode(
 
     ids, mask: ``[batch, token]``; padding anywhere, as long as every row ends in the last column. past: a cache of all columns but the
     last ones, at least one of which it leaves; it is used up. noise: added to the logits, which makes them samples. A row ends with its
-    end token, or is `length` long. Where somebody follows the passes (by hooks), all rows stay in the batch to the end.
+    end token, or is `length` long. Where hooks follow the passes that do not ask who their rows are (`surgery.rows.may_leave`), all rows stay
+    in the batch to the end.
     Raises ValueError for a length below 1.
     """
     from transformers import DynamicCache, GenerationConfig
@@ -46,7 +48,11 @@ def decode(
         raise ValueError(f"max_new_tokens={length}: ask for at least one token.")
     module: Any = model.module
     ends, width = torch.tensor(sorted(end_tokens(model.tokenizer)), dtype=torch.long), ids.shape[1]
-    stretch = length if followed(module) or not len(ends) else _STRETCH
+    said, named = rows_now(), None
+    if said is not None and said.prompts is not None and said.items is not None and len(said.items) == len(ids):
+        named = said.prompts, said.items
+    stays = all_stay(module) or (followed(module) and named is None)
+    stretch = length if stays or not len(ends) else _STRETCH
     cache = with_room(DynamicCache(config=module.config) if past is None else past)
     ids, mask, ends = ids.to(model.device), mask.to(model.device), ends.to(model.device)
     going, written = list(range(len(ids))), [[] for _ in ids]
@@ -58,7 +64,8 @@ def decode(
             pad_token_id=model.pad_id,
             use_cache=True,
         )
-        with no_generation_settings(module), text_positions(module):
+        left_over = rows_are(*([of[i] for i in going] for of in named)) if named else nullcontext()
+        with no_generation_settings(module), text_positions(module), left_over:
             told: Tensor = module.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -75,7 +82,7 @@ def decode(
         stay = (~ended.any(1)).nonzero()[:, 0]
         if stretch < length and len(stay) < len(going):
             ids, mask, going = ids[stay], mask[stay], [going[i] for i in stay.tolist()]
-            cache.batch_select_indices(stay)
+            select_rows(cache, stay)
             if noise:
                 noise.keep(stay.tolist())
         elif not len(stay):
@@ -84,7 +91,7 @@ def decode(
 
 
 def followed(module: nn.Module) -> bool:
-    """Whether hooks look at the passes: they may count on every row to stay where it is."""
+    """Whether hooks look at the passes."""
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 

@@ -6,10 +6,16 @@ here, and whoever follows the passes (steering over a span, say) may ask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -72,3 +78,47 @@ def rows_apart() -> Iterator[None]:
 def are_apart() -> bool:
     """Whether rows must not share a prefix now."""
     return _apart.get()
+
+
+# --- rows that leave ------------------------------------------------------------------------------------------------------------
+
+_asking: set[int] = set()  # hooks that ask `rows_now` in every pass, by the number of their handle
+
+
+@contextmanager
+def may_leave(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Say of hooks that they ask `rows_now` who the rows of each pass are, so that rows that have ended may leave the batch between passes."""
+    numbers = {handle.id for handle in handles}
+    _asking.update(numbers)
+    try:
+        yield
+    finally:
+        _asking.difference_update(numbers)
+
+
+def all_stay(module: nn.Module) -> bool:
+    """Whether some hook of a module may count on every row to stay where it is."""
+    return any(
+        number not in _asking
+        for part in module.modules()
+        for hooks in (part._forward_hooks, part._forward_pre_hooks)
+        for number in hooks
+    )
+
+
+class KeptByRow(ABC):
+    """What somebody keeps with a cache, as an attribute of it, that has a part for every row."""
+
+    @abstractmethod
+    def select(self, rows: Sequence[int]) -> KeptByRow:
+        """The same of some rows."""
+
+
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Go on with some rows of a cache, and with them of all that is kept with it."""
+    cache.batch_select_indices(rows)
+    for name, kept in list(vars(cache).items()):
+        if isinstance(kept, KeptByRow):
+            setattr(cache, name, kept.select(rows.tolist()))
+        elif hasattr(kept, "batch_select_indices"):
+            select_rows(kept, rows.cpu())  # another model's, wherever that is
