@@ -306,7 +306,8 @@ def judge(
 ) -> None:
     """What taking a found direction out of its heads does to MODEL, beside random heads and random directions; nothing is edited.
 
-    Give questions that neither direction nor heads were found on. Interrupted, the same command goes on.
+    Give questions that neither direction nor heads were found on; of generated ones, those of another --seed. Interrupted, the same command
+    goes on.
     """
     record = begin_record("judge", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
     require_new(to)
