@@ -1,7 +1,7 @@
 """What it all means. Read in this order:
 
-statistics      Estimate: a number with its n, interval and seed
-tasks           questions with checkable answers; grading
+statistics      intervals of means, shares and differences; tests; lengths that were cut off
+tasks           questions with checkable answers, as a teacher works them; grading
 scoring         negative log-likelihood over spans and of plain text
 general_text    plain passages on everyday subjects
 faithfulness    is the chain of thought used? early answers
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from analyses.flight import flight_recorder as flight_recorder
     from analyses.plan import Plan as Plan
     from analyses.representation import drift as drift
-    from analyses.statistics import Estimate as Estimate
     from analyses.tasks import Question as Question
     from analyses.tasks import accuracy as accuracy
     from analyses.tasks import chained_sums as chained_sums
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Editing": "changes",
-    "Estimate": "statistics",
     "Flight": "flight",
     "Plan": "plan",
     "Question": "tasks",

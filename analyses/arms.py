@@ -22,11 +22,10 @@ from analyses.changes import digest
 from analyses.scoring import nll, text_nll
 from analyses.shelf import Shelf
 from analyses.statistics import crossed_bootstrap, share
-from analyses.tasks import Question, grade
+from analyses.tasks import Question, grade, worked
 from surgery.borrowing import give_back_memory
 from surgery.checkpoint import Checkpoint
 from surgery.model import Model, find
-from surgery.transcript import Transcript
 from surgery.whole import write_whole
 
 if TYPE_CHECKING:
@@ -235,7 +234,7 @@ class _Judge:
         }  # fmt: skip
 
     def __call__(self, model: Model) -> dict[str, tuple[float, ...]]:
-        told = [_told(model, question) for question in self.target]
+        told = worked(model, self.target)
         found: dict[str, Sequence[float]] = {"answer_nll": nll(model, told, "answer").per_item}
         if all("thinking" in t.spans for t in told):
             found["completion_nll"] = nll(model, told, "completion").per_item
@@ -251,10 +250,6 @@ class _Judge:
         return {name: tuple(values) for name, values in found.items()}
 
 
-def _told(model: Model, question: Question) -> Transcript:
-    return model.transcript(question.question, question.completion(model.markers))
-
-
 def _one(
     ref: str, name: str, seed: int, way: Mapping[str, Any] | None, train: Sequence[Question], judge: _Judge, device: str,
     shared: Mapping[str, Any],
@@ -264,7 +259,7 @@ def _one(
     model = Model.load(ref, device=device, dtype="float32")
     if way is None:
         return Run(name, seed, _autocast(model, judge))
-    done = tune(model, [_told(model, question) for question in train], seed=seed, **{**shared, **way})
+    done = tune(model, worked(model, train), seed=seed, **{**shared, **way})
     return Run(name, seed, _autocast(model, judge), tuple(done.losses), done.trainable, done.seconds)
 
 

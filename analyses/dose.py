@@ -27,8 +27,9 @@ from analyses.changes import Change, Editing, acting, confined, digest, settled,
 from analyses.general_text import GENERAL_TEXT
 from analyses.scoring import Likelihood, Row, passages, predicted, quiet, surprise
 from analyses.shelf import Shelf
-from analyses.statistics import Estimate, Significance, bootstrap, followed, page, restricted_mean, share
+from analyses.statistics import Significance, bootstrap, followed, page, restricted_mean, share
 from analyses.tasks import Question, grade
+from probes.estimates import Estimate, no_interval
 from probes.steering import Steering
 from surgery.model import Model
 from surgery.proof import loops_at_end
@@ -247,13 +248,11 @@ class Sweep:
                 np.array([v is True for v in cell.answers["right"]], dtype=float),
             )
         if not len(values):
-            return Estimate(math.nan, math.nan, math.nan, 0, None, "no answer has it"), missing
+            return no_interval(math.nan, 0, "no answer has it"), missing
         if measure == "length":
             ended = cell.present("ended")[1]
             if (reach := followed(values, ended)) < self.until:
-                return Estimate(
-                    math.nan, math.nan, math.nan, len(set(question)), None, f"followed to {reach:g} only"
-                ), missing
+                return no_interval(math.nan, len(set(question)), f"followed to {reach:g} only"), missing
             return restricted_mean(values, ended, until=self.until, clusters=question, seed=self.seed), missing
         if measure == "target":
             return bootstrap(values, clusters=question, seed=self.seed), missing

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from analyses.labels import gold_of
 from analyses.scoring import keeping, quiet
-from analyses.statistics import Estimate, bootstrap, percentile, resamples, share
+from analyses.statistics import bootstrap, share
 from analyses.tasks import Question, grade, read
+from probes.estimates import Estimate, percentile, resamples
 from surgery.model import Model
 from surgery.transcript import Transcript, end_tokens
 from surgery.whole import write_whole

@@ -10,6 +10,8 @@ the moved  entries that changed in float32; that changed once both models are st
 Chance is the density: a change that has nothing to do with a set has that share of its moved entries, and of its energy, in
 it. ``enrichment`` is the share divided by chance: 1 is indifferent, 1 / density is all of it.
 
+`finetune.movement` has the few of these numbers that a training loop has time for; of the spectrum only an estimate.
+
 Almost every spectral number grows with the size of the change: compare changes beside their ``norm_ratio``.
 """
 
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from analyses.statistics import bootstrap
 from finetune.lift import budget, principal_indices
+from finetune.movement import energy_share, stored_change
 from surgery.linalg import each_matrix, principal_angles, singular_system, singular_values
 from surgery.sites import Site, match
 from surgery.weights import Delta, Weights, linear_sites
@@ -34,8 +37,6 @@ from surgery.whole import write_whole
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-
-STORED = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -130,15 +131,15 @@ def change(base: Decomposition, W: Float[Tensor, "out in"]) -> Change:
         raise ValueError(f"a {tuple(base.W.shape)} matrix cannot have changed into a {tuple(W.shape)} one")
     W = W.detach().float()
     moved = (W - base.W).flatten()
-    stored = (W.to(STORED).float() - base.W.to(STORED).float()).flatten()
+    stored = stored_change(base.W, W).flatten()
     count, k = len(base.principal), base.V.shape[1]
     largest = torch.zeros(len(moved), dtype=torch.bool)
     largest[moved.abs().topk(count).indices] = True
     largest &= moved != 0  # fewer entries than that may have moved
     sets = {"principal": base.principal, "low": base.low}
     shares = {
-        **{f"energy_{name}": _energy(moved, at) for name, at in sets.items()},
-        **{f"energy_stored_{name}": _energy(stored, at) for name, at in sets.items()},
+        **{f"energy_{name}": energy_share(moved, at) for name, at in sets.items()},
+        **{f"energy_stored_{name}": energy_share(stored, at) for name, at in sets.items()},
         **{f"overlap_changed_{name}": _share(moved != 0, at) for name, at in sets.items()},
         **{f"overlap_stored_{name}": _share(stored != 0, at) for name, at in sets.items()},
         **{f"overlap_largest_{name}": _share(largest, at) for name, at in sets.items()},
@@ -309,11 +310,6 @@ def geometry(
         found = each_matrix(look, sites)
     by_arm = [rows[i] for i in range(len(arms)) for rows in found]
     return Geometry(tuple(by_arm), filter_rank, k)
-
-
-def _energy(moved: Float[Tensor, " n"], at: Int[Tensor, " count"]) -> float:
-    energy = moved.double().square()
-    return _ratio(float(energy[at].sum()), float(energy.sum()))
 
 
 def _share(chosen: Bool[Tensor, " n"], at: Int[Tensor, " count"]) -> float:

@@ -25,9 +25,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from analyses.statistics import Estimate, bootstrap, percentile, resamples
+from analyses.statistics import bootstrap
 from probes.activations import Activations, as_spans, collect
 from probes.capture import pad_right
+from probes.estimates import Estimate, percentile, resamples
 from surgery.linalg import each_matrix, principal_angles, principal_subspace
 from surgery.model import Model
 from surgery.rows import rows_are

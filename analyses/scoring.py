@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from analyses.statistics import Estimate, percentile
 from probes.capture import pad_right
-from probes.held_out import resampled_means
+from probes.estimates import Estimate, percentile, resampled_means
 from surgery.borrowing import evaluating
 from surgery.model import Model
 from surgery.rows import rows_are

@@ -1,4 +1,4 @@
-"""What a number must carry: how sure it is, from how many, by which method.
+"""How sure a number is, and whether two differ: intervals (each a `probes.estimates.Estimate`), tests, lengths that were cut off.
 
 Every interval here resamples *independent units*. Answers to one question, cuts of one transcript and matrices of one
 layer are not independent of each other: name their question, transcript or layer in ``clusters`` to keep them together.
@@ -13,32 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 
-from probes.held_out import resampled_means, resamples
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its interval.
-
-    value   the point estimate, in the units of what was measured
-    low     lower end of the interval; NaN where one independent unit leaves nothing to judge the spread by
-    high    upper end
-    n       independent units behind it (questions, transcripts, layers), not rows
-    seed    of the resampling; None where nothing was drawn
-    method  how the interval was made, e.g. ``"wilson"`` or ``"percentile bootstrap, 2000 draws"``
-    level   nominal coverage, in (0, 1)
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-    seed: int | None
-    method: str
-    level: float = 0.95
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] (n={self.n})"
+from probes.estimates import Estimate, check_level, numbered, percentile, resampled_means, resamples
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> Estimate:
@@ -50,7 +25,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Estimate:
     Errors: ValueError when ``successes`` is not in [0, n] or ``level`` not in (0, 1).
     Source: Wilson (1927), "Probable inference, the law of succession, and statistical inference", JASA 22.
     """
-    _check_level(level)
+    check_level(level)
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes in {n} trials: successes must lie between 0 and the number of trials")
     if n == 0:
@@ -63,19 +38,6 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Estimate:
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == n else min(1.0, centre + half)
     return Estimate(p, low, high, n, None, "wilson", level)
-
-
-def percentile(value: float, drawn: Float[np.ndarray, " draws"], *, n: int, seed: int, level: float = 0.95) -> Estimate:
-    """The percentile interval of statistics ``drawn`` on bootstrap samples of ``n`` independent units.
-
-    With fewer than two units every sample is the same one, so the interval is NaN rather than of width zero. So it is
-    when a statistic is undefined (NaN) on some sample.
-
-    Source: Efron and Tibshirani (1993), "An Introduction to the Bootstrap", section 13.3.
-    """
-    _check_level(level)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if n > 1 else (math.nan, math.nan)
-    return Estimate(float(value), float(low), float(high), n, seed, f"percentile bootstrap, {len(drawn)} draws", level)
 
 
 def bootstrap(
@@ -111,7 +73,7 @@ def bootstrap(
         raise ValueError(
             f"{bad} of {rows.size} values are NaN or infinite: first leave missing items out or score them"
         )
-    unit, units = _units(clusters, len(rows))
+    unit, units = numbered(clusters, len(rows))
     if statistic is None:
         drawn = resampled_means(np.bincount(unit, weights=rows), np.bincount(unit), draws, seed)
         return percentile(rows.mean(), drawn, n=units, seed=seed, level=level)
@@ -133,7 +95,7 @@ def share(values: ArrayLike, clusters: Sequence | np.ndarray, *, seed: int = 0, 
         raise ValueError("a share is of values 0 and 1 (or true and false): first leave out the missing ones")
     if not len(rows):
         raise ValueError("nothing to estimate from: no values were given")
-    _, units = _units(clusters, len(rows))
+    _, units = numbered(clusters, len(rows))
     if units < len(rows) and 0 < rows.sum() < len(rows):
         return bootstrap(rows, clusters=clusters, seed=seed, level=level)
     return wilson(round(units * float(rows.mean())), units, level)
@@ -312,7 +274,7 @@ def restricted_mean(
     """
     length, over = _lengths(lengths, ended)
     end = _until(until, (length, over))
-    unit, units = _units(clusters, len(length))
+    unit, units = numbered(clusters, len(length))
     drawn = _restricted(length, over, unit, _with_whole(units, draws, seed), end)
     return percentile(drawn[0], drawn[1:], n=units, seed=seed, level=level)
 
@@ -344,7 +306,7 @@ def restricted_difference(
     end = _until(until, *sides)
     labels = clusters or tuple(np.arange(len(side[0])) for side in sides)
     both = np.concatenate([np.asarray(own) for own in labels])
-    unit, units = _units(both, sum(len(side[0]) for side in sides))
+    unit, units = numbered(both, sum(len(side[0]) for side in sides))
     counts = _with_whole(units, draws, seed)
     split = len(sides[0][0])
     drawn = [
@@ -373,7 +335,9 @@ def logrank(
     if second.shape != length.shape or not np.isin(second, (0, 1)).all() or len(np.unique(second)) < 2:
         raise ValueError("a log-rank test compares two groups: give each item false or true, and have both")
     second = second.astype(bool)
-    unit, units = _units(strata, len(length)) if strata is not None else (np.zeros(len(length), dtype=int), len(length))
+    unit, units = (
+        numbered(strata, len(length)) if strata is not None else (np.zeros(len(length), dtype=int), len(length))
+    )
     surplus = variance = 0.0
     for stratum in np.unique(unit):
         own = unit == stratum
@@ -474,15 +438,6 @@ def _restricted(
     return edges[1] + share @ np.diff(edges[1:])
 
 
-def _units(labels: Sequence | np.ndarray | None, items: int) -> tuple[Int[np.ndarray, " item"], int]:
-    """The number of each item's unit, from 0, and how many units there are."""
-    named = np.arange(items) if labels is None else np.asarray(labels)
-    if named.shape != (items,):
-        raise ValueError(f"{items} values but cluster labels of shape {named.shape}: give one label a value")
-    _, unit = np.unique(named, return_inverse=True)
-    return unit, int(unit.max()) + 1
-
-
 def _with_whole(units: int, draws: int, seed: int) -> Int[np.ndarray, "draw unit"]:
     """Bootstrap samples, the first of them the sample itself."""
     return np.concatenate([np.ones((1, units), dtype=int), resamples(units, draws, seed)])
@@ -490,8 +445,3 @@ def _with_whole(units: int, draws: int, seed: int) -> Int[np.ndarray, "draw unit
 
 def _two_sided(z: float) -> float:
     return math.erfc(abs(z) / math.sqrt(2))
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level {level} is not a coverage in (0, 1); 0.95 is usual")

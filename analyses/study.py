@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from analyses.plan import Plan
 from analyses.shelf import Shelf, require_unfinished
-from analyses.statistics import Estimate
-from analyses.tasks import accuracy, chained_sums
+from analyses.tasks import accuracy, chained_sums, worked
+from probes.estimates import Estimate
 from surgery.borrowing import give_back_memory
 from surgery.checkpoint import Checkpoint
 from surgery.model import Model, find
@@ -126,7 +126,7 @@ class _Study:
 
         model = Model.load(self.plan.model, device=self.plan.device, dtype="float32")
         home = self.folder / "arms" / arm
-        taught = [model.transcript(q.question, q.completion(model.markers)) for q in self.train]
+        taught = worked(model, self.train)
         names = ("accuracy", "nll", "drift", "drift-general", "change")
         watched = watches(
             names,
@@ -199,7 +199,7 @@ class _Study:
         found: dict[str, Any] = {"curves": [], "summary": []}
         for arm in ("base", *ARMS):
             with self.arm(arm) as model:
-                gold = [model.transcript(q.question, q.completion(model.markers)) for q in questions]
+                gold = worked(model, questions)
                 traces = {"gold": gold}
                 if arm != "base":
                     traces["own"] = model.generate(
@@ -227,7 +227,7 @@ class _Study:
         from probes.activations import collect
 
         model = self.model
-        task = [model.transcript(q.question, q.completion(model.markers)) for q in self.test[: self.plan.drift_items]]
+        task = worked(model, self.test[: self.plan.drift_items])
         general = as_transcripts(model, GENERAL_TEXT[: self.plan.drift_items])
         texts = {"task": (task, ("thinking", "answer")), "general": (general, ("all",))}
         rows: list[dict[str, Any]] = []

@@ -12,14 +12,18 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from analyses.statistics import Estimate, wilson
+from analyses.statistics import wilson
+from probes.estimates import Estimate
 from surgery.transcript import Markers, Transcript
+
+if TYPE_CHECKING:
+    from surgery.model import Model
 
 Side = Literal["train", "test", "all"]
 
@@ -50,11 +54,19 @@ class Question:
         return f"{markers.open}\n{steps}{markers.close}\n{self.answer}"
 
 
+def worked(model: Model, questions: Iterable[Question]) -> list[Transcript]:
+    """The questions as a teacher answers them: each with its `Question.completion`, between the model's own markers."""
+    return [model.transcript(q.question, q.completion(model.markers)) for q in questions]
+
+
 # ------------------------------------------------------------------------------------------------------------ tasks
 
 
 def _number(*parts: object) -> int:
-    """A 64-bit integer that depends on the parts and on nothing else (Python's own hash differs between runs)."""
+    """A 64-bit integer that depends on the parts and on nothing else (Python's own hash differs between runs).
+
+    Not `surgery.seeds`, which hashes otherwise: by this one the sides are dealt for ever, and the questions of each seed drawn.
+    """
     return int.from_bytes(hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
 
 

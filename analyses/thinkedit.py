@@ -28,7 +28,7 @@ from torch import Tensor
 
 from analyses.changes import Editing
 from analyses.dose import Cell, Line, Sweep, sweep
-from analyses.statistics import Estimate, followed, paired_bootstrap, restricted_difference, restricted_mean
+from analyses.statistics import followed, paired_bootstrap, restricted_difference, restricted_mean
 from analyses.tasks import Question
 from probes.attribution import Contributions, writers_of
 from probes.directions import (
@@ -40,6 +40,7 @@ from probes.directions import (
     one_early,
     span_lengths,
 )
+from probes.estimates import Estimate, no_interval
 from probes.steering import Steering
 from surgery.anatomy import Anatomy
 from surgery.edits import RemoveDirection
@@ -472,7 +473,7 @@ def _effect(measure: str, before: Cell, after: Mapping[str, Cell], until: float,
     taken = "length" in before.answers if measure == "length" else bool(_numbers(measure, before))
     if not taken:
         return None
-    nothing = Estimate(math.nan, math.nan, math.nan, 0, None, "no answer has it")
+    nothing = no_interval(math.nan, 0, "no answer has it")
     change = _difference(measure, before, after["edit"], until, seed) or nothing
     start = _value(measure, before, until)
     row: dict[str, Any] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from analyses.dose import lengths
 from analyses.representation import linear_cka, mean_shift, rows_in, subspace_angles
 from analyses.scoring import entropy, nll
-from analyses.tasks import Question, accuracy
+from analyses.tasks import Question, accuracy, worked
 from finetune.monitors import Watch, every, sometimes
 from finetune.movement import ChangeNorm, GradientCourse, Start, UpdateShape, spread_layers
 from probes.activations import Activations, collect
@@ -256,7 +256,7 @@ def watches(
             raise ValueError(
                 f"{name!r} is measured on {lacking[name]}, and there are none: give some, or leave it out."
             )
-    teacher = [model.transcript(q.question, q.completion(model.markers)) for q in questions]
+    teacher = worked(model, questions)
     compared = ("thinking", "answer")
     if names is None:
         compared = tuple(span for span in compared if _count(teacher[:_READ], span) >= _LEAST)

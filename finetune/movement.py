@@ -115,6 +115,8 @@ class Shape:
     principal:   share of ``‖dW‖_F²`` on the principal entries of W_0, in [0, 1]; chance is their share of all entries.
     absorbed:    of the entries that moved in fp32, the share that are the same numbers once both points are stored in bf16.
     lost:        ``‖dW - stored dW‖_F / ‖dW‖_F``: 0 where bf16 keeps the change as it is. It may exceed 1.
+
+    Stored dW is between both points in bf16; `Delta.survival` is of what is written beside a base that stays as it is.
     """
 
     relative: float
@@ -188,15 +190,27 @@ def shape_of(
     size = _norm(change)
     if not size:
         return Shape(0.0, *[math.nan] * 4)
-    stored = after.to(STORED).float() - before.to(STORED).float()
+    stored = stored_change(before, after)
     moved = int((change != 0).sum())
     return Shape(
         relative=size / _norm(before) if before.any() else math.nan,
         stable_rank=(size / _largest_singular_value(change)) ** 2,
-        principal=(_norm(change.reshape(-1)[principal]) / size) ** 2,
+        principal=energy_share(change, principal),
         absorbed=int(((change != 0) & (stored == 0)).sum()) / moved,
         lost=_norm(stored - change) / size,
     )
+
+
+def stored_change(before: Float[Tensor, "out in"], after: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """What is left of a change once both points are stored in bf16, fp32."""
+    return after.to(STORED).float() - before.to(STORED).float()
+
+
+def energy_share(change: Float[Tensor, "*shape"], at: Int[Tensor, " count"]) -> float:
+    """The share of ``‖change‖_F²`` on the entries at flat positions, in [0, 1]; NaN where nothing changed."""
+    energy = change.flatten().double().square()
+    whole = float(energy.sum())
+    return float(energy[at].sum()) / whole if whole else math.nan
 
 
 class GradientCourse:

@@ -4,16 +4,17 @@ capture      live tensors at sites, by hooks
 activations  collect(): rows at sites over spans, without padding, each knowing whose it is; stream(), moments(), gradients()
 engines      the same through nnsight, also on a server, and through TransformerLens
 shards       rows on disk: written whole or not at all, gone on with after an interruption
-statistics   Moments and CrossMoments: mean, covariance and extremes of rows seen once; mergeable
+accumulators Moments and CrossMoments: mean, covariance and extremes of rows seen once; mergeable
 following    which tokens of a running pass are thinking, answer, padding: ``from probes.following import following``
 recorder     recording(): activations while generating
 showing      show_spans() colours the tokens that are meant
+estimates    Estimate: a number with its interval, by drawing whole questions
 held_out     folds that keep a question whole, the AUC, and its interval over questions
 directions   Direction: mean difference, pairs, PCA, logistic, mass-mean; arithmetic; length_direction()
 linear       probe(): linear probes over layers and spans, beside their controls
 erasure      LEACE: leace(), leace_streamed(), and check() of what is left
 passes       a forward pass of a batch, read at some places while it runs
-results      what results share: intervals over questions, files
+results      what results share: intervals of many numbers at once, files
 lens         what each stream says of the next token: ``from probes.lens import lens``
 attribution  contributions(), writers_of(): which heads and layers write a direction, or a logit; ablations(): what silencing them does
 attention    attention on marked tokens: ``from probes.attention import attention``
@@ -26,6 +27,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from probes.accumulators import CrossMoments as CrossMoments
+    from probes.accumulators import Moments as Moments
     from probes.activations import Activations as Activations
     from probes.activations import collect as collect
     from probes.activations import gradients as gradients
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from probes.erasure import Erasers as Erasers
     from probes.erasure import leace as leace
     from probes.erasure import leace_streamed as leace_streamed
+    from probes.estimates import Estimate as Estimate
     from probes.following import Follower as Follower
     from probes.lens import Lens as Lens
     from probes.linear import ProbeTable as ProbeTable
@@ -61,8 +65,6 @@ if TYPE_CHECKING:
     from probes.recorder import Recording as Recording
     from probes.recorder import recording as recording
     from probes.showing import show_spans as show_spans
-    from probes.statistics import CrossMoments as CrossMoments
-    from probes.statistics import Moments as Moments
     from probes.steering import Steering as Steering
     from probes.steering import steered as steered
     from probes.steering import stream_norms as stream_norms
@@ -98,8 +100,9 @@ _HOMES = {
     "Recording": "recorder",
     "recording": "recorder",
     "show_spans": "showing",
-    "CrossMoments": "statistics",
-    "Moments": "statistics",
+    "CrossMoments": "accumulators",
+    "Moments": "accumulators",
+    "Estimate": "estimates",
     "Follower": "following",
     "Steering": "steering",
     "steered": "steering",

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from probes.accumulators import Moments
 from probes.capture import Keep, forward, only_activations, pad_right, require_seen, tapped
 from probes.shards import Folder, Stored
-from probes.statistics import Moments
 from surgery.model import Model
 from surgery.rows import rows_are
 from surgery.sites import Site, match, nothing_matched

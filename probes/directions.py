@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probes.activations import Activations, collect
-from probes.held_out import Score, auc_score, deal, units
+from probes.estimates import Estimate, no_interval
+from probes.held_out import auc_score, deal, opposite, units
 from surgery.linalg import principal_subspace
 from surgery.model import Model
 from surgery.runs import fingerprint
@@ -66,7 +67,7 @@ class Direction(Mapping[Site, Tensor]):
     vectors: Mapping[Site, Float[Tensor, " d"]]
     norms: Mapping[Site, float]
     about: Mapping[str, Any] = field(default_factory=dict)
-    auc: Mapping[Site, Score] = field(default_factory=dict)
+    auc: Mapping[Site, Estimate] = field(default_factory=dict)
     halves: Mapping[Site, float] = field(default_factory=dict)
 
     @classmethod
@@ -148,7 +149,7 @@ class Direction(Mapping[Site, Tensor]):
         if factor > 0:
             return replace(self, norms=norms)
         vectors = {site: -unit for site, unit in self.vectors.items()}
-        return replace(self, vectors=vectors, norms=norms, auc={site: s.reversed() for site, s in self.auc.items()})
+        return replace(self, vectors=vectors, norms=norms, auc={site: opposite(s) for site, s in self.auc.items()})
 
     __rmul__ = __mul__
 
@@ -211,7 +212,7 @@ class Direction(Mapping[Site, Tensor]):
         """One row a site: site, layer, part, norm, auc, low, high, n (groups behind the AUC), halves."""
         import pandas as pd
 
-        nothing = Score(math.nan, math.nan, math.nan, 0, "")
+        nothing = no_interval(math.nan, 0, "not judged")
         rows = []
         for site in self.sites:
             auc = self.auc.get(site, nothing)
@@ -232,7 +233,7 @@ class Direction(Mapping[Site, Tensor]):
 
     def auc_on(
         self, acts: Activations, labels: Labels, groups: Labels | None = None, *, inside: bool = False, seed: int = 0
-    ) -> dict[Site, Score]:
+    ) -> dict[Site, Estimate]:
         """How well the direction as it is tells rows apart that it was not made from: at each shared site the AUC of their projections.
 
         labels, groups: as for `mean_difference`. inside: compare rows of one group only, as the AUC of pairs does.
@@ -310,7 +311,7 @@ class Direction(Mapping[Site, Tensor]):
                 {Site.parse(name): value for name, value in json.loads(metadata[what]).items()}
                 for what in ("norms", "auc", "halves")
             )
-            scores = {site: Score(**value) for site, value in auc.items()}
+            scores = {site: Estimate(**{"seed": None, **value}) for site, value in auc.items()}
             if norms.keys() != vectors.keys():
                 raise ValueError("its lengths are of other sites than its vectors")
             about = json.loads(metadata["about"])
@@ -501,7 +502,7 @@ def _made(
     half = torch.from_numpy(deal(g.numpy(), y.numpy(), folds=2, seed=seed)) if g.max() > 0 else None
     vectors: dict[Site, Tensor] = {}
     norms: dict[Site, float] = {}
-    scores: dict[Site, Score] = {}
+    scores: dict[Site, Estimate] = {}
     halves: dict[Site, float] = {}
     for site, values in acts.values.items():
         X = values[rows]
@@ -572,11 +573,11 @@ def _require_classes(y: Tensor, g: Tensor, method: _Method, complete: bool) -> N
         raise ValueError(f"{method.name} needs at least {method.pairs} groups with rows of both labels; {pairs} have.")
 
 
-def _held_out(X: Tensor, y: Tensor, g: Tensor, fold: Tensor | None, method: _Method, seed: int) -> Score:
+def _held_out(X: Tensor, y: Tensor, g: Tensor, fold: Tensor | None, method: _Method, seed: int) -> Estimate:
     """AUC of each row's projection on the direction of the folds it is not in; rows are compared inside a fold, or a pair."""
     what = "held-out AUC inside pairs" if method.pairs else "held-out AUC inside folds"
     if fold is None:
-        return Score(math.nan, math.nan, math.nan, 1, f"{what}, one group only")
+        return no_interval(math.nan, 1, f"{what}, one group only")
     scores = torch.full((len(y),), math.nan, dtype=torch.float64)
     for k in range(int(fold.max()) + 1):
         train, test = fold != k, fold == k

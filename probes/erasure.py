@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.accumulators import CrossMoments, Moments
 from probes.activations import Activations, stream
 from probes.directions import Labels, per_row
-from probes.held_out import Score, auc_score, deal, units
-from probes.statistics import CrossMoments, Moments
+from probes.estimates import Estimate
+from probes.held_out import auc_score, deal, units
 from surgery.model import Model
 from surgery.runs import fingerprint
 from surgery.sites import Site
@@ -229,8 +230,8 @@ class Left:
     site: str
     told_before: float
     told_after: float
-    before: Score
-    after: Score
+    before: Estimate
+    after: Estimate
     moved: float
 
 
@@ -262,7 +263,8 @@ class Erased:
     def load(cls, path: str | Path) -> Erased:
         """What `save` wrote."""
         found = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
-        return cls(tuple(Left(**{**row, **{k: Score(**row[k]) for k in ("before", "after")}}) for row in found))
+        scores = ("before", "after")
+        return cls(tuple(Left(**{**row, **{k: Estimate(**{"seed": None, **row[k]}) for k in scores}}) for row in found))
 
     def _repr_html_(self) -> str:
         return self.frame().to_html(max_rows=24, float_format="%.4g", index=False)

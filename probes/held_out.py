@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
+
+from probes.estimates import Estimate, no_interval, resamples
 
 _CHUNK = 1 << 20  # resampled rows that are in work at once
 
 
-@dataclass(frozen=True)
-class Score:
-    """A held-out number with its interval.
-
-    value:     the point estimate; NaN where nothing could be judged.
-    low, high: its 95 % interval; NaN where fewer than two groups leave no spread to judge by.
-    n:         independent groups (questions) behind it, not rows.
-    method:    what was compared with what, and how the interval was made.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-    method: str
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] (n={self.n})"
-
-    def reversed(self) -> Score:
-        """The AUC of the opposite direction."""
-        return Score(1 - self.value, 1 - self.high, 1 - self.low, self.n, self.method)
+def opposite(found: Estimate) -> Estimate:
+    """One less it: the AUC of the opposite direction."""
+    return replace(found, value=1 - found.value, low=1 - found.high, high=1 - found.low)
 
 
 def units(names: Sequence[Any] | ArrayLike) -> Int[np.ndarray, " row"]:
@@ -43,24 +26,6 @@ def units(names: Sequence[Any] | ArrayLike) -> Int[np.ndarray, " row"]:
     numbers: dict[Any, int] = {}
     listed = names.tolist() if isinstance(names, np.ndarray) else list(names)  # type: ignore[arg-type]
     return np.array([numbers.setdefault(name, len(numbers)) for name in listed], dtype=np.int64)
-
-
-def resamples(units: int, draws: int, seed: int) -> Int[np.ndarray, "draws units"]:
-    """How often each of ``units`` independent units is drawn in each bootstrap sample; every row sums to ``units``.
-
-    For a statistic made of per-unit sums, ``resamples(...) @ sums`` is every bootstrap sample at once.
-    """
-    if units < 1 or draws < 1:
-        raise ValueError(f"{draws} bootstrap draws of {units} units: both must be at least 1")
-    return np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=draws)
-
-
-def resampled_means(
-    sums: Num[np.ndarray, "units ..."], sizes: Num[np.ndarray, " units"], draws: int, seed: int
-) -> Float[np.ndarray, "draws ..."]:
-    """The mean over all members in each bootstrap sample of units, from each unit's sum and its number of members."""
-    counts = resamples(len(sizes), draws, seed)
-    return ((counts @ sums).T / (counts @ sizes)).T
 
 
 def deal(
@@ -106,7 +71,7 @@ def auc_score(
     draws: int = 1000,
     seed: int = 0,
     what: str = "AUC",
-) -> Score:
+) -> Estimate:
     """`auc` with a percentile interval from drawing whole groups (questions) with replacement.
 
     Rows with a NaN score are left out. Draws without a pair to compare are left out too; where they are most, the interval is NaN. A
@@ -127,7 +92,7 @@ def auc_score(
     count = int(unit.max()) + 1 if len(unit) else 0
     value = auc(s, y, strata) if count else math.nan
     if count < 2 or math.isnan(value):
-        return Score(value, math.nan, math.nan, count, f"{what}, no interval")
+        return no_interval(value, count, f"{what}, no interval")
     times = resamples(count, draws, seed)
     if _nested(strata, unit):
         row, won, asked = _contests(s, y, strata, np.ones((1, len(s))))
@@ -142,7 +107,7 @@ def auc_score(
         low = min(low, perfect)
     if value == 0:
         high = max(high, 1 - perfect)
-    return Score(value, max(low, 0.0), min(high, 1.0), count, f"{what}, {_how(draws, folds)}")
+    return Estimate(value, max(low, 0.0), min(high, 1.0), count, seed, f"{what}, {_how(draws, folds)}")
 
 
 def mean_score(
@@ -155,7 +120,7 @@ def mean_score(
     draws: int = 1000,
     seed: int = 0,
     what: str = "mean",
-) -> Score:
+) -> Estimate:
     """``sum(above) / sum(below)``, or one less it with `flip`, with a percentile interval from drawing whole groups.
 
     An accuracy is hits over ones; an R² is one less squared errors over squared deviations. folds: as in `auc_score`.
@@ -163,12 +128,13 @@ def mean_score(
     unit = units(groups)
     sums = np.stack([np.bincount(unit, above), np.bincount(unit, below)])
     count = sums.shape[1]
-    times = resamples(count, draws, seed)
     ratio = float(sums[0].sum() / sums[1].sum())
-    low, high = _ends(ratio, times @ sums[0], times @ sums[1], folds) if count > 1 else (math.nan, math.nan)
-    if flip:
-        ratio, low, high = 1 - ratio, 1 - high, 1 - low
-    return Score(ratio, low, high, count, f"{what}, {_how(draws, folds) if count > 1 else 'no interval'}")
+    if count < 2:
+        return no_interval(1 - ratio if flip else ratio, count, f"{what}, no interval")
+    times = resamples(count, draws, seed)
+    low, high = _ends(ratio, times @ sums[0], times @ sums[1], folds)
+    found = Estimate(ratio, low, high, count, seed, f"{what}, {_how(draws, folds)}")
+    return opposite(found) if flip else found
 
 
 def _ends(value: float, above: np.ndarray, below: np.ndarray, folds: int | None) -> tuple[float, float]:

@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float, Int
 
 from probes.activations import Activations, collect
 from probes.directions import Labels, per_row
-from probes.held_out import Score, auc, auc_score, deal, mean_score, shuffled, units
+from probes.estimates import Estimate, no_interval
+from probes.held_out import auc, auc_score, deal, mean_score, shuffled, units
 from surgery.borrowing import own_draws
 from surgery.linalg import each_matrix
 from surgery.model import Model
@@ -359,13 +360,10 @@ class _Found:
     predicted: Float[np.ndarray, " row"]
     inner: Float[np.ndarray, " fold"]
     penalties: Float[np.ndarray, " fold"]
-    score: Score
-    same_length: Score
+    score: Estimate
+    same_length: Estimate
     shuffled: Float[np.ndarray, " shuffle"]
     untrained: float
-
-
-_NOTHING = Score(math.nan, math.nan, math.nan, 0, "")
 
 
 def _rows_of(acts: Activations, site: Site, task: _Task) -> Float[np.ndarray, "row d"]:
@@ -382,7 +380,9 @@ def _probe_cell(task: _Task, X: np.ndarray, twin: np.ndarray | None, settings: _
         labels = shuffled(task.y, task.g, seed=settings.seed + 1 + i)
         null.append(_value(*_predict(X, task, settings, labels, penalties)[:1], labels, task, settings))
     other = math.nan if twin is None else _value(_predict(twin, task, settings)[0], task.y, task, settings)
-    same = _NOTHING if task.bins is None else _judge(predicted, task, settings, within=task.bins)
+    same = no_interval(math.nan, 0, "no lengths")
+    if task.bins is not None:
+        same = _judge(predicted, task, settings, within=task.bins)
     return _Found(predicted, inner, penalties, _judge(predicted, task, settings), same, np.array(null), other)
 
 
@@ -484,7 +484,7 @@ def _value(predicted: np.ndarray, y: np.ndarray, task: _Task, settings: _Setting
     return float(1 - _loss(predicted, y, "number").sum() / ((y - _training_means(y, task.fold)) ** 2).sum())
 
 
-def _judge(predicted: np.ndarray, task: _Task, settings: _Settings, within: np.ndarray | None = None) -> Score:
+def _judge(predicted: np.ndarray, task: _Task, settings: _Settings, within: np.ndarray | None = None) -> Estimate:
     """The probe's score with its interval, rows compared inside a fold and, where given, inside a bin."""
     options: dict[str, Any] = {"folds": int(task.fold.max()) + 1, "draws": settings.draws, "seed": settings.seed}
     if settings.kind == "classes":

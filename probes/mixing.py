@@ -47,8 +47,6 @@ def mixed(
         raise ValueError(f"A scale is a finite number, or one for each question; this is {scale}.")
     if not 0 <= floor < 1:
         raise ValueError(f"A floor is a share of the likeliest token's probability, in [0, 1); this is {floor}.")
-    if isinstance(tuned, Model):
-        _require_same_tokens(base, tuned)
     module: Any = base.module
     swap: Swap = nullcontext
     if isinstance(tuned, Model):

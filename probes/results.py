@@ -1,4 +1,4 @@
-"""What results here share: an interval over independent questions, and a file that appears whole or not at all."""
+"""What results here share: intervals of many numbers at once, and a file that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.held_out import resampled_means
+from probes.estimates import ends, numbered, resampled_means
 from surgery.tensorfile import save_whole
 
 
@@ -24,23 +24,15 @@ def interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[Float[np.ndarray, " part"], Float[np.ndarray, " part"], int]:
-    """(low, high, questions): a percentile bootstrap interval of each column's mean over transcripts.
+    """(low, high, questions): the percentile interval of each column's mean over transcripts, whole questions being drawn.
 
-    Whole questions are drawn, all their transcripts with them. One question leaves nothing to judge the spread by: NaN; so does a
-    column with a NaN. level: nominal coverage, in (0, 1).
-    Source: Efron and Tibshirani 1993, section 13.3; clusters: Davison and Hinkley 1997, section 3.8.
+    One question leaves nothing to judge the spread by: NaN; so does a column with a NaN. level: nominal coverage, in (0, 1).
+    Source: as `probes.estimates.percentile`; clusters: Davison and Hinkley (1997), section 3.8.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: a coverage in (0, 1), 0.95 for example.")
-    _, unit = np.unique(np.asarray(question), return_inverse=True)
-    n = int(unit.max()) + 1
-    if n < 2:
-        nothing = np.full(values.shape[1], np.nan)
-        return nothing, nothing, n
+    unit, n = numbered(question, len(values))
     sums = torch.zeros(n, values.shape[1], dtype=torch.float64)
     sums.index_add_(0, torch.from_numpy(unit), values.double())
-    drawn = resampled_means(sums.numpy(), np.bincount(unit), draws, seed)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = ends(resampled_means(sums.numpy(), np.bincount(unit), draws, seed), n, level)
     return low, high, n
 
 

@@ -24,6 +24,7 @@ SINGLE = "model.safetensors"
 ANOTHER_FORMAT = "consolidated*.safetensors"  # Mistral's own, the same weights once more
 RECORD = "record.json"  # of the command that made a folder
 TEMPLATES = "additional_chat_templates"  # a folder: transformers' place for chat templates that have names
+UNTIE = "load it, clone the embedding into lm_head, set tie_word_embeddings to false, save"
 SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1,

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from surgery.adapter_names import Names, split_key
-from surgery.headers import read_json
+from surgery.headers import UNTIE, read_json
 from surgery.linalg import low_rank_factors
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError, Stored, TensorFile, TensorSink, read_header
@@ -155,7 +155,7 @@ _SAY_NOTHING = {  # of what the stored tensors mean: which modules were meant, h
 }  # fmt: skip
 _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # as they begin, so that B A alone is not the change
 _MERGE = "PEFT can merge it into a model, PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload().save_pretrained(NEW): then take NEW - BASE."
-_UNTIE = "Untie the model first."
+_UNTIE = f"Untie the model first: {UNTIE}."
 _MOST = 1e30  # an alpha beyond it is damage
 
 

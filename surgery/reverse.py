@@ -20,12 +20,11 @@ from torch import Tensor
 from surgery.checkpoint import RECORD, Checkpoint, point_hash
 from surgery.hashing import Digest, hash_bytes, hash_file
 from surgery.headers import TEMPLATES
-from surgery.side_files import PATCH, copy_file, files_in
+from surgery.side_files import PATCH, UNDO_LIMIT, copy_file, files_in
 from surgery.tensorfile import DTYPES, CheckpointError, Stored, TensorFile, raw_bytes, save_tensors
 from surgery.whole import new_folder
 
 NO_UNDO = "no undo: "  # what a check begins with that says why there is no patch
-UNDO_LIMIT = 32 << 20  # bytes: an edit that needs more keeps no patch, and says so
 SIDE_LIMIT = 1 << 20  # bytes: larger side files are not the kind that is rewritten after the write itself
 _OURS = {PATCH, RECORD, "README.md"}  # a command puts its own in their place
 # nor are vocabularies, whatever their size

@@ -8,6 +8,7 @@ from pathlib import Path
 from surgery.headers import INDEX, RECORD, TEMPLATES
 
 PATCH = "undo.patch"  # the way back to what a model was made from
+UNDO_LIMIT = 32 << 20  # bytes: an edit that needs more keeps none, and says so
 _WEIGHTS = {
     ".safetensors",
     ".bin",

@@ -25,10 +25,10 @@ from torch import Tensor
 from surgery.checkpoint import INDEX, Checkpoint, point_hash, read_headers
 from surgery.hashing import Digest
 from surgery.proof import Loops, prove
-from surgery.reverse import UNDO_LIMIT, Reverse
+from surgery.reverse import Reverse
 from surgery.rounding import Kept as Kept
 from surgery.rounding import generator, stochastic
-from surgery.side_files import copy_file, side_files
+from surgery.side_files import UNDO_LIMIT, copy_file, side_files
 from surgery.sites import Site
 from surgery.tensorfile import Stored, header_bytes, raw_bytes, read_header
 from surgery.weights import Weights, minus, some_rows

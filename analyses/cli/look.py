@@ -221,6 +221,7 @@ def early_answers(
     record = begin_record("measure early-answers", {k: v for k, v in locals().items() if k not in ("to", "quiet")})
     require_new(to)
     from analyses.faithfulness import early_answers
+    from analyses.tasks import worked
     from surgery.model import Model
 
     if traces not in ("own", "gold"):
@@ -229,7 +230,7 @@ def early_answers(
         raise ValueError("--max-new-tokens is of --traces own: nothing is written where the worked solutions are cut.")
     loaded = Model.load(model, device=device, dtype="float32")
     questions = questions_to_judge_on(data, count, 64, side, seed)
-    told = None if traces == "own" else [loaded.transcript(q.question, q.completion(loaded.markers)) for q in questions]
+    told = None if traces == "own" else worked(loaded, questions)
     found = early_answers(loaded, questions, told, max_new_tokens=max_new_tokens or 64, seed=seed, progress=not quiet)
     _save_measure(
         record,
@@ -260,11 +261,12 @@ def drift(
     record = begin_record("measure drift", {k: v for k, v in locals().items() if k not in ("to", "quiet")})
     require_new(to)
     from analyses.representation import drift
+    from analyses.tasks import worked
     from surgery.model import Model
 
     after, before = (Model.load(ref, device=device, dtype="float32") for ref in (model, base))
     questions = questions_to_judge_on(data, count, 48, side, seed)
-    told = [before.transcript(q.question, q.completion(before.markers)) for q in questions]
+    told = worked(before, questions)
     spans = [s for s in ("thinking", "answer") if any(s in t.spans for t in told)]
     found = drift(before, after, told, over=spans, seed=seed, progress=not quiet)
     _save_measure(

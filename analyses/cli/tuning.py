@@ -182,7 +182,7 @@ def tune(
     else:
         done = tune(
             loaded,
-            [loaded.transcript(q.question, q.completion(loaded.markers)) for q in questions],
+            tasks.worked(loaded, questions),
             method=method,  # type: ignore[arg-type]
             batch_size=batch_size,
             over=_spans(over),

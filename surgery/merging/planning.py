@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from surgery.checkpoint import Checkpoint
+from surgery.headers import UNTIE
 from surgery.merging.recipe import Recipe, RecipeError, references, valid_seed
 from surgery.merging.rules import Rule, Source
 from surgery.sites import Site
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 Road = Literal["stream", "executor"]
 _LAYER = re.compile(r"\.\d+\.")
 _HEAD = Site(None, "head")
-_UNTIE = "load it, clone the embedding into lm_head, set tie_word_embeddings to false, save."
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
         if head is not None and head.name not in rules:
             raise RecipeError(
                 f"{names[main]}, like which the result is laid out, has a head of its own, and the model of the last layers, whose head the result "
-                f"would have, ties its to the embedding. Untie that one first: {_UNTIE}"
+                f"would have, ties its to the embedding. Untie that one first: {UNTIE}."
             )
         out = said or _promoted_by_role(rules)
         return Plan(recipe, config, "stream", "", layout.folder, layers, out, folders, (), rules)
@@ -368,7 +368,7 @@ def _require_heads(
             if not shared or any(rule.sum is None or rule.sum.get(ref, 0) != 0 for rule in shared):
                 raise RecipeError(
                     f"{names[ref]} has a head of its own ({found}), and {names[main]}, like which the result is laid out, ties its head to the "
-                    f"embedding: the trained head would be lost. Make {names[ref]} the base_model, or untie {names[main]} first: {_UNTIE}"
+                    f"embedding: the trained head would be lost. Make {names[ref]} the base_model, or untie {names[main]} first: {UNTIE}."
                 )
 
 

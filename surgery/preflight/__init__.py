@@ -15,7 +15,7 @@ from typing import Any
 
 from surgery.preflight.compare import compare
 from surgery.preflight.facts import SHORT, Facts, Problem, check_adapter, check_delta, examine, locate, moved_by
-from surgery.preflight.forecast import Forecast, forecast
+from surgery.preflight.forecast import Forecast, forecast, in_bytes
 from surgery.preflight.recipe import Plan, Source, lint
 
 __all__ = ["Forecast", "Problem", "Report", "check_apply", "check_model", "check_recipe"]
@@ -214,16 +214,12 @@ def _with_forecast(
         return _report(subject, problems)
     made = forecast(facts, to=Path(to if to is not None else "out"), **job)
     if made.disk > made.free:
-        found = f"has {_size(made.free)} free, and the result takes {_size(made.disk)}"
+        found = f"has {in_bytes(made.free)} free, and the result takes {in_bytes(made.disk)}"
         problems.append(Problem("error", "disk", str(to or Path.cwd()), found, "Make room, or write to another disk"))
     if made.machine is not None and made.memory is not None and made.memory > made.machine:
-        found = f"would need {_size(made.memory)} of memory, and this machine has {_size(made.machine)}"
+        found = f"would need {in_bytes(made.memory)} of memory, and this machine has {in_bytes(made.machine)}"
         problems.append(Problem("warning", "memory", subject, found, "Run it on a larger machine"))
     return _report(subject, problems, made)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _report(subject: str, problems: list[Problem], made: Forecast | None = None) -> Report:

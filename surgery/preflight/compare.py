@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from surgery.headers import UNTIE
 from surgery.preflight.facts import SHORT, Facts, Problem
 
 _GARBAGE = (
@@ -96,7 +97,7 @@ def _tie(a: Facts, b: Facts) -> Iterator[Problem]:
         words = {True: "ties its head to the embedding", False: "has a head of its own"}
         found = f"{words[b.tied]}, and {a.ref} {words[a.tied]}"
         tied = a.ref if a.tied else b.ref
-        fix = f"Untie {tied} first: load it, clone the embedding into lm_head, set tie_word_embeddings to false, save"
+        fix = f"Untie {tied} first: {UNTIE}"
         yield Problem("error", "tie", b.ref, found, fix)
 
 

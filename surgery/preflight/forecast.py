@@ -21,6 +21,7 @@ from typing import Any
 
 from surgery.headers import SIZES
 from surgery.preflight.facts import SHORT, Facts
+from surgery.side_files import UNDO_LIMIT
 
 MIB = 1 << 20
 IMPORTS = 262 * MIB  # the interpreter, torch, transformers as far as a config needs it
@@ -31,7 +32,6 @@ TRIMS = 17.5 * MIB  # and one that looks for the largest entries, in each thread
 THREADS = min(8, os.cpu_count() or 1)  # as many as the writer takes
 PROOF = 30 * MIB  # the architecture's code, and activations
 PROBES = 8  # tokens whose logits are compared, three times over
-UNDO_LIMIT = 32 * MIB
 CHANGED = 0.8  # of the entries asked to move in bf16, those that do
 HELD, SAVED = 4, 4  # bytes of a position while it is held, and in the file
 RULE_COPIES = {
@@ -70,8 +70,8 @@ class Forecast:
         time = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} minutes"
         memory = "not known, as mergekit's own executor does the merge"
         if self.memory is not None:
-            memory = f"{_size(self.memory)} at its peak ({_size(self.imports)} of it the libraries)"
-        return f"forecast memory {memory}, disk {_size(self.disk)} ({_size(self.free)} free), roughly {time}"
+            memory = f"{in_bytes(self.memory)} at its peak ({in_bytes(self.imports)} of it the libraries)"
+        return f"forecast memory {memory}, disk {in_bytes(self.disk)} ({in_bytes(self.free)} free), roughly {time}"
 
 
 def peak_memory(
@@ -152,5 +152,6 @@ def _machine() -> int | None:
         return None
 
 
-def _size(count: float) -> str:
+def in_bytes(count: float) -> str:
+    """A number of bytes in words."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from analyses.tasks import chained_sums
+from probes.accumulators import Moments
 from probes.activations import collect
 from probes.capture import forward, pad_right
 from probes.engines import Engine, reader
 from probes.recorder import recording
-from probes.statistics import Moments
 from surgery.model import Model
 from surgery.sites import match
 from tests.benchmarks import measure

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from probes.accumulators import CrossMoments, Moments
 from probes.activations import Activations, collect
 from probes.erasure import Erased, Eraser, Erasers, check, eraser, leace, leace_streamed, told
-from probes.statistics import CrossMoments, Moments
 from probes.steering import steered
 from surgery.model import Model
 from surgery.sites import Site

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probes.statistics import CrossMoments, Moments
+from probes.accumulators import CrossMoments, Moments
 
 
 def draw(rows, d, seed=0, offset=0.0, dtype=torch.float32):
@@ -101,7 +101,7 @@ def test_half_precision_is_added_wide():
 def test_processes_each_keep_their_own(tmp_path):
     code = """
 import sys, torch
-from probes.statistics import CrossMoments, Moments
+from probes.accumulators import CrossMoments, Moments
 from tests.probes.test_moments import draw
 begin, end, to = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 x, y = draw(90, 4)[begin:end], draw(90, 3, seed=1)[begin:end]
@@ -122,7 +122,7 @@ CrossMoments.of(x, y).save(to + ".xy")
 
 def test_memory_does_not_grow_with_the_rows(monkeypatch):
     """Counted in entries that are made wide at a time: never more than a block, whatever the batch."""
-    monkeypatch.setattr("probes.statistics._BLOCK", 64)
+    monkeypatch.setattr("probes.accumulators._BLOCK", 64)
     widened = []
     plain = torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: (widened.append(t.numel()), plain(t, *a, **k))[1])

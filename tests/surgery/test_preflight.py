@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from surgery import Adapter, land, merge, reverse
+from surgery import Adapter, land, merge
 from surgery.adapter_names import without_wrappers
 from surgery.checkpoint import Checkpoint
 from surgery.delta import StoredDelta, save_delta
@@ -668,7 +668,6 @@ def test_the_forecast_of_memory_follows_the_writer() -> None:
     assert peak(method=None) < peak() < peak(method="dare_ties") < peak(method="dare_ties", models=3)
     assert peak(method="dare_ties", largest=10**8) > 5 * peak(method="dare_ties", largest=10**6)
     assert peak(fused=10**8) > peak()
-    assert UNDO_LIMIT == reverse.UNDO_LIMIT  # said twice, so that a forecast needs no torch
     small, edge = 10**4, UNDO_LIMIT // 6  # a way back that is kept is put together; one over its limit is let go
     kept = [peak(entries=entries, method=None) for entries in (0, small, edge)]
     assert kept == sorted(set(kept))
