@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from analyses import figures
 from analyses.report import document, html_table, pair, picture
 from analyses.watch import watches
-from finetune.monitors import RECORDER, TRAINING, Recorder, read_log
+from finetune.monitors import OWN, RECORDER, TRAINING, Recorder, read_log
 from surgery.whole import write_whole
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from analyses.tasks import Question
     from surgery.model import Model
 
-_OWN = ("step", "monitor", "seconds", "failed", "undefined")
 _PLACE = re.compile(r"(?:(?P<span>[\w-]+)\.)?L(?P<layer>\d+)(?:\.(?P<measure>[\w-]+))?")
 _SITE = re.compile(
     r"(?P<site>(?P<layer>\d+)(?:\.[a-z][a-z0-9]*)+?)(?:\.(?P<measure>\w*_\w+|relative|principal|absorbed|lost|norm))?"
@@ -248,7 +247,7 @@ class Flight:
             if line["monitor"] == RECORDER:
                 continue
             for key, value in line.items():
-                if key not in _OWN and isinstance(value, int | float):
+                if key not in OWN and isinstance(value, int | float):
                     yield {"step": line["step"], "monitor": line["monitor"], **_placed(key), "value": float(value)}
 
     def _what(self) -> list[str]:

@@ -17,7 +17,7 @@ Almost every spectral number grows with the size of the change: compare changes 
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from analyses.statistics import bootstrap
 from finetune.lift import budget, principal_indices
 from finetune.movement import energy_share, stored_change
 from surgery.linalg import each_matrix, principal_angles, singular_system, singular_values
-from surgery.sites import Site, match
+from surgery.sites import Patterns, Site, match
 from surgery.weights import Delta, Weights, linear_sites
 from surgery.whole import write_whole
 
@@ -253,7 +253,7 @@ def geometry(
     base: Weights,
     tuned: Weights | Delta | Mapping[str, Weights | Delta],
     *,
-    at: str | Site | Iterable[str | Site] | None = None,
+    at: Patterns | None = None,
     density: float = 0.05,
     filter_rank: int = 16,
     k: int = 8,

@@ -43,6 +43,7 @@ from probes.directions import (
 from probes.estimates import Estimate, no_interval
 from probes.steering import Steering
 from surgery.anatomy import Anatomy
+from surgery.edit_lists import DIRECTION
 from surgery.edits import RemoveDirection
 from surgery.model import Model
 from surgery.runs import Runs, fingerprint
@@ -161,7 +162,7 @@ class Found:
         with its vectors in ``removed.safetensors``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.direction.save(folder / "direction.safetensors")
+        self.direction.save(folder / DIRECTION)
         self.contributions.save(folder / "heads.safetensors")
         (folder / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2) + "\n", encoding="utf-8")
         heads, vectors = self.heads(), self._vectors()
@@ -178,9 +179,7 @@ class Found:
     def load(cls, folder: str | Path) -> Found:
         folder = Path(folder)
         recipe = Recipe(**json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
-        return cls(
-            Direction.load(folder / "direction.safetensors"), Contributions.load(folder / "heads.safetensors"), recipe
-        )
+        return cls(Direction.load(folder / DIRECTION), Contributions.load(folder / "heads.safetensors"), recipe)
 
 
 def split(

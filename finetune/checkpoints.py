@@ -20,6 +20,14 @@ def digest(data: Any) -> str:
     return hash_bytes(json.dumps(data).encode())[:16]
 
 
+def require_somewhere(save_every: int | None, folder: object) -> None:
+    """Raise ValueError where checkpoints are asked for at no step, or nowhere to save them is said."""
+    if save_every is not None and save_every < 1:
+        raise ValueError(f"save_every={save_every}: a checkpoint every 1 or more steps, or None for none.")
+    if save_every and not folder:
+        raise ValueError("save_every needs checkpoints, the folder to save to.")
+
+
 def mark_complete(checkpoint: Path, settings: Mapping[str, Any]) -> None:
     """Say that everything of a checkpoint is written, and of which run it is."""
     write_whole(checkpoint / _COMPLETE, json.dumps(settings))

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from finetune.checkpoints import digest, last_complete
+from finetune.checkpoints import digest, last_complete, require_somewhere
 from finetune.hosts import Surgical, Term, reports_in_runs
 from finetune.learner import Adapter, Trains, bar, check_budget, learner, one_device, require_versions
 from finetune.lift import Select
@@ -462,10 +462,7 @@ def _check_data(questions: Sequence[Any], groups: int, save_every: int | None, c
         raise ValueError(f"{len(questions)} questions, and groups={groups} of them a step: give more, or ask fewer.")
     if bad := next((q for q in questions if not isinstance(getattr(q, "question", q), str)), None):
         raise ValueError(f"{bad!r} is no question: give texts, or objects that have the text as .question.")
-    if save_every is not None and save_every < 1:
-        raise ValueError(f"save_every={save_every}: a checkpoint every 1 or more steps, or None for none.")
-    if save_every and not checkpoints:
-        raise ValueError("save_every needs checkpoints, the folder to save to.")
+    require_somewhere(save_every, checkpoints)
 
 
 def _served(vllm: bool | None, model: Model) -> bool:

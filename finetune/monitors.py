@@ -33,7 +33,7 @@ RECORDER, TRAINING = (
     "recorder",
     "training",
 )  # lines that are no monitor's: what the recorder did, and what the trainer logged
-_OWN = ("step", "monitor", "seconds", "failed", "undefined")
+OWN = ("step", "monitor", "seconds", "failed", "undefined")  # what every line may hold beside a monitor's numbers
 _DETAIL = re.compile(r"(?:^|\.)L?\d+(?:\.|$)")  # of one layer or one site
 
 
@@ -368,7 +368,7 @@ class Recorder(TrainerCallback):
         numbers = {
             key: value
             for key, value in logs.items()
-            if isinstance(value, int | float) and key not in _OWN and not key.startswith(mine)
+            if isinstance(value, int | float) and key not in OWN and not key.startswith(mine)
         }
         if numbers.keys() - {"epoch"}:
             self._append({"step": step, "monitor": TRAINING, "seconds": 0.0, **_said(numbers)})
@@ -390,7 +390,7 @@ def _borrowed(module: torch.nn.Module) -> Iterator[None]:
 
 def _said(values: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers as JSON holds them: one that is not finite is null, and its name is kept under ``undefined``."""
-    if taken := [key for key in values if key in _OWN]:
+    if taken := [key for key in values if key in OWN]:
         raise ValueError(f"a monitor cannot give a number called {taken[0]!r}: the log needs that name itself")
     plain = {str(key): value if isinstance(value, int) else float(value) for key, value in values.items()}
     lost = [key for key, value in plain.items() if not math.isfinite(value)]

@@ -29,7 +29,7 @@ from surgery.anatomy import Anatomy, Place
 from surgery.delta import scatter
 from surgery.model import Model
 from surgery.seeds import seed_from_numbers
-from surgery.sites import Site, match
+from surgery.sites import Patterns, Site, match
 from surgery.weights import Delta
 
 Dequantise = Callable[[nn.Module], Tensor]
@@ -216,7 +216,7 @@ class Overlay:
 @torch.no_grad()
 def overlay_(
     model: Model,
-    at: str | Site | Iterable[str | Site] | None = None,
+    at: Patterns | None = None,
     *,
     density: float | None = None,
     lora_rank: int | None = None,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.checkpoints import digest, discard, last_complete, require_same_run
+from finetune.checkpoints import digest, discard, last_complete, require_same_run, require_somewhere
 from finetune.examples import Collate, Example, Item, Over, examples, rows_of
 from finetune.hosts import Surgical
 from finetune.learner import adapted_layers, as_before, one_device, require_versions
@@ -102,10 +102,7 @@ def prereq_tune(
         "knowledge_steps": knowledge_steps, "skill_steps": skill_steps, "knowledge_rank": knowledge_rank, "skill_rank": skill_rank,
         "batch_size": batch_size,
     }  # fmt: skip
-    if save_every is not None and not checkpoints:
-        raise ValueError("save_every needs checkpoints, the folder to save to.")
-    if save_every is not None:
-        counts["save_every"] = save_every
+    require_somewhere(save_every, checkpoints)
     if low := [f"{name}={value}" for name, value in counts.items() if value < 1]:
         raise ValueError(f"{', '.join(low)}: each is at least 1.")
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:

@@ -33,7 +33,7 @@ from surgery.borrowing import evaluating
 from surgery.hashing import Digest
 from surgery.model import Model
 from surgery.seeds import seed_from_numbers
-from surgery.sites import Site, match
+from surgery.sites import Patterns, match
 from surgery.tensorfile import save_whole
 
 _FISHER, _START = "fisher.", "start."
@@ -216,7 +216,7 @@ class Fisher:
 
 
 def fisher_diagonal(
-    model: Model, source: Sequence[Item], *, over: Over = "completion", at: str | Site | Iterable[str | Site] | None = None,
+    model: Model, source: Sequence[Item], *, over: Over = "completion", at: Patterns | None = None,
     sampled: bool = False, seed: int = 0, progress: bool = False,
 ) -> Fisher:  # fmt: skip
     """The mean over sequences of the squared gradient of their log-likelihood, one number a weight; a sequence in memory at a time.
@@ -298,7 +298,7 @@ def _drawn(p: Predictions, seed: tuple[int, int]) -> Tensor:
     return torch.nn.functional.cross_entropy(p.logits, tokens, reduction="none")
 
 
-def _watched(model: Model, at: str | Site | Iterable[str | Site] | None) -> dict[str, nn.Parameter]:
+def _watched(model: Model, at: Patterns | None) -> dict[str, nn.Parameter]:
     parameters = dict(model.module.named_parameters())
     if at is None:
         return parameters

@@ -14,7 +14,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from finetune.checkpoints import digest, last_complete
+from finetune.checkpoints import digest, last_complete, require_somewhere
 from finetune.examples import Collate, Item, Over, examples, rows_of
 from finetune.hosts import Corruption, Surgical, Term, reports_in_runs
 from finetune.learner import Trains, bar, check_budget, learner, one_device, require_versions
@@ -259,10 +259,7 @@ def _check(
             f"batch_size={batch_size} is what all processes learn in a step together: {accumulate} micro-batches in each of {processes} "
             f"processes need a multiple of {accumulate * processes}."
         )
-    if save_every is not None and save_every < 1:
-        raise ValueError(f"save_every={save_every}: a checkpoint every 1 or more steps, or None for none.")
-    if save_every and not checkpoints:
-        raise ValueError("save_every needs checkpoints, the folder to save to.")
+    require_somewhere(save_every, checkpoints)
     if bool(watch) != bool(log):
         raise ValueError("watch and log go together: the monitors, and the file their lines are written to.")
     if not watch and (page is not None or budget != 0.03):

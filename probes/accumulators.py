@@ -7,7 +7,7 @@ so batches, shards and processes can each keep their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.results import read_tensors
 from surgery.tensorfile import save_whole
 
 Rows = Float[Tensor, "row d"]
@@ -93,8 +94,8 @@ class Moments:
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:
-        """What `save` wrote. Raises ValueError for a file of something else."""
-        count, found = _load(path, ("mean", "scatter", "low", "high"))
+        """What `save` wrote. Raises ValueError for a damaged file, or one of something else."""
+        count, found = _load(path, "mean", "scatter", "low", "high")
         return cls(count, **found)
 
     def __repr__(self) -> str:
@@ -166,8 +167,8 @@ class CrossMoments:
 
     @classmethod
     def load(cls, path: str | Path) -> CrossMoments:
-        """What `save` wrote. Raises ValueError for a file of something else."""
-        count, found = _load(path, ("mean_x", "mean_y", "scatter"))
+        """What `save` wrote. Raises ValueError for a damaged file, or one of something else."""
+        count, found = _load(path, "mean_x", "mean_y", "scatter")
         return cls(count, **found)
 
     def __repr__(self) -> str:
@@ -206,13 +207,8 @@ def _save(path: str | Path, count: int, **tensors: Tensor) -> None:
     save_whole(path, tensors, {"count": str(count)})
 
 
-def _load(path: str | Path, names: Iterable[str]) -> tuple[int, Mapping[str, Tensor]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        held = set(file.keys())
-        if held != set(names) or "count" not in (file.metadata() or {}):
-            raise ValueError(
-                f"{path} holds {', '.join(sorted(held))}; such statistics hold {', '.join(sorted(names))}."
-            )
-        return int(file.metadata()["count"]), {name: file.get_tensor(name) for name in names}
+def _load(path: str | Path, *names: str) -> tuple[int, dict[str, Tensor]]:
+    tensors, metadata = read_tensors(path, *names)
+    if "count" not in metadata:
+        raise ValueError(f"{path} does not say of how many rows it is: no such statistics were saved there.")
+    return int(metadata["count"]), tensors

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from probes.accumulators import Moments
 from probes.capture import Keep, forward, only_activations, pad_right, require_seen, tapped
+from probes.engines import Engine, reader
 from probes.shards import Folder, Stored
 from surgery.model import Model
 from surgery.rows import rows_are
-from surgery.sites import Site, match, nothing_matched
+from surgery.sites import Patterns, Site, match, nothing_matched
 from surgery.tensorfile import save_whole
 from surgery.transcript import Transcript, nobody_has, positions
 
 Pool = Literal["mean", "last"]
-Engine = Literal["torch", "nnsight", "transformer-lens"]
-Patterns = str | Site | Iterable[str | Site]
 Scalar = Callable[[Float[Tensor, "token vocab"], Transcript], Float[Tensor, ""]]
 
 
@@ -348,9 +347,8 @@ class _Run:
 
     def use(self, engine: Engine, remote: bool | str) -> None:
         """Read through another library from now on."""
-        from probes import engines
 
-        read = engines.reader(self.model, engine, remote)
+        read = reader(self.model, engine, remote)
 
         def through(batch: Sequence[int], keep: Keep) -> dict[Site, Tensor]:
             seen = read([self.transcripts[i].ids for i in batch], self.sites)

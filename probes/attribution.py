@@ -33,7 +33,7 @@ from surgery.anatomy import Anatomy, Tap
 from surgery.edits import gain
 from surgery.model import Model
 from surgery.rows import may_leave
-from surgery.sites import Site, match, nothing_matched
+from surgery.sites import Patterns, Site, match, nothing_matched
 from surgery.transcript import Transcript, nobody_has, positions
 from surgery.weights import require_numbers
 
@@ -218,7 +218,7 @@ def contributions(
     transcripts: Sequence[Transcript],
     *,
     over: str | Sequence[str] = "thinking",
-    at: str | Site | Iterable[str | Site] | None = None,
+    at: Patterns | None = None,
     batch_size: int = 16,
     progress: bool = False,
 ) -> Contributions:
@@ -245,7 +245,7 @@ def writers_of(
     runs: Sequence[Transcript],
     *,
     over: str | Sequence[str] = "thinking",
-    at: str | Site | Iterable[str | Site] | None = None,
+    at: Patterns | None = None,
     batch_size: int = 16,
     progress: bool = False,
 ) -> Contributions:
@@ -316,9 +316,7 @@ def logit_contributions(
 
 
 @contextmanager
-def ablated(
-    model: Model, parts: str | Site | Iterable[str | Site], *, to: Mapping[Site, Tensor] | None = None
-) -> Iterator[Model]:
+def ablated(model: Model, parts: Patterns, *, to: Mapping[Site, Tensor] | None = None) -> Iterator[Model]:
     """The model with some parts silenced: what they write is zero, at every token, or the fixed vectors `to`.
 
     parts: sites or patterns: heads as in ``3.attn.o.h2``, of which what they give to ``attn.o`` is silenced, and whole attentions and MLPs as
@@ -345,10 +343,10 @@ def ablations(
     model: Model,
     direction: Tensor | Mapping[Any, Tensor],
     transcripts: Sequence[Transcript],
-    parts: str | Site | Iterable[str | Site],
+    parts: Patterns,
     *,
     over: str | Sequence[str] = "thinking",
-    at: str | Site | Iterable[str | Site] | None = None,
+    at: Patterns | None = None,
     how: Literal["zero", "mean"] = "mean",
     batch_size: int = 8,
     progress: bool = False,
@@ -571,7 +569,7 @@ def _scores_along(
 
 
 def _targets(
-    model: Model, direction: Tensor | Mapping[Any, Tensor], at: str | Site | Iterable[str | Site] | None
+    model: Model, direction: Tensor | Mapping[Any, Tensor], at: Patterns | None
 ) -> dict[Site, Float[Tensor, " d"]]:
     """Site -> unit vector, in the order of the forward pass."""
     anatomy = model.anatomy
@@ -657,7 +655,7 @@ def _others(model: Model, transcripts: Sequence[Transcript], against: int | Sequ
     return others
 
 
-def _silent(anatomy: Anatomy, parts: str | Site | Iterable[str | Site]) -> list[Site]:
+def _silent(anatomy: Anatomy, parts: Patterns) -> list[Site]:
     """The heads, attentions and MLPs that sites or patterns name, each once. Raises ValueError for what names something else."""
     wanted = [parts] if isinstance(parts, str | Site) else list(parts)
     outputs = [s for s in anatomy.activation_sites() if s.part in ("attn.out", "mlp.out")]

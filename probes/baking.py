@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.steering import Placed, Steering, place, several, steered
+from probes.steering import TEXTS, Placed, Steering, place, several, steered
 from surgery.edits import AddDirection, RemoveDirection
 from surgery.linalg import project_out
 from surgery.model import Model, installed
@@ -30,8 +30,7 @@ from surgery.sites import Site
 from surgery.weights import Weights, apply
 
 _EXACT = 1e-5  # of the largest logit: what fp32 arithmetic in another order may differ by
-# Three questions, whose prompts a baked model is read on.
-_PROMPTS = ("What do bees make?", "How many days are there in two weeks?", "Why is the sky dark at night?")
+_PROMPTS = tuple(question for question, _ in TEXTS)  # on which a baked model is read where nothing else is said
 
 
 class BakingError(ValueError):

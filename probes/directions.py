@@ -11,7 +11,7 @@ import html
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -28,7 +28,7 @@ from surgery.linalg import principal_subspace
 from surgery.model import Model
 from surgery.runs import fingerprint
 from surgery.seeds import seed_from_words
-from surgery.sites import Site, match
+from surgery.sites import Patterns, Site, match
 from surgery.tensorfile import save_whole
 from surgery.transcript import Transcript, nobody_has, parse_span, positions
 
@@ -130,7 +130,7 @@ class Direction(Mapping[Site, Tensor]):
         site = self._site(key)
         return self.vectors[site] * self.norms[site]
 
-    def keep(self, at: str | Site | Iterable[str | Site]) -> Direction:
+    def keep(self, at: Patterns) -> Direction:
         """The direction at some of its sites only. Raises ValueError when a pattern matches none of them."""
         return self._only(match(at, self.sites))
 
@@ -666,7 +666,7 @@ def length_direction(
     model: Model,
     runs: Sequence[Transcript],
     *,
-    at: str | Site | Iterable[str | Site] = "*.mid",
+    at: Patterns = "*.mid",
     over: str = "thinking",
     of: str | None = None,
     how: How = "paired",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from probes.estimates import Estimate
 from probes.held_out import auc_score, deal, units
 from surgery.model import Model
 from surgery.runs import fingerprint
-from surgery.sites import Site
+from surgery.sites import Patterns, Site
 from surgery.tensorfile import save_whole
 from surgery.transcript import Transcript
 from surgery.whole import write_whole
@@ -179,7 +179,7 @@ def leace_streamed(
     transcripts: Sequence[Transcript],
     labels: Sequence[Any],
     *,
-    at: str | Site | Iterable[str | Site] = "*.resid",
+    at: Patterns = "*.resid",
     over: str | Sequence[str] = "completion",
     tolerance: float = TOLERANCE,
     batch_size: int = 16,

@@ -7,7 +7,7 @@ model's own logits. What it shows at earlier sites is how much can be read off l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from probes.passes import Batch, batches, run
 from probes.results import interval, load_tensors, save_tensors
 from surgery.model import Model
 from surgery.rows import rows_are
-from surgery.sites import Site, match
+from surgery.sites import Patterns, Site, match
 from surgery.transcript import Transcript, nobody_has, positions
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def lens(
     model: Model,
     transcripts: Sequence[Transcript],
     *,
-    at: str | Site | Iterable[str | Site] = "*.resid",
+    at: Patterns = "*.resid",
     over: str | Sequence[str] = "completion",
     top: int = 5,
     batch_size: int = 16,

@@ -28,7 +28,7 @@ from probes.held_out import auc, auc_score, deal, mean_score, shuffled, units
 from surgery.borrowing import own_draws
 from surgery.linalg import each_matrix
 from surgery.model import Model
-from surgery.sites import Site, match
+from surgery.sites import Patterns, Site, match
 from surgery.transcript import Transcript, nobody_has, positions
 from surgery.whole import write_whole
 
@@ -166,7 +166,7 @@ def probe(
     labels: Sequence[Any] | np.ndarray,
     groups: Sequence[Any] | np.ndarray | None = None,
     *,
-    at: str | Site | Iterable[str | Site] = "*.resid",
+    at: Patterns = "*.resid",
     over: str | Sequence[str] = ("prompt", "thinking", "answer"),
     kind: Kind = "classes",
     components: int | None = None,

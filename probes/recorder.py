@@ -18,7 +18,7 @@ from probes.capture import require_seen, tapped
 from probes.following import Follower, following
 from surgery.model import Model
 from surgery.rows import KeptByRow, may_leave
-from surgery.sites import Site, match
+from surgery.sites import Patterns, Site, match
 from surgery.transcript import Transcript, parse_span
 
 _RECORDED = "recorded_passes"  # the attribute under which a cache keeps whose tokens are in it, so that a copy of it keeps it too
@@ -159,7 +159,7 @@ class Recording:
 
 @contextmanager
 def recording(
-    model: Model, *, at: str | Site | Iterable[str | Site] = "*.resid", over: str | Sequence[str] = "completion"
+    model: Model, *, at: Patterns = "*.resid", over: str | Sequence[str] = "completion"
 ) -> Iterator[Recording]:
     """Keep the activations of every forward pass inside the block, at sites over spans, without another pass.
 

@@ -42,17 +42,23 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], said: Mapping[
 
 
 def load_tensors(path: str | Path, *expected: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of `save_tensors`. Raises ValueError where the file holds other tensors than expected."""
+    """The inverse of `save_tensors`. Raises ValueError as `read_tensors`."""
+    tensors, metadata = read_tensors(path, *expected)
+    return tensors, json.loads(metadata.get("said", "{}"))
+
+
+def read_tensors(path: str | Path, *expected: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata. Raises ValueError where it is damaged, or holds other tensors than expected."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            said = json.loads((file.metadata() or {}).get("said", "{}"))
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}.") from error
     if set(tensors) != set(expected):
         raise ValueError(
             f"{path} holds {', '.join(sorted(tensors))}, not {', '.join(expected)}: it was saved by another kind of result."
         )
-    return tensors, said
+    return tensors, metadata

@@ -7,7 +7,7 @@ after it: while generating, with and without a cache, and when finished texts ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from probes.following import Follower, following
 from surgery.anatomy import Anatomy
 from surgery.model import Model
 from surgery.rows import may_leave, rows_apart
-from surgery.sites import Site, match
+from surgery.sites import Patterns, Site, match
 from surgery.transcript import Transcript, parse_span
 from surgery.weights import Weights
 
@@ -35,7 +35,7 @@ Units = Literal["residual", "raw"] | Mapping[Site, float]
 _mids: list[RemovableHandle] = []
 # set while streams are measured: as they are without steering
 _measuring: ContextVar[bool] = ContextVar("measuring", default=False)
-_TEXTS = (  # on which the stream is measured where nothing else is said
+TEXTS = (  # on which the stream is measured where nothing else is said
     ("What do bees make?", "Bees make honey from the nectar of flowers, and wax for their combs."),
     ("How many days are there in two weeks?", "A week has seven days, so two weeks have fourteen days."),
     (
@@ -68,7 +68,7 @@ class Steering:
 
     direction: Any = None
     strength: float | Sequence[float] | Tensor = 1.0
-    at: str | Site | Iterable[str | Site] | None = None
+    at: Patterns | None = None
     over: str | Sequence[str] = "completion"
     how: How = "add"
     units: Units = "residual"
@@ -277,7 +277,7 @@ def _vector(direction: Any, site: Site, anatomy: Anatomy) -> tuple[Tensor, float
 
 
 def stream_norms(
-    model: Model, at: str | Site | Iterable[str | Site] = "*.resid", transcripts: Sequence[Transcript] | None = None
+    model: Model, at: Patterns = "*.resid", transcripts: Sequence[Transcript] | None = None
 ) -> dict[Site, float]:
     """The mean norm of the stream at each site: what strengths count in.
 
@@ -290,7 +290,7 @@ def stream_norms(
     anatomy = model.anatomy
     sites = match(at, anatomy.activation_sites())
     read = {site: _stream_of(site, anatomy) for site in sites}
-    texts = [model.transcript(q, a) for q, a in _TEXTS] if transcripts is None else transcripts
+    texts = [model.transcript(q, a) for q, a in TEXTS] if transcripts is None else transcripts
     mine = _measuring.set(True)  # the stream as it is, whatever steers it now
     try:
         found = collect(model, texts, at=sorted(set(read.values()), key=anatomy.order), over="all[1:]")

@@ -1,9 +1,10 @@
-"""What the tensors of a PEFT adapter are called, and which of a model's tensors they mean: names alone, without torch."""
+"""What the files and tensors of a PEFT adapter are called, and which of a model's tensors they mean: names alone, without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KINDS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 _WRAPPERS = {
     "base_model", "model", "language_model", "text_model", "vision_model", "transformer", "gpt_neox", "module", "_orig_mod",

@@ -19,19 +19,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from surgery.lowrank import CONFIG, Adapter, Factored, factor_pair
+from surgery.adapter_names import CONFIG
+from surgery.headers import DELTA, DELTA_FORMAT
+from surgery.lowrank import Adapter, Factored, factor_pair
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError, Stored, TensorFile, TensorSink
 from surgery.weights import Delta, Origin, Weights, some_rows
 from surgery.whole import new_folder
 
-FILE = "delta.safetensors"
 Form = Literal["auto", "dense", "sparse", "low-rank"]
-_FORMAT = "model-surgery delta 3"
 _READABLE = {
     "model-surgery delta 1",
     "model-surgery delta 2",
-    _FORMAT,
+    DELTA_FORMAT,
 }  # the earlier ones knew their base by another hash
 _PARTS = ({"value"}, {"index", "value"}, {"left", "right"})
 _MOST, _WIDEST = 1 << 33, 1 << 26  # entries of one tensor and of one row of it: a few positions could claim any size
@@ -47,7 +47,7 @@ class StoredDelta(Factored):
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
-        path = self.folder / FILE
+        path = self.folder / DELTA
         if not path.is_file():
             found = (
                 ", ".join(sorted(p.name for p in self.folder.iterdir())[:6])
@@ -55,16 +55,16 @@ class StoredDelta(Factored):
                 else "no such folder"
             )
             raise CheckpointError(
-                f"{folder} holds no {FILE} ({found}). `surgery diff TUNED BASE --to {folder}` writes one."
+                f"{folder} holds no {DELTA} ({found}). `surgery diff TUNED BASE --to {folder}` writes one."
             )
         self._file = TensorFile(path)
         metadata = self._file.metadata
         if metadata.get("format") not in _READABLE:
             raise CheckpointError(
-                f"{path} is a safetensors file but not a delta: its format is {metadata.get('format')!r}, expected {_FORMAT!r}."
+                f"{path} is a safetensors file but not a delta: its format is {metadata.get('format')!r}, expected {DELTA_FORMAT!r}."
             )
         try:
-            self.base_hash = str(metadata["base_hash"]) if metadata["format"] == _FORMAT else ""
+            self.base_hash = str(metadata["base_hash"]) if metadata["format"] == DELTA_FORMAT else ""
             self._shapes = {Site.parse(s): _size(shape) for s, shape in json.loads(metadata["shapes"]).items()}
             self.errors = {Site.parse(s): float(e) for s, e in json.loads(metadata.get("errors", "{}")).items()}
             self._origins = frozenset(Origin(**said) for said in json.loads(metadata.get("origins", "[]")))
@@ -122,7 +122,7 @@ class StoredDelta(Factored):
             ascending = bool((index[1:] > index[:-1]).all())
             if not ascending or int(index[0]) < 0 or int(index[-1]) >= self._shapes[site].numel():
                 raise CheckpointError(
-                    f"{self.folder / FILE} is a damaged delta: the positions at {site} are out of order or range."
+                    f"{self.folder / DELTA} is a damaged delta: the positions at {site} are out of order or range."
                 )
         self._checked.add(site)
         return index
@@ -156,7 +156,7 @@ def save_delta(
     shapes: dict[str, list[int]] = {}
     errors: dict[str, float] = {}
     with new_folder(Path(to)) as partial:
-        with TensorSink(partial / FILE, names, room=said) as sink:
+        with TensorSink(partial / DELTA, names, room=said) as sink:
             for site in delta:
                 value = delta[site].float().contiguous()
                 if not bool(torch.isfinite(value).all()):
@@ -172,7 +172,7 @@ def save_delta(
             if not shapes:
                 raise ValueError("The two models are identical: there is no change to save.")
             sink.metadata = {
-                "format": _FORMAT, "base_hash": base_hash, "shapes": json.dumps(shapes), "errors": json.dumps(errors),
+                "format": DELTA_FORMAT, "base_hash": base_hash, "shapes": json.dumps(shapes), "errors": json.dumps(errors),
                 "origins": origins,
             }  # fmt: skip
         if seal is not None:

@@ -35,7 +35,7 @@ from surgery.weights import Edit, Rewiring, Weights, apply
 
 _LONGEST = 1 << 18  # bytes: a list is short, and what is longer is not one
 _LONGEST_VECTOR = 1 << 26
-_DIRECTION = "direction.safetensors"  # in the folder of one
+DIRECTION = "direction.safetensors"  # in the folder of one
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +109,8 @@ def read_edit(entry: Any, where: str, folder: Path = Path()) -> Step:
     return Step(edit, at, f"{name}: {words}", f"{where} ({name})", tuple(form.files))
 
 
-def read_vector(ref: str | Path) -> Tensor:
-    """One vector, fp32, from ``FILE.safetensors`` (which holds a single one), ``FILE.safetensors:NAME``, or a ``.json`` list of numbers.
+def read_numbers(ref: str | Path) -> Tensor:
+    """The numbers of one direction, fp32, from ``FILE.safetensors`` (which holds a single one), ``FILE.safetensors:NAME``, or a ``.json`` list of numbers.
 
     Raises ValueError for another kind of file, a file without such a vector, and a vector that is not finite; FileNotFoundError where
     there is no file.
@@ -149,7 +149,7 @@ def read_direction(ref: str | Path) -> dict[Site, Tensor]:
 
     ref: the file, or a folder with ``direction.safetensors`` in it. Raises ValueError for tensors with other names, or that are no vectors.
     """
-    path = _direction_file(ref)
+    path = direction_file(ref)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     from surgery.tensorfile import read_header
@@ -160,12 +160,13 @@ def read_direction(ref: str | Path) -> dict[Site, Tensor]:
         raise ValueError(
             f"{path} is no direction of the stream: its tensors are not named by sites such as 14.mid, but {', '.join(names[:6])}."
         )
-    return {site: read_vector(f"{path}:{name}") for site, name in sites.items()}
+    return {site: read_numbers(f"{path}:{name}") for site, name in sites.items()}
 
 
-def _direction_file(ref: str | Path) -> Path:
+def direction_file(ref: str | Path) -> Path:
+    """The file of a direction: the one in its folder, or what was named."""
     path = Path(ref)
-    return path / _DIRECTION if (path / _DIRECTION).is_file() else path
+    return path / DIRECTION if (path / DIRECTION).is_file() else path
 
 
 def _by_site(path: Path) -> dict[Site, str]:
@@ -233,12 +234,12 @@ class _Form:
             )
         ref = str(self.folder / value)
         self.files.append(_vector_file(ref)[0])
-        return read_vector(ref)
+        return read_numbers(ref)
 
     def direction(self, key: str) -> Tensor | dict[Site, Tensor]:
         """A vector, or a direction of the stream with one for each layer."""
         value = self.fields.get(key)
-        path = _direction_file(self.folder / value) if isinstance(value, str) else None
+        path = direction_file(self.folder / value) if isinstance(value, str) else None
         if path is None or not _by_site(path):
             return self.vector(key)
         self.fields.pop(key)

@@ -22,6 +22,8 @@ from typing import Any
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ANOTHER_FORMAT = "consolidated*.safetensors"  # Mistral's own, the same weights once more
+DELTA = "delta.safetensors"  # of a change, see `surgery.delta`
+DELTA_FORMAT = "model-surgery delta 3"  # the current one, as the file says it
 RECORD = "record.json"  # of the command that made a folder
 TEMPLATES = "additional_chat_templates"  # a folder: transformers' place for chat templates that have names
 UNTIE = "load it, clone the embedding into lm_head, set tie_word_embeddings to false, save"

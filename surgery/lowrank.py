@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from surgery.adapter_names import Names, split_key
+from surgery.adapter_names import CONFIG, WEIGHTS, Names, split_key
 from surgery.headers import UNTIE, read_json
 from surgery.linalg import low_rank_factors
 from surgery.sites import Site
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from surgery.anatomy import Anatomy
     from surgery.checkpoint import Checkpoint
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _STRIP = 1 << 18  # entries of a product formed at a time
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from surgery.lowrank import Factored
-from surgery.sites import Site, match
+from surgery.sites import Patterns, Site, match
 from surgery.weights import Delta, Origin
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 Projection = Literal["paper", "exact", "shrink"]
 Form = Literal["exact", "peft"]
 Pair = tuple[Tensor, Tensor | None]  # a change at a site: factors left and right, or the dense matrix and None
-Patterns = str | Site | Iterable[str | Site]
 
 TAU, MERGE_TAU, SAFE_WEIGHT = 0.5, 0.35, 0.8
 _STRIP, _WIDE = 1 << 16, 1 << 18  # entries of V at a time, and of Vᵀ dW

@@ -85,7 +85,10 @@ class Site:
         return cls(None, _UNNAMED + name)
 
 
-def match(patterns: str | Site | Iterable[str | Site], sites: Iterable[Site]) -> list[Site]:
+Patterns = str | Site | Iterable[str | Site]
+
+
+def match(patterns: Patterns, sites: Iterable[Site]) -> list[Site]:
     """The sites, in their own order, that any of the patterns names.
 
     A pattern has the segments of a site. ``*`` stands for one segment (or a piece of one), ``**`` for any number, ``4-8`` for

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from surgery.anatomy import Anatomy
 from surgery.rounding import Kept, as_dtype
-from surgery.sites import Site, match
+from surgery.sites import Patterns, Site, match
 
 if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
@@ -228,7 +228,7 @@ class Delta(_Tensors):
 
     def keep(
         self,
-        at: str | Site | Iterable[str | Site] = "**",
+        at: Patterns = "**",
         *,
         layers: Indices | None = None,
         heads: Indices | None = None,
@@ -441,7 +441,7 @@ class Edited(Weights):
         return set() if self is layout else set(self._at) | self._start.changed_from(layout)
 
 
-def apply(edit: Edit | Rewiring, weights: Weights, at: str | Site | Iterable[str | Site] | None = None) -> Weights:
+def apply(edit: Edit | Rewiring, weights: Weights, at: Patterns | None = None) -> Weights:
     """The same weights with an edit applied. Nothing happens until it is read.
 
     edit: ``(site, W) -> W``, applied in fp32 at the sites that the patterns `at` match; `W` is ``[out, in]``, or a head's rows or columns

@@ -13,7 +13,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from surgery.sites import Site, match
+from surgery.sites import Patterns, Site, match
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -194,7 +194,7 @@ def _missing(package: str) -> ImportError:
 # --- names --------------------------------------------------------------------------------------------------------------------
 
 
-def names(anatomy: Anatomy, at: str | Site | Iterable[str | Site] = "**") -> DataFrame:
+def names(anatomy: Anatomy, at: Patterns = "**") -> DataFrame:
     """What activation sites, those that the patterns name, are called elsewhere: in forward order, with the site as index.
 
     transformer_lens: the classic hook name. bridge: the hook it stands for in a `TransformerBridge`. module: path of the Hugging Face

@@ -553,9 +553,11 @@ def _strength(entry: str) -> tuple[str, float]:
 def _change_in(ref: str, base: Checkpoint) -> tuple[Delta, dict[str, str]]:
     """The vector in a folder, a delta's or a LoRA adapter's, and its entry in a record."""
 
+    from surgery.adapter_names import CONFIG, WEIGHTS
     from surgery.delta import StoredDelta
     from surgery.hashing import hash_bytes
-    from surgery.lowrank import CONFIG, WEIGHTS, Adapter
+    from surgery.headers import DELTA
+    from surgery.lowrank import Adapter
 
     if (Path(ref) / CONFIG).is_file():
         settings = (Path(ref) / CONFIG).read_bytes()  # alpha, for one
@@ -567,7 +569,7 @@ def _change_in(ref: str, base: Checkpoint) -> tuple[Delta, dict[str, str]]:
     vector = StoredDelta(ref)
     return vector, {
         "ref": ref,
-        "hash": hash_of_tensors(Path(ref) / "delta.safetensors"),
+        "hash": hash_of_tensors(Path(ref) / DELTA),
         **({"base": vector.base_hash} if vector.base_hash else {}),
     }
 

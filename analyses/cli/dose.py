@@ -120,7 +120,9 @@ def sweep(
     if add:
         change, entry, notes = vector_of(add, base)
     else:
-        path = _file(ref)
+        from surgery.edit_lists import direction_file
+
+        path = str(direction_file(ref))
         change, entry = _steering(path, at, how, units) if steer else _removal(path, at), _input(path)
     for note in notes:
         typer.echo(note, err=True)
@@ -207,18 +209,12 @@ def _removal(path: str, at: list[str] | None) -> Change:
 def _direction(path: str) -> Any:
     """A direction with its sites, where the file is one; else a single vector."""
     from probes.directions import Direction
-    from surgery.edit_lists import read_vector
+    from surgery.edit_lists import read_numbers
 
     try:
         return Direction.load(path)
     except (ValueError, FileNotFoundError):
-        return read_vector(path)
-
-
-def _file(ref: str) -> str:
-    """The file of a direction: itself, or the one in the folder of a direction."""
-    folder = Path(ref)
-    return str(folder / "direction.safetensors") if folder.is_dir() else ref
+        return read_numbers(path)
 
 
 def _input(ref: str) -> dict[str, str]:

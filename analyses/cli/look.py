@@ -56,10 +56,10 @@ def inspect(
     ] = False,
 ) -> None:
     """What a checkpoint holds, or how large a vector is: by site."""
-    from surgery.delta import FILE
-    from surgery.lowrank import CONFIG
+    from surgery.adapter_names import CONFIG
+    from surgery.headers import DELTA
 
-    if any((Path(model) / name).is_file() for name in (FILE, CONFIG)):
+    if any((Path(model) / name).is_file() for name in (DELTA, CONFIG)):
         if names:
             raise ValueError(f"--names is of a model's activation sites; {model} holds a vector.")
         _inspect_vector(model, at, against, on)
@@ -93,9 +93,10 @@ def inspect(
 
 def _inspect_vector(ref: str, at: str, against: str | None, on: str | None) -> None:
     """A vector's norm at every site, and what it is to a model or to another vector."""
+    from surgery.adapter_names import CONFIG
     from surgery.checkpoint import Checkpoint
     from surgery.delta import StoredDelta, read_vector
-    from surgery.lowrank import CONFIG, Adapter
+    from surgery.lowrank import Adapter
     from surgery.model import find
 
     base = None if on is None else Checkpoint(find(on))

@@ -165,6 +165,7 @@ def direction(
     recipe = _recipe(like_paper, short, long, over=over)
     require_new(to)
     read = load_runs(runs)
+    from surgery.edit_lists import DIRECTION
     from surgery.model import Model
     from surgery.whole import new_folder
 
@@ -182,7 +183,7 @@ def direction(
     record.inputs = model_input(loaded, model) | runs_input(runs)
     record.results = {"about": dict(found.about), "sites": table.to_dict("records")}
     with new_folder(to) as folder:
-        found.save(folder / "direction.safetensors")
+        found.save(folder / DIRECTION)
         table.to_csv(folder / "direction.csv", index=False)
         record.save(folder)
     typer.echo(table.to_string(index=False, float_format="%.3f"))
@@ -255,9 +256,10 @@ def found_heads(
     """
     from analyses.thinkedit import Found, rank_heads
     from probes.directions import Direction
+    from surgery.edit_lists import direction_file
     from surgery.model import Model
 
-    file = Path(direction) / "direction.safetensors" if Path(direction).is_dir() else Path(direction)
+    file = direction_file(direction)
     along = Direction.load(file)
     recipe = _recipe(**options, site=_site_of(along))
     read = load_runs(runs)

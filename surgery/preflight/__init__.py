@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.adapter_names import CONFIG, WEIGHTS
+from surgery.headers import DELTA
 from surgery.preflight.compare import compare
 from surgery.preflight.facts import SHORT, Facts, Problem, check_adapter, check_delta, examine, locate, moved_by
 from surgery.preflight.forecast import Forecast, forecast, in_bytes
@@ -76,12 +78,12 @@ def check_apply(
         folder, fix = locate(add)
         if folder is None:
             problems.append(Problem("error", "reference", str(add), "is not here", fix))
-        elif (folder / "delta.safetensors").is_file():
+        elif (folder / DELTA).is_file():
             problems += check_delta(folder, facts) if facts else []
-            moved += moved_by(folder / "delta.safetensors")
-        elif (folder / "adapter_config.json").is_file():
+            moved += moved_by(folder / DELTA)
+        elif (folder / CONFIG).is_file():
             problems += check_adapter(folder, facts) if facts else []
-            moved += moved_by(folder / "adapter_model.safetensors")
+            moved += moved_by(folder / WEIGHTS)
         else:
             there = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
             found = f"holds neither a delta nor an adapter (there is: {there})"
@@ -138,13 +140,13 @@ def _source(source: Source, recipe: Path) -> tuple[Facts | None, list[Problem]]:
         folder, fix = locate(source.lora)
         if folder is None:
             problems.append(Problem("error", "reference", source.lora, "is not here", fix))
-        elif not (folder / "adapter_config.json").is_file():
+        elif not (folder / CONFIG).is_file():
             problems.append(
                 Problem(
                     "error",
                     "adapter",
                     str(folder),
-                    "has no adapter_config.json",
+                    f"has no {CONFIG}",
                     "After + comes the folder of a LoRA adapter",
                 )
             )

@@ -13,9 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
-from surgery.adapter_names import Names, split_key
+from surgery.adapter_names import CONFIG, WEIGHTS, Names, split_key
 from surgery.hashing import hash_bytes, hash_file
 from surgery.headers import (
+    DELTA,
+    DELTA_FORMAT,
     MAX_JSON,
     RECORD,
     SIZES,
@@ -191,7 +193,7 @@ def examine(ref: str) -> tuple[Facts | None, list[Problem]]:
         return None, [Problem("error", "reference", str(ref), "is not here", fix)]
     problems = [_fault(f) for f in stray_links(folder)]
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
+        if (folder / CONFIG).is_file():
             found, fix = "is an adapter, not a model", f"Write BASE+{ref} in a recipe, or --add {ref} to its base"
             return None, [Problem("error", "adapter", str(folder), found, fix)]
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
@@ -448,16 +450,14 @@ def _template(folder: Path) -> tuple[str | None, list[Problem]]:
 def check_adapter(folder: Path, base: Facts) -> list[Problem]:
     """What is wrong with a LoRA folder as an addition to `base`."""
     where = str(folder)
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
-        found = (
-            "holds a pickle (adapter_model.bin), which is refused" if pickled else "has no adapter_model.safetensors"
-        )
+        found = "holds a pickle (adapter_model.bin), which is refused" if pickled else f"has no {WEIGHTS}"
         fix = "Convert it once, where you trust it: PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(NEW_FOLDER)"
         return [Problem("error", "adapter", where, found, fix if pickled else "Download it again")]
     try:
-        config = read_json(folder / "adapter_config.json", 16_000_000)
-        entries, _ = read_header(folder / "adapter_model.safetensors")
+        config = read_json(folder / CONFIG, 16_000_000)
+        entries, _ = read_header(folder / WEIGHTS)
     except CheckpointError as error:
         return [_said("adapter", folder, error)]
     config = config if isinstance(config, dict) else {}
@@ -501,7 +501,7 @@ def check_delta(folder: Path, base: Facts) -> list[Problem]:
     """What is wrong with a delta folder as an addition to `base`."""
     import json
 
-    path = folder / "delta.safetensors"
+    path = folder / DELTA
     try:
         _, metadata = read_header(path)
         if not metadata.get("format", "").startswith("model-surgery delta"):
@@ -517,7 +517,7 @@ def check_delta(folder: Path, base: Facts) -> list[Problem]:
     problems += _landing(
         folder, {str(name): shape for name, shape in shapes.items()}, metadata.get("origins", "[]"), base
     )
-    of_now = metadata["format"] == "model-surgery delta 3"  # the earlier ones knew their base by another hash
+    of_now = metadata["format"] == DELTA_FORMAT  # the earlier ones knew their base by another hash
     measured, known = metadata.get("base_hash", "") if of_now else "", _recorded_hash(base.folder)
     ref = _recorded_base(folder)
     if known and measured and known != measured:

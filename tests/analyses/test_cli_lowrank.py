@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from surgery.adapter_names import CONFIG, WEIGHTS
 from surgery.checkpoint import Checkpoint, load_module
 from surgery.delta import StoredDelta
-from surgery.lowrank import CONFIG, WEIGHTS, Adapter
+from surgery.lowrank import Adapter
 from surgery.record import verify
 from tests.families import save_tiny
 

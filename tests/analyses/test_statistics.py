@@ -177,7 +177,7 @@ def test_mcnemar_is_the_binomial_test():
     ("call", "says"),
     [
         (lambda: wilson(5, 3), "5 successes in 3"),
-        (lambda: wilson(1, 3, level=95), "level 95"),
+        (lambda: wilson(1, 3, level=95), "level=95"),
         (lambda: bootstrap([]), "no values"),
         (lambda: bootstrap([1.0, math.nan]), "1 of 2 values are NaN"),
         (lambda: bootstrap([1.0, 2.0], clusters=["a"]), "one label a value"),

@@ -1,11 +1,14 @@
 """Methods are their papers' equations, arithmetic is that of vectors, and an AUC is of questions the direction has not seen."""
 
 import dataclasses
+import json
 import stat
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from analyses.controls import planted_length
 from probes.activations import Activations, collect
@@ -337,6 +340,16 @@ def test_save_and_load(tmp_path):
     assert again.sites == d.sites
     assert all(torch.equal(again[s], d[s]) for s in d)
     assert (again.norms, again.auc, again.halves, again.about) == (d.norms, d.auc, d.halves, d.about)
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata()
+    old = {
+        site: {k: v for k, v in auc.items() if k not in ("seed", "level")}
+        for site, auc in json.loads(said["auc"]).items()
+    }
+    save_file(dict(load_file(path)), tmp_path / "old", {**said, "auc": json.dumps(old)})  # as files of before have it
+    assert Direction.load(tmp_path / "old").auc == {
+        site: dataclasses.replace(auc, seed=None) for site, auc in d.auc.items()
+    }
     assert [p.name for p in path.parent.iterdir()] == ["d.safetensors"]
     plain = tmp_path / "plain"
     plain.write_text("")

@@ -114,10 +114,11 @@ CrossMoments.of(x, y).save(to + ".xy")
     close(Moments.load(tmp_path / "m0.x") + Moments.load(tmp_path / "m40.x"), Moments.of(draw(90, 4)))
     cross = CrossMoments.load(tmp_path / "m0.xy") + CrossMoments.load(tmp_path / "m40.xy")
     close(cross, CrossMoments.of(draw(90, 4), draw(90, 3, seed=1)))
-    with pytest.raises(
-        ValueError, match="holds mean_x, mean_y, scatter; such statistics hold high, low, mean, scatter"
-    ):
+    with pytest.raises(ValueError, match="holds mean_x, mean_y, scatter, not mean, scatter, low, high"):
         Moments.load(tmp_path / "m0.xy")
+    (tmp_path / "half").write_bytes((tmp_path / "m0.x").read_bytes()[:99])
+    with pytest.raises(ValueError, match="half is damaged"):
+        Moments.load(tmp_path / "half")
 
 
 def test_memory_does_not_grow_with_the_rows(monkeypatch):

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from surgery.checkpoint import Checkpoint
-from surgery.delta import FILE, StoredDelta, read_vector, save_delta
+from surgery.delta import StoredDelta, read_vector, save_delta
 from surgery.edits import Scale
+from surgery.headers import DELTA as FILE
 from surgery.lowrank import Adapter, save_adapter, truncated
 from surgery.tensorfile import CheckpointError
 from surgery.weights import apply

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from surgery.checkpoint import Checkpoint
-from surgery.edit_lists import read_direction, read_edits, read_vector
+from surgery.edit_lists import read_direction, read_edits, read_numbers
 from surgery.edits import AddDirection, RemoveDirection, ReplaceLayers, Scale, SwapLayers, TruncateRank
 from surgery.sites import Site
 from surgery.weights import apply
@@ -217,10 +217,10 @@ def test_what_a_step_says_when_it_does_not_fit(base):
 
 
 def test_vectors(home, tmp_path):
-    assert torch.equal(read_vector(home / "directions" / "u.safetensors"), U)
-    assert torch.equal(read_vector(f"{home}/several.safetensors:v"), V)
-    assert read_vector(f"{home}/several.safetensors:u").dtype == torch.float32
-    torch.testing.assert_close(read_vector(home / "v.json"), V)
+    assert torch.equal(read_numbers(home / "directions" / "u.safetensors"), U)
+    assert torch.equal(read_numbers(f"{home}/several.safetensors:v"), V)
+    assert read_numbers(f"{home}/several.safetensors:u").dtype == torch.float32
+    torch.testing.assert_close(read_numbers(home / "v.json"), V)
     (tmp_path / "bad.safetensors").write_bytes(b"short")
     (tmp_path / "bad.json").write_text("[1, 2")
     (tmp_path / "deep.json").write_text("[" * 100_000)
@@ -244,10 +244,10 @@ def test_vectors(home, tmp_path):
         (tmp_path / "u.npy", "u.npy is no vector"),
     ):
         with pytest.raises(ValueError, match=said):
-            read_vector(ref)
+            read_numbers(ref)
     for ref in (tmp_path / "absent.json", tmp_path / "folder.json", f"{tmp_path}/absent.safetensors:u"):
         with pytest.raises(FileNotFoundError, match="there is no file"):
-            read_vector(ref)
+            read_numbers(ref)
 
 
 @pytest.mark.parametrize("seed", range(4))

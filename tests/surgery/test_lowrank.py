@@ -16,9 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from surgery.adapter_names import CONFIG, WEIGHTS
 from surgery.checkpoint import Checkpoint, load_module
 from surgery.edits import Scale
-from surgery.lowrank import CONFIG, WEIGHTS, Adapter, Factored, factor_pair, joined, lora_sites, save_adapter, truncated
+from surgery.lowrank import Adapter, Factored, factor_pair, joined, lora_sites, save_adapter, truncated
 from surgery.model import LiveWeights
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError
