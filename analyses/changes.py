@@ -151,7 +151,7 @@ def digest(thing: Any) -> str:
     other objects by their attributes.
 
     What a function reads from its module counts by its name alone. Raises ValueError for what cannot be told from another of its kind in the
-    next process (an open file, a generator of random numbers).
+    next process (an open file, a generator of random numbers). (`finetune.checkpoints.digest` is of plain data, as the checkpoints have it.)
     """
     total = Digest()
     for piece in _bytes(thing):

@@ -10,7 +10,7 @@ the moved  entries that changed in float32; that changed once both models are st
 Chance is the density: a change that has nothing to do with a set has that share of its moved entries, and of its energy, in
 it. ``enrichment`` is the share divided by chance: 1 is indifferent, 1 / density is all of it.
 
-`finetune.movement` has the few of these numbers that a training loop has time for; of the spectrum only an estimate.
+`finetune.movement` has the few of these numbers that a training loop has time for, and an estimate of the stable rank.
 
 Almost every spectral number grows with the size of the change: compare changes beside their ``norm_ratio``.
 """

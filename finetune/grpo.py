@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,16 @@ from torch import Tensor
 
 from finetune.checkpoints import digest, last_complete, require_somewhere
 from finetune.hosts import Surgical, Term, reports_in_runs
-from finetune.learner import Adapter, Trains, bar, check_budget, learner, one_device, require_versions
+from finetune.learner import (
+    Adapter,
+    Trains,
+    bar,
+    check_budget,
+    learner,
+    one_device,
+    require_one_process,
+    require_versions,
+)
 from finetune.lift import Select
 from finetune.monitors import read_log
 from finetune.predictions import logits_at
@@ -451,10 +459,7 @@ def _check(
         raise ValueError(f"The {groups * samples} completions of a step are not divisible by accumulate={accumulate}.")
     if not (temperature > 0 and beta >= 0):
         raise ValueError(f"temperature={temperature}, beta={beta}: a temperature above 0, and a beta of 0 or more.")
-    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise RuntimeError(
-            f"grpo works in one process; here are {processes}. Start it with python, not with a launcher."
-        )
+    require_one_process("grpo")
 
 
 def _check_data(questions: Sequence[Any], groups: int, save_every: int | None, checkpoints: object) -> None:

@@ -6,6 +6,7 @@ the random state are afterwards as before; only the weights have changed.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -122,6 +123,14 @@ def one_device(arguments: Any, ours: torch.device) -> None:
             f"The model is on {ours}, and training happens on {theirs}: load it there, or choose with CUDA_VISIBLE_DEVICES."
         )
     arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
+def require_one_process(who: str) -> None:
+    """Raise RuntimeError under a launcher of several processes, for what trains in one alone."""
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise RuntimeError(
+            f"{who} works in one process; here are {processes}. Start it with python, not with a launcher."
+        )
 
 
 def require_versions(*names: str) -> None:

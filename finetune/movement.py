@@ -116,7 +116,8 @@ class Shape:
     absorbed:    of the entries that moved in fp32, the share that are the same numbers once both points are stored in bf16.
     lost:        ``‖dW - stored dW‖_F / ‖dW‖_F``: 0 where bf16 keeps the change as it is. It may exceed 1.
 
-    Stored dW is between both points in bf16; `Delta.survival` is of what is written beside a base that stays as it is.
+    Stored dW is between both points in bf16, as in `analyses.geometry`, whose words for the first, the third and the fourth are norm_ratio,
+    energy_principal and 1 - changed_stored / changed. `Delta.survival` is another question: it rounds the end alone, not the base.
     """
 
     relative: float
@@ -208,9 +209,8 @@ def stored_change(before: Float[Tensor, "out in"], after: Float[Tensor, "out in"
 
 def energy_share(change: Float[Tensor, "*shape"], at: Int[Tensor, " count"]) -> float:
     """The share of ``‖change‖_F²`` on the entries at flat positions, in [0, 1]; NaN where nothing changed."""
-    energy = change.flatten().double().square()
-    whole = float(energy.sum())
-    return float(energy[at].sum()) / whole if whole else math.nan
+    whole = _norm(change)
+    return (_norm(change.flatten()[at]) / whole) ** 2 if whole else math.nan
 
 
 class GradientCourse:

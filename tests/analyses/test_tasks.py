@@ -15,8 +15,11 @@ from analyses.tasks import (
     read,
     reasoning_gym,
     side_of,
+    worked,
 )
+from surgery.model import Model
 from surgery.transcript import Markers
+from tests.families import tiny
 
 
 def expression(question):
@@ -81,6 +84,13 @@ def test_completion():
     assert question.completion(Markers("[", "]")) == "[\n2 + 3 = 5\n5 - 1 = 4\n]\n4"
     assert Question("q", "4").completion() == "4"
     assert Question("q", "4", "").completion() == "<think>\n</think>\n4"
+
+
+def test_worked_questions_are_a_teachers_answers():
+    model, questions = Model(*tiny("llama")), chained_sums(2, seed=1)
+    told = worked(model, questions)
+    assert [t.question for t in told] == [q.question for q in questions]
+    assert [(t.thinking, t.answer) for t in told] == [(q.solution, q.answer) for q in questions]
 
 
 def test_reasoning_gym_by_name():
