@@ -4,17 +4,17 @@ capture      live tensors at sites, by hooks
 activations  collect(): rows at sites over spans, without padding, each knowing whose it is; stream(), moments(), gradients()
 engines      the same through nnsight, also on a server, and through TransformerLens
 shards       rows on disk: written whole or not at all, gone on with after an interruption
+estimates    Estimate: a number with its interval, by drawing whole questions
+results      what results share: intervals of many numbers at once, files
 accumulators Moments and CrossMoments: mean, covariance and extremes of rows seen once; mergeable
 following    which tokens of a running pass are thinking, answer, padding: ``from probes.following import following``
 recorder     recording(): activations while generating
 showing      show_spans() colours the tokens that are meant
-estimates    Estimate: a number with its interval, by drawing whole questions
 held_out     folds that keep a question whole, the AUC, and its interval over questions
 directions   Direction: mean difference, pairs, PCA, logistic, mass-mean; arithmetic; length_direction()
 linear       probe(): linear probes over layers and spans, beside their controls
 erasure      LEACE: leace(), leace_streamed(), and check() of what is left
 passes       a forward pass of a batch, read at some places while it runs
-results      what results share: intervals of many numbers at once, files
 lens         what each stream says of the next token: ``from probes.lens import lens``
 attribution  contributions(), writers_of(): which heads and layers write a direction, or a logit; ablations(): what silencing them does
 attention    attention on marked tokens: ``from probes.attention import attention``

@@ -17,7 +17,7 @@ proof        a written model is loaded and compared before it appears
 writing      write() streams, hashes, proves, is atomic
 linalg       low rank, principal subspaces and angles
 _blas        BLAS and LAPACK routines that let other threads run
-adapter_names  which of a model's tensors an adapter's mean
+adapter_names  what an adapter's files and tensors are called, and which of a model's tensors they mean
 lowrank      Factored and Adapter: changes as factor pairs, PEFT's LoRA folders read and written
 delta        a vector as a file, dense, sparse or low-rank, with the hash of its base
 drawn        Noise, Permuted: vectors as large as another, and otherwise random
