@@ -7,7 +7,7 @@ LIFT would choose. Any torch optimizer trains them; gradients and optimizer stat
     with overlay_(model, density=0.05, dequantise=read) as overlay:
         optimizer = torch.optim.AdamW(overlay.parameters(), lr=1e-3)
         ...
-        save_delta(overlay.delta(), "vectors/tuned", base_hash=...)
+        save_delta(overlay.delta(), "vectors/tuned", base_hash=base.hash())  # base = Checkpoint(folder)
 
 Source: the positions are those of arXiv 2506.00772 (LIFT). Differs: the matrix is frozen and the positions stay as first chosen.
 """

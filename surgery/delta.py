@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from surgery.adapter_names import CONFIG
+from surgery.checkpoint import Checkpoint
 from surgery.headers import DELTA, DELTA_FORMAT
 from surgery.lowrank import Adapter, Factored, factor_pair
 from surgery.sites import Site
@@ -132,20 +133,23 @@ def save_delta(
     delta: Delta,
     to: str | os.PathLike[str],
     *,
-    base_hash: str,
+    base_hash: str | None = None,
     form: Form = "auto",
     rank: int | None = None,
     seal: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a vector to a new folder, whole or not at all, one tensor at a time; sites it does not move are left out.
 
+    base_hash: `Checkpoint.hash` of the model it is a change of; by default that of the checkpoint it was taken from.
     form: ``auto`` takes for each site whatever exact form is smallest: dense, sparse, or the factors of a vector that has them.
           ``dense`` and ``sparse`` are what they say; ``low-rank`` keeps the best `rank` of every matrix, with its error in the
           file (`StoredDelta.errors`), and what is no matrix, or is no smaller as factors, as ``auto`` does.
     rank: 1 or more, for ``low-rank`` alone.
     seal: called with the finished folder before it appears under its name: the place to add a record.
-    Every byte is read back by hash. Raises ValueError for a vector that is zero everywhere or not finite, FileExistsError if `to` exists.
+    Every byte is read back by hash. Raises ValueError for a vector that is zero everywhere or not finite, or that no one checkpoint is known
+    of, FileExistsError if `to` exists.
     """
+    base_hash = _base_hash(delta) if base_hash is None else base_hash
     if (form == "low-rank") != (rank is not None) or (rank is not None and rank < 1):
         raise ValueError(
             f"form {form!r} with rank {rank}: low-rank needs a rank of 1 or more, and nothing else takes one."
@@ -178,6 +182,18 @@ def save_delta(
         if seal is not None:
             seal(partial)
     return Path(to)
+
+
+def _base_hash(delta: Delta) -> str:
+    if isinstance(delta, StoredDelta):
+        return delta.base_hash
+    base = delta.taken_from()
+    if not isinstance(base, Checkpoint):
+        raise ValueError(
+            "This change does not know one checkpoint that it was taken from: take it from the files, tuned - Checkpoint(folder), or say "
+            "which it is a change of, base_hash=Checkpoint(folder).hash()."
+        )
+    return base.hash()
 
 
 def read_vector(folder: str | os.PathLike[str], base: Weights) -> Delta:

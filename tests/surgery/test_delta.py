@@ -17,6 +17,7 @@ from surgery.delta import StoredDelta, read_vector, save_delta
 from surgery.edits import Scale
 from surgery.headers import DELTA as FILE
 from surgery.lowrank import Adapter, save_adapter, truncated
+from surgery.model import Model
 from surgery.tensorfile import CheckpointError
 from surgery.weights import apply
 from tests.families import FAMILIES, save_tiny
@@ -50,6 +51,21 @@ def test_sparse_and_dense_come_back(family, tmp_path):
     again = StoredDelta(save_delta(saved * 2.0, tmp_path / "twice", base_hash="x"))
     assert all(torch.equal(again[s], 2 * delta[s]) for s in again)
     assert (tmp_path / "delta" / FILE).stat().st_mode & 0o777 == 0o644
+
+
+def test_the_base_is_known_from_the_change(tmp_path):
+    base = Checkpoint(save_tiny("llama", tmp_path / "base"))
+    model = Model.load(tmp_path / "base")
+    change = apply(Scale(0.5), base, "*.attn.o") - base
+    for number, delta in enumerate((change, 2 * change, change.keep("1.*.*"), change + change)):
+        saved = StoredDelta(save_delta(delta, tmp_path / str(number)))
+        assert saved.base_hash == base.hash()
+        assert StoredDelta(save_delta(saved, tmp_path / f"{number} again")).base_hash == base.hash()
+    assert StoredDelta(save_delta(change, tmp_path / "said", base_hash="x")).base_hash == "x"
+    for unknown in (apply(Scale(0.5), model.weights, "*.attn.o") - model.weights, 2 * StoredDelta(tmp_path / "0")):
+        with pytest.raises(ValueError, match=r"does not know one checkpoint.*base_hash=Checkpoint\(folder\)\.hash"):
+            save_delta(unknown, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
 
 
 def test_what_cannot_be_saved(tmp_path):
