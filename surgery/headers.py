@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -84,8 +84,11 @@ class Folder:
     faults: list[Fault]
 
 
-def read_folder(folder: Path) -> Folder:
-    """The headers of a checkpoint folder, single or sharded. What is wrong is in `faults`, in the order it was come upon."""
+def read_folder(folder: Path, sizes: Mapping[str, int] = {}) -> Folder:
+    """The headers of a checkpoint folder, single or sharded. What is wrong is in `faults`, in the order it was come upon.
+
+    sizes: in bytes, of files that are whole elsewhere, and of which no more than the header is here.
+    """
     faults = stray_links(folder)
     linked = {fault.where.name for fault in faults}
     present = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in linked)
@@ -120,7 +123,7 @@ def read_folder(folder: Path) -> Folder:
     broken: set[str] = set()
     for file in files:
         try:
-            entries, metadata[file] = read_header(folder / file)
+            entries, metadata[file] = read_header(folder / file, sizes.get(file))
         except CheckpointError as error:
             faults.append(_as_fault("pickle" if isinstance(error, PickleFoundError) else "file", error, folder / file))
             broken.add(file)
@@ -158,10 +161,13 @@ def read_index(path: Path) -> dict[str, str]:
     return wanted
 
 
-def read_header(path: Path) -> tuple[list[Entry], dict[str, str]]:
-    """The tensors of a safetensors file, in file order, and its metadata. Raises CheckpointError where the file is damaged."""
+def read_header(path: Path, size: int | None = None) -> tuple[list[Entry], dict[str, str]]:
+    """The tensors of a safetensors file, in file order, and its metadata. Raises CheckpointError where the file is damaged.
+
+    size: of the whole file in bytes, where no more than its header is here.
+    """
     _require_file(path, "a safetensors file")
-    size = path.stat().st_size
+    size = path.stat().st_size if size is None else size
     with path.open("rb") as file:
         head = file.read(8)
         length = int.from_bytes(head, "little")
@@ -197,6 +203,16 @@ def read_header(path: Path) -> tuple[list[Entry], dict[str, str]]:
             f"{path} is truncated or padded: {size} bytes where its header promises {start + at}. {_AGAIN}."
         )
     return entries, metadata
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the weights of a model or adapter are in a folder: all the shards of its index, or the single file."""
+    if not (folder / INDEX).is_file():
+        return any((folder / name).is_file() for name in (SINGLE, "adapter_model.safetensors"))
+    try:
+        return all((folder / file).is_file() for file in set(read_index(folder / INDEX).values()))
+    except CheckpointError:  # nothing to go by, and whoever reads the folder will say so
+        return True
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> Any:

@@ -16,9 +16,9 @@ from torch import Tensor
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint, load_module
 from surgery.decoding import GumbelNoise, decode, followed, pad_after_prefix, prefix_cache
-from surgery.headers import ANOTHER_FORMAT
 from surgery.rounding import as_dtype
 from surgery.rows import rows_are
+from surgery.side_files import HUB_FILES
 from surgery.sites import Site
 from surgery.transcript import THINK, Markers, Transcript, also_ends, end_tokens, opens_thinking, read_transcript
 from surgery.weights import Weights, pieces, some_rows
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-HUB_FILES: dict[str, Any] = {  # of a repository, what a model is loaded from
-    "allow_patterns": ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
-    "ignore_patterns": [ANOTHER_FORMAT],
-}
 
 
 class LiveWeights(Weights):
@@ -344,15 +338,19 @@ def swapped(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def find(ref: str | os.PathLike[str]) -> Path:
-    """The folder a reference means: ``specimen``, an existing folder, or a hub id (downloaded, or from the hub's cache when offline)."""
+    """The folder a reference means: ``specimen``, an existing folder, or a hub id (downloaded, or from the hub's cache when offline).
+
+    After an ``@`` a hub id may name a revision: ``owner/name@v1.0``.
+    """
     if str(ref) == "specimen":
         from surgery.specimen import specimen
 
         return specimen()
+    name, _, revision = str(ref).partition("@")
     if (
         Path(ref).exists()
-        or (os.sep in str(ref).strip(os.sep) and str(ref).count("/") != 1)
-        or str(ref).startswith((".", "/", "~"))
+        or (os.sep in name.strip(os.sep) and name.count("/") != 1)
+        or name.startswith((".", "/", "~"))
     ):
         return Path(ref).expanduser()
     from huggingface_hub import snapshot_download
@@ -361,7 +359,8 @@ def find(ref: str | os.PathLike[str]) -> Path:
     from surgery.specimen import hub_reachable
 
     try:
-        return Path(snapshot_download(str(ref), **HUB_FILES, local_files_only=not hub_reachable()))
+        offline = not hub_reachable()
+        return Path(snapshot_download(name, revision=revision or None, **HUB_FILES, local_files_only=offline))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
             f"{ref!r} is neither a folder here nor a model that the hub or its local cache can give. "

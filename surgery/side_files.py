@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-from surgery.headers import INDEX, RECORD, TEMPLATES
+from surgery.headers import ANOTHER_FORMAT, INDEX, RECORD, TEMPLATES
+
+HUB_FILES: dict[str, Any] = {  # of a repository, what a model is loaded from
+    "allow_patterns": ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+    "ignore_patterns": [ANOTHER_FORMAT],
+}
 
 PATCH = "undo.patch"  # the way back to what a model was made from
 UNDO_LIMIT = 32 << 20  # bytes: an edit that needs more keeps none, and says so

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -165,9 +166,17 @@ def _from_hub(folder: Path, refusals: list[str]) -> dict[str, str] | None:
 
 def hub_reachable() -> bool:
     """Whether the hub answers within `PROBE_SECONDS`; False at once where HF_HUB_OFFLINE is set."""
+    return hub_silence() is None
+
+
+def hub_silence() -> str | None:
+    """Why the hub cannot be asked, or None where it answers within `PROBE_SECONDS`; at once where HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
-    return not constants.HF_HUB_OFFLINE and _unreachable(constants.ENDPOINT) is None
+    if constants.HF_HUB_OFFLINE:
+        return "the hub is not asked, because HF_HUB_OFFLINE is set"
+    why = _unreachable(constants.ENDPOINT)
+    return None if why is None else f"the hub does not answer: {why}"
 
 
 def _unreachable(url: str) -> str | None:
@@ -183,7 +192,9 @@ def _unreachable(url: str) -> str | None:
             request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "model-surgery"})
             with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
                 answers.append(None)
-        except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
+        except urllib.error.HTTPError as error:  # a mirror may have nothing to show at its root
+            answers.append(None if error.code < 500 else error.reason)
+        except (OSError, ValueError) as error:  # URLError is an OSError
             answers.append(str(getattr(error, "reason", error)))
 
     thread = threading.Thread(target=ask, daemon=True)

@@ -221,21 +221,10 @@ def _folder(path: str, revision: str | None) -> str:
 
     if Path(path).is_dir():
         return path
-    if revision is None:
-        found = find(path)
-        if not found.is_dir():
-            raise FileNotFoundError(f"{path} is not a folder. A model is a folder, 'specimen', or a hub id.")
-        return str(found)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    from surgery.model import HUB_FILES
-    from surgery.specimen import hub_reachable
-
-    try:
-        return snapshot_download(path, revision=revision, **HUB_FILES, local_files_only=not hub_reachable())
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise FileNotFoundError(f"{path}@{revision} is neither a folder here nor in the hub's local cache.") from error
+    found = find(path if revision is None else f"{path}@{revision}")
+    if not found.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder. A model is a folder, 'specimen', or a hub id.")
+    return str(found)
 
 
 def _swapped(value: Any, swaps: Mapping[ModelReference, ModelReference]) -> Any:

@@ -1,13 +1,15 @@
 """What will go wrong, and what it will take, before a byte of a weight is read: `surgery check`.
 
 `check_model`, `check_apply` and `check_recipe` read configurations, tokenizer files and the headers of safetensors files, all of it
-without torch, in a second or so whatever the models' size. A `Report` holds every problem found, each with what to do about it, and a
+without torch, in a second or so whatever the models' size. Of a model that is on the hub and not here no more than these is fetched,
+and the forecast says how much the rest is. A `Report` holds every problem found, each with what to do about it, and a
 forecast of memory, disk and time.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,8 +18,20 @@ from typing import Any
 from surgery.adapter_names import CONFIG, WEIGHTS
 from surgery.headers import DELTA
 from surgery.preflight.compare import compare
-from surgery.preflight.facts import SHORT, Facts, Problem, check_adapter, check_delta, examine, locate, moved_by
+from surgery.preflight.facts import (
+    SHORT,
+    Facts,
+    Place,
+    Problem,
+    check_adapter,
+    check_delta,
+    examine,
+    hub_cache,
+    locate,
+    moved_by,
+)
 from surgery.preflight.forecast import Forecast, forecast, in_bytes
+from surgery.preflight.hub import Hub
 from surgery.preflight.recipe import Plan, Source, lint
 
 __all__ = ["Forecast", "Problem", "Report", "check_apply", "check_model", "check_recipe"]
@@ -59,9 +73,10 @@ class Report:
 
 
 def check_model(ref: str) -> Report:
-    """What is wrong with one model folder by itself."""
-    _, problems = examine(ref)
-    return _report(ref, problems)
+    """What is wrong with one model by itself."""
+    with Hub() as hub:
+        _, problems = examine(ref, hub.place(ref))
+        return _report(ref, hub.named(problems))
 
 
 def check_apply(
@@ -71,30 +86,33 @@ def check_apply(
 
     adds: folders of deltas or adapters. to: the output folder, if it is known. dtype: what to store, as found by default.
     """
-    facts, problems = examine(ref)
-    problems += _output(to)
-    moved = 0
-    for add in adds:
-        folder, fix = locate(add)
-        if folder is None:
-            problems.append(Problem("error", "reference", str(add), "is not here", fix))
-        elif (folder / DELTA).is_file():
-            problems += check_delta(folder, facts) if facts else []
-            moved += moved_by(folder / DELTA)
-        elif (folder / CONFIG).is_file():
-            problems += check_adapter(folder, facts) if facts else []
-            moved += moved_by(folder / WEIGHTS)
-        else:
-            there = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
-            found = f"holds neither a delta nor an adapter (there is: {there})"
-            fix = f"For a model, take the difference first: surgery diff {add} BASE --to VECTOR"
-            problems.append(Problem("error", "delta", str(folder), found, fix))
-    dtype = None if dtype == "auto" else dtype
-    if dtype is not None and dtype not in (*SHORT.values(), "fp32", "bf16", "fp16"):
-        problems.append(Problem("error", "dtype", "--dtype", f"is {dtype!r}", "Choose float32, bfloat16 or float16"))
-    return _with_forecast(
-        f"apply {ref}", problems, facts, to, models=1 + len(adds), moved=moved, method=None, dtype=dtype
-    )
+    with Hub() as hub:
+        facts, problems = examine(ref, hub.place(ref))
+        problems += _output(to)
+        moved = 0
+        for add in adds:
+            folder, fix = locate(add)
+            if folder is None:
+                problems.append(Problem("error", "reference", str(add), "is not here", fix))
+            elif (folder / DELTA).is_file():
+                problems += check_delta(folder, facts) if facts else []
+                moved += moved_by(folder / DELTA)
+            elif (folder / CONFIG).is_file():
+                problems += check_adapter(Place(folder), facts) if facts else []
+                moved += moved_by(folder / WEIGHTS)
+            else:
+                there = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+                found = f"holds neither a delta nor an adapter (there is: {there})"
+                fix = f"For a model, take the difference first: surgery diff {add} BASE --to VECTOR"
+                problems.append(Problem("error", "delta", str(folder), found, fix))
+        dtype = None if dtype == "auto" else dtype
+        if dtype is not None and dtype not in (*SHORT.values(), "fp32", "bf16", "fp16"):
+            problems.append(
+                Problem("error", "dtype", "--dtype", f"is {dtype!r}", "Choose float32, bfloat16 or float16")
+            )
+        return _with_forecast(
+            f"apply {ref}", problems, facts, to, hub, models=1 + len(adds), moved=moved, method=None, dtype=dtype
+        )
 
 
 def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None = None) -> Report:
@@ -103,55 +121,49 @@ def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None
     problems += _output(to)
     if plan is None:
         return _report(str(path), problems)
-    found: dict[str, Facts] = {}
-    for source in plan.sources:
-        facts, wrong = _source(source, Path(path))
-        problems += wrong
-        if facts:
-            found[source.text] = facts
-    problems += _ranges(plan, found)
-    first = plan.base or plan.slices[0][0]
-    reference = found.get(first.text)
-    aligned = bool(plan.recipe.get("tokenizer_source") or plan.recipe.get("tokenizer"))
-    stacked = all(len(sources) == 1 for sources in plan.slices)
-    for facts in found.values():
-        if reference is not None and facts is not reference:
-            problems += compare(reference, facts, layers=not plan.layered, vocabulary=not aligned and not stacked)
-    dtype = plan.recipe.get("out_dtype") or plan.recipe.get("dtype")
-    dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
-    job = {
-        "models": len(plan.sources),
-        "moved": None,
-        "method": plan.method,
-        "dtype": dtype,
-        "share": _share(plan, reference),
-        "executor": aligned or any(p.kind == "family" for p in problems),
-    }
-    return _with_forecast(str(path), problems, reference, to, **job)
+    with Hub() as hub:
+        found: dict[str, Facts] = {}
+        for source in plan.sources:
+            facts, wrong = _source(source, Path(path), hub)
+            problems += wrong
+            if facts:
+                found[source.text] = facts
+        problems += _ranges(plan, found)
+        first = plan.base or plan.slices[0][0]
+        reference = found.get(first.text)
+        aligned = bool(plan.recipe.get("tokenizer_source") or plan.recipe.get("tokenizer"))
+        stacked = all(len(sources) == 1 for sources in plan.slices)
+        for facts in found.values():
+            if reference is not None and facts is not reference:
+                problems += compare(reference, facts, layers=not plan.layered, vocabulary=not aligned and not stacked)
+        dtype = plan.recipe.get("out_dtype") or plan.recipe.get("dtype")
+        dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
+        job = {
+            "models": len(plan.sources),
+            "moved": None,
+            "method": plan.method,
+            "dtype": dtype,
+            "share": _share(plan, reference),
+            "executor": aligned or any(p.kind == "family" for p in problems),
+        }
+        return _with_forecast(str(path), problems, reference, to, hub, **job)
 
 
-def _source(source: Source, recipe: Path) -> tuple[Facts | None, list[Problem]]:
-    facts, problems = examine(source.model)
+def _source(source: Source, recipe: Path, hub: Hub) -> tuple[Facts | None, list[Problem]]:
+    facts, problems = examine(source.model, hub.place(source.model))
     problems = [_of_the_executor(p) if p.kind == "family" else p for p in problems]
     if facts is None and not Path(source.model).is_absolute() and locate(recipe.parent / source.model)[0] is not None:
         fix = f"A recipe's paths start at the working directory: run it in {recipe.parent}, or write {(recipe.parent / source.model).resolve()}"
         problems = [Problem("error", "reference", source.model, "is not here, but is beside the recipe", fix)]
     if source.lora:
-        folder, fix = locate(source.lora)
-        if folder is None:
-            problems.append(Problem("error", "reference", source.lora, "is not here", fix))
-        elif not (folder / CONFIG).is_file():
-            problems.append(
-                Problem(
-                    "error",
-                    "adapter",
-                    str(folder),
-                    f"has no {CONFIG}",
-                    "After + comes the folder of a LoRA adapter",
-                )
-            )
+        place = hub.place(source.lora)
+        if isinstance(place, Problem):
+            problems.append(place)
+        elif not (place.folder / CONFIG).is_file():
+            fix = "After + comes the folder of a LoRA adapter"
+            problems.append(Problem("error", "adapter", str(place.folder), f"has no {CONFIG}", fix))
         elif facts:
-            problems += check_adapter(folder, facts)
+            problems += check_adapter(place, facts)
     return facts, problems
 
 
@@ -210,18 +222,43 @@ def _output(to: str | os.PathLike[str] | None) -> list[Problem]:
 
 
 def _with_forecast(
-    subject: str, problems: list[Problem], facts: Facts | None, to: str | os.PathLike[str] | None, **job: Any
+    subject: str,
+    problems: list[Problem],
+    facts: Facts | None,
+    to: str | os.PathLike[str] | None,
+    hub: Hub,
+    **job: Any,
 ) -> Report:
+    problems = hub.named(problems)
     if facts is None or not facts.tensors:
         return _report(subject, problems)
-    made = forecast(facts, to=Path(to if to is not None else "out"), **job)
-    if made.disk > made.free:
-        found = f"has {in_bytes(made.free)} free, and the result takes {in_bytes(made.disk)}"
-        problems.append(Problem("error", "disk", str(to or Path.cwd()), found, "Make room, or write to another disk"))
+    out = Path(to if to is not None else "out")
+    made = forecast(facts, to=out, download=hub.download, **job)
+    problems += _room(made, out, str(to or Path.cwd()))
     if made.machine is not None and made.memory is not None and made.memory > made.machine:
         found = f"would need {in_bytes(made.memory)} of memory, and this machine has {in_bytes(made.machine)}"
         problems.append(Problem("warning", "memory", subject, found, "Run it on a larger machine"))
     return _report(subject, problems, made)
+
+
+def _room(made: Forecast, out: Path, where: str) -> Iterable[Problem]:
+    """Whether there is space for the result, and for what is downloaded first."""
+    cache, parent = _existing(hub_cache()), _existing(out)
+    together = made.download if cache.stat().st_dev == parent.stat().st_dev else 0
+    if made.disk + together > made.free:
+        found = f"has {in_bytes(made.free)} free, and the result takes {in_bytes(made.disk)}"
+        found += f" after a download of {in_bytes(together)}" if together else ""
+        yield Problem("error", "disk", where, found, "Make room, or write to another disk")
+    free = shutil.disk_usage(cache).free
+    if not together and made.download > free:
+        found = f"has {in_bytes(free)} free, and the download takes {in_bytes(made.download)}"
+        yield Problem(
+            "error", "disk", str(hub_cache()), found, "Make room, or name a folder on another disk in HF_HOME"
+        )
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def _report(subject: str, problems: list[Problem], made: Forecast | None = None) -> Report:

@@ -69,21 +69,37 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where the files of a model or adapter are. sizes: in bytes, of files of which no more than the header, or nothing, is in the folder."""
+
+    folder: Path
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file in the folder, all of it."""
+        return self.sizes[name] if name in self.sizes else (self.folder / name).stat().st_size
+
+
+@dataclass(frozen=True)
 class Facts:
-    """A model folder.
+    """A model folder, at its place.
 
     config: the raw config.json; text: its language model's part. vocabulary: token -> id, from tokenizer.json (or vocab.json).
     anatomy: None where the family is unknown or the tensors contradict the config.
     """
 
     ref: str
-    folder: Path
+    place: Place
     config: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Entry] = field(default_factory=dict)
     anatomy: Anatomy | None = None
     tokenizer_hash: str | None = None
     vocabulary: Mapping[str, int] = field(default_factory=dict)
     template: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.place.folder
 
     @property
     def text(self) -> Mapping[str, Any]:
@@ -178,19 +194,36 @@ def locate(ref: str | os.PathLike[str]) -> tuple[Path | None, str]:
             return path, ""
     except (OSError, RuntimeError):  # a name too long for any file, or the home of nobody
         return None, "Give an existing folder, a hub id that is in the local cache, or 'specimen'"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith("."):
-        snapshot = _in_hub_cache(text)
+    named = hub_id(text)
+    if named is not None:
+        snapshot = _in_hub_cache(*named)
         if snapshot:
             return snapshot, ""
-        return None, f"Download it first: hf download {text}, or correct the name"
+        return None, f"Download it first: {download_words(*named)}, or correct the name"
     return None, _nearby(path)
 
 
-def examine(ref: str) -> tuple[Facts | None, list[Problem]]:
-    """What a model folder holds and all that is wrong with it by itself. None where there is nothing to compare."""
-    folder, fix = locate(ref)
-    if folder is None:
-        return None, [Problem("error", "reference", str(ref), "is not here", fix)]
+def hub_id(ref: str) -> tuple[str, str] | None:
+    """``owner/name`` and the revision after its ``@``, ``main`` by default, of what may be a hub id; None for what cannot."""
+    hit = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?", ref)
+    if hit is None or ".." in ref:
+        return None
+    return hit[1], hit[2] or "main"
+
+
+def download_words(name: str, revision: str) -> str:
+    """The command that puts a hub id into the hub's local cache."""
+    return f"hf download {name}" + ("" if revision == "main" else f" --revision {revision}")
+
+
+def examine(ref: str, place: Place | Problem) -> tuple[Facts | None, list[Problem]]:
+    """What a model folder holds and all that is wrong with it by itself. None where there is nothing to compare.
+
+    place: where it is, or why it is nowhere.
+    """
+    if isinstance(place, Problem):
+        return None, [place]
+    folder = place.folder
     problems = [_fault(f) for f in stray_links(folder)]
     if not (folder / "config.json").is_file():
         if (folder / CONFIG).is_file():
@@ -206,7 +239,7 @@ def examine(ref: str) -> tuple[Facts | None, list[Problem]]:
         config = read_config(folder)
     except CheckpointError as error:
         return None, [*problems, _said("config", folder / "config.json", error)]
-    headers = read_folder(folder)
+    headers = read_folder(folder, place.sizes)
     problems = [_fault(f) for f in headers.faults]
     anatomy, wrong = _anatomy(config, headers.tensors, folder, whole=not headers.faults)
     problems += wrong
@@ -214,7 +247,7 @@ def examine(ref: str) -> tuple[Facts | None, list[Problem]]:
     problems += wrong
     template, wrong = _template(folder)
     problems += wrong
-    facts = Facts(str(ref), folder, config, headers.tensors, anatomy, digest, vocabulary, template)
+    facts = Facts(str(ref), place, config, headers.tensors, anatomy, digest, vocabulary, template)
     if headers.tensors:
         problems += [p for check in (_quantised, _layers, _tie, _vocabulary, _heads, _mixed) for p in check(facts)]
     return facts, problems
@@ -310,7 +343,14 @@ def _tie(facts: Facts) -> Iterator[Problem]:
     head = head or next((n for n in facts.tensors if n.endswith(_UNTIED_HEADS)), None)
     where = str(facts.folder / "config.json")
     if facts.tied and head and embed and head != embed:
-        fault = two_heads(facts.folder, facts.tensors[head], facts.tensors[embed])
+        one, other = facts.tensors[head], facts.tensors[embed]
+        if facts.place.sizes and one.shape == other.shape and one.code == other.code:
+            found = f"says that head and embedding are tied, and the files hold {head} and {embed}: whether they are the same is not known before they are downloaded"
+            yield Problem(
+                "warning", "tie", where, found, "Nothing to do if they are; otherwise the model is refused then"
+            )
+            return
+        fault = two_heads(facts.folder, one, other)
         if fault is not None:
             yield _fault(fault)
     if facts.tied is False and not head:
@@ -447,8 +487,9 @@ def _template(folder: Path) -> tuple[str | None, list[Problem]]:
 # --- adapters and deltas ------------------------------------------------------------------------------------------------------
 
 
-def check_adapter(folder: Path, base: Facts) -> list[Problem]:
+def check_adapter(place: Place, base: Facts) -> list[Problem]:
     """What is wrong with a LoRA folder as an addition to `base`."""
+    folder = place.folder
     where = str(folder)
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
@@ -457,7 +498,7 @@ def check_adapter(folder: Path, base: Facts) -> list[Problem]:
         return [Problem("error", "adapter", where, found, fix if pickled else "Download it again")]
     try:
         config = read_json(folder / CONFIG, 16_000_000)
-        entries, _ = read_header(folder / WEIGHTS)
+        entries, _ = read_header(folder / WEIGHTS, place.sizes.get(WEIGHTS))
     except CheckpointError as error:
         return [_said("adapter", folder, error)]
     config = config if isinstance(config, dict) else {}
@@ -664,18 +705,23 @@ def _same_model(ref: str, base: Facts) -> bool:
 # --- where a reference is -----------------------------------------------------------------------------------------------------
 
 
-def _in_hub_cache(name: str) -> Path | None:
+def hub_cache() -> Path:
+    """Where the hub's client keeps what it downloads; found without importing it."""
     home = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if not home:
         home = os.path.join(
             os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"),
             "hub",
         )
-    repository = Path(home).expanduser() / f"models--{name.replace('/', '--')}"
-    main = repository / "refs" / "main"
-    revision = main.read_text().strip() if main.is_file() else ""
-    snapshot = repository / "snapshots" / revision
-    return snapshot if revision and snapshot.is_dir() else None
+    return Path(home).expanduser()
+
+
+def _in_hub_cache(name: str, revision: str) -> Path | None:
+    repository = hub_cache() / f"models--{name.replace('/', '--')}"
+    ref = repository / "refs" / revision
+    commit = ref.read_text().strip() if ref.is_file() else revision  # which may be a commit itself
+    snapshot = repository / "snapshots" / commit
+    return snapshot if commit and snapshot.is_dir() else None
 
 
 def in_one_line(text: str) -> str:
@@ -709,4 +755,4 @@ def _said(kind: str, where: Path, error: Exception) -> Problem:
     return Problem("error", kind, str(where), (said or text).removeprefix(f"{where} "), fix or "Download it again")
 
 
-__all__ = ["SIZES", "Facts", "Problem", "Severity", "check_adapter", "check_delta", "examine", "locate"]
+__all__ = ["SIZES", "Facts", "Place", "Problem", "Severity", "check_adapter", "check_delta", "examine", "locate"]

@@ -50,7 +50,8 @@ IN_CHUNKS = ("linear", "task_arithmetic", "nearswap", "ram", "passthrough", "tie
 
 @dataclass(frozen=True)
 class Forecast:
-    """memory: peak private bytes, `imports` of them the libraries. disk: bytes written. free: bytes free there. seconds: a rough time.
+    """memory: peak private bytes, `imports` of them the libraries. disk: bytes written. free: bytes free there. seconds: a rough time,
+    without that of the download. download: bytes that the hub would have to give first.
 
     memory is None on mergekit's own executor, which holds as much as it likes. machine: this machine's memory in bytes, None where it is
     not known.
@@ -62,6 +63,7 @@ class Forecast:
     free: int
     seconds: float
     machine: int | None = None
+    download: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,7 +73,9 @@ class Forecast:
         memory = "not known, as mergekit's own executor does the merge"
         if self.memory is not None:
             memory = f"{in_bytes(self.memory)} at its peak ({in_bytes(self.imports)} of it the libraries)"
-        return f"forecast memory {memory}, disk {in_bytes(self.disk)} ({in_bytes(self.free)} free), roughly {time}"
+        return f"forecast memory {memory}, disk {in_bytes(self.disk)} ({in_bytes(self.free)} free), roughly {time}" + (
+            f" after a download of {in_bytes(self.download)}" if self.download else ""
+        )
 
 
 def peak_memory(
@@ -110,11 +114,12 @@ def forecast(
     dtype: str | None = None,
     share: float = 1.0,
     executor: bool = False,
+    download: int = 0,
 ) -> Forecast:
     """What writing a model laid out like `facts` takes.
 
     models: how many folders are read. moved: numbers that change, all by default. method: of a recipe. share: layers of the result over its own.
-    executor: whether mergekit's own does the merge, which keeps no way back.
+    executor: whether mergekit's own does the merge, which keeps no way back. download: bytes that the hub would have to give first.
     """
     out = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(dtype or "", dtype)
     code = next((c for c, name in SHORT.items() if name == out), None)
@@ -133,7 +138,7 @@ def forecast(
         models=models,
         method=method,
     )
-    side = sum(p.stat().st_size for p in facts.folder.iterdir() if p.is_file() and p.suffix in _SIDE)
+    side = sum(facts.place.size(p.name) for p in facts.folder.iterdir() if p.is_file() and p.suffix in _SIDE)
     home = next(p for p in to.absolute().parents if p.exists())
     seconds = STARTUP + models * facts.nbytes * share / THROUGHPUT
     libraries = IMPORTS + (MERGEKIT if method else 0)
@@ -142,7 +147,8 @@ def forecast(
     )
     disk = int(written + side) + (patch if patch <= UNDO_LIMIT else 0)
     free = shutil.disk_usage(home).free
-    return Forecast(None if executor else int(memory), int(libraries), disk, free, round(seconds, 1), _machine())
+    memory = None if executor else int(memory)
+    return Forecast(memory, int(libraries), disk, free, round(seconds, 1), _machine(), download)
 
 
 def _machine() -> int | None:

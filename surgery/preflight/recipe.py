@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from surgery.headers import CheckpointError
-from surgery.preflight.facts import Problem, Severity
+from surgery.preflight.facts import Problem, Severity, hub_id
 from surgery.yaml_text import load_yaml
 
 TABLED = "0.1.5"  # the mergekit that the table below describes; another is asked itself, which takes a second or two
@@ -102,7 +102,7 @@ def installed() -> str | None:
 
 @dataclass(frozen=True)
 class Source:
-    """One model of a slice. text: as written; model, lora: folders or hub ids; layers: first and one past last, None for all."""
+    """One model of a slice. text: as written; model, lora: folders or hub ids, with ``@revision`` where one is given; layers: first and one past last, None for all."""
 
     text: str
     model: str
@@ -229,9 +229,7 @@ class _Lint:
         lora: Any = None
         model = entry
         if isinstance(entry, Mapping):
-            model, lora = entry.get("model"), entry.get("lora")
-            model = model.get("path") if isinstance(model, Mapping) else model
-            lora = lora.get("path") if isinstance(lora, Mapping) else lora
+            model, lora = _as_text(entry.get("model")), _as_text(entry.get("lora"))
         if isinstance(model, str) and lora is None:
             model, *rest = model.split("+")
             lora = rest[0] if len(rest) == 1 else None
@@ -250,7 +248,7 @@ class _Lint:
         outer = outer or {}
         parameters = self.settings(outer, f"{key}.parameters")
         layers = self.layer_range(outer["layer_range"], key) if "layer_range" in outer else None
-        return Source(text, model.split("@")[0], lora and lora.split("@")[0], layers, parameters)
+        return Source(text, _reference(model), lora and _reference(lora), layers, parameters)
 
     def settings(self, outer: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         """The parameters of a part of the recipe."""
@@ -634,3 +632,17 @@ def _templates() -> list[str]:
 
 def _show(value: Any) -> str:
     return reprlib.repr(value)
+
+
+def _as_text(entry: Any) -> Any:
+    """A model's path and revision as a mapping, in the one text that means the same; anything else as it is."""
+    if not isinstance(entry, Mapping):
+        return entry
+    path, revision = entry.get("path"), entry.get("revision")
+    return f"{path}@{revision}" if isinstance(path, str) and isinstance(revision, str) else path
+
+
+def _reference(text: str) -> str:
+    """What is looked for: to mergekit too, a folder has no revisions."""
+    name = text.split("@")[0]
+    return name if hub_id(text) is None or Path(name).expanduser().is_dir() else text

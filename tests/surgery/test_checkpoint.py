@@ -23,9 +23,10 @@ from surgery.checkpoint import Checkpoint, load_module
 from surgery.delta import StoredDelta, save_delta
 from surgery.edits import Scale
 from surgery.headers import read_folder
-from surgery.model import HUB_FILES, Model
+from surgery.model import Model
 from surgery.preflight import check_model
 from surgery.reverse import PATCH
+from surgery.side_files import HUB_FILES
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError, raw_bytes, read_header
 from surgery.weights import apply

@@ -254,7 +254,7 @@ def test_faults_of_a_recipe(home: Path) -> None:
         recipe(home, models=[two[0], {"model": "who/never", "parameters": weight}]),
         "error",
         "reference",
-        "who/never is not here",
+        "who/never is neither a folder nor in the hub's local cache",
         "hf download who/never",
     )
     case(recipe(home, models=[two[0], {"model": 7, "parameters": weight}]), "error", "reference", "is 7, not a model")
