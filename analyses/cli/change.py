@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +27,7 @@ from analyses.cli.written import AllowLoops, Stochastic, write_model
 
 if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
+    from surgery.edit_lists import Step
     from surgery.record import Record
     from surgery.sites import Site
     from surgery.weights import Delta, Weights
@@ -272,7 +273,8 @@ def edit(
 ) -> None:
     """MODEL with edits: scaled, directions removed or added, ranks truncated, layers swapped; streamed and verified.
 
-    They are done in this order: --edits, --scale, --remove. Heads are ranked in MODEL as it is, before any of them.
+    They are done in this order: --edits, --scale, --remove. Heads are ranked in MODEL as it is, before any of them. A direction that was
+    measured in another model is refused.
     """
     record = begin_record("edit", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
     _refuse_idle_seed(stochastic, seed)
@@ -294,6 +296,7 @@ def edit(
             "No edit is asked for: give --edits FILE, --scale SITES:FACTOR, or --remove DIRECTION with --at SITES or --heads SHARE."
         )
     require_new(to)
+    _require_measured_in(model, steps)
     found: dict[str, Any] = {}
     table: Any = None
     if ranked is not None:
@@ -333,6 +336,25 @@ def edit(
         reproducible=["*.safetensors", "heads.csv"],
     )
     typer.echo(written)
+
+
+def _require_measured_in(model: str, steps: Iterable[Step]) -> None:
+    """Raise ValueError for a direction to be removed that says of itself that it was measured in another model."""
+    from probes.directions import Direction
+
+    known = []
+    for step in steps:
+        if isinstance(getattr(step.edit, "direction", None), Mapping):
+            try:
+                known += [Direction.load(path) for path in step.files]
+            except ValueError:  # vectors named by sites, and nothing that says where they are from
+                continue
+    if any("model" in direction.about for direction in known):
+        from surgery.model import Model
+
+        loaded = Model.load(model, device="cpu")
+        for direction in known:
+            direction.require(loaded)
 
 
 def _refuse_idle_seed(stochastic: bool, seed: int) -> None:

@@ -14,11 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from analyses import cli
+from probes.directions import Direction
 from surgery.checkpoint import Checkpoint
 from surgery.delta import StoredDelta
 from surgery.edits import RemoveDirection, Scale, SwapLayers
 from surgery.lowrank import Adapter, Factored, save_adapter
+from surgery.model import Model
 from surgery.realign import safelora, safemerge
+from surgery.runs import fingerprint
+from surgery.sites import Site
 from surgery.weights import apply, linear_sites
 from tests.families import save_tiny
 
@@ -121,6 +125,30 @@ def test_a_changed_input_is_noticed_on_replay(surgery, home: Path, tmp_path: Pat
     assert said.code == 2
     assert "u.safetensors" in said.err
     assert "not what it was" in said.err
+
+
+def test_a_direction_of_another_model_is_not_removed_unless_carried(surgery, home: Path, tmp_path: Path) -> None:
+    base, tuned, file = home / "base", home / "tuned", tmp_path / "d" / "direction.safetensors"
+    file.parent.mkdir()
+    sites = {Site(layer, "mid"): U + layer for layer in range(3)}
+    direction = Direction.of(sites, model=fingerprint(Model.load(base, dtype="float32")))
+    direction.save(file)
+    (tmp_path / "edits.yml").write_text('edits:\n  - remove: {direction: d, at: "*.attn.o"}\n')
+    option, listed = ["--remove", file.parent, "--at", "*.attn.o"], ["--edits", tmp_path / "edits.yml"]
+    for words in (option, listed):
+        line = one_line(surgery("edit", tuned, *words, "--to", tmp_path / "out", "-q"))
+        assert "The direction was measured in another model: its fingerprint is" in line
+        assert "say carried_to(model)" in line
+        assert not (tmp_path / "out").exists()
+        assert surgery("edit", base, *words, "--to", tmp_path / "out", "--dry-run").code == 0
+    one = ["--remove", f"{file}:1.mid", "--at", "*.attn.o"]  # a vector by itself is of no model
+    assert surgery("edit", tuned, *one, "--to", tmp_path / "out", "--dry-run").code == 0
+    direction.carried_to(Model.load(tuned)).save(file)
+    said = surgery("edit", tuned, *option, "--to", tmp_path / "out", "-q")
+    assert said.code == 0, said
+    same(tmp_path / "out", apply(RemoveDirection(direction), Checkpoint(tuned), "*.attn.o"))
+    save_file({str(site): vector for site, vector in sites.items()}, file)  # nothing is known of where it is from
+    assert surgery("edit", base, *option, "--to", tmp_path / "other", "--dry-run").code == 0
 
 
 def test_a_dry_run_lists_the_sites(surgery, home: Path, tmp_path: Path) -> None:
