@@ -115,7 +115,8 @@ class _Answers(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.server.served[where] += len(body)
+            if where:
+                self.server.served[where] += len(body)
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:

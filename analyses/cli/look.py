@@ -161,7 +161,10 @@ def check(
     dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
 ) -> None:
-    """What would go wrong, and what it would take, from headers alone: seconds, whatever the models' size."""
+    """What would go wrong, and what it would take, from headers alone: seconds, whatever the models' size.
+
+    Of a model on the hub that is not in the local cache, headers and small files are fetched, and no weights.
+    """
     import json
 
     report = _checked(what, add or [], to, dtype)

@@ -93,6 +93,21 @@ def test_headers_are_fetched_and_no_weights(hub: StandIn, tmp_path: Path) -> Non
     again = check(tmp_path, hub.address, "recipe.yml")
     assert re.search(r"roughly \d+ s after a download of \d+ MB", again.stdout), again.stdout
     assert not [file for file in hub.served if file.endswith((".json", ".jinja"))]  # they are in the cache now
+    hub.served.clear()
+    for model in models:
+        download(tmp_path, hub.address, model)
+    assert sum(hub.served.values()) == report["forecast"]["download"]
+
+
+def test_a_download_that_does_not_fit_is_said_before(hub: StandIn, tmp_path: Path) -> None:
+    (hub.folder / "lab" / "base" / "logs").mkdir()
+    with (hub.folder / "lab" / "base" / "logs" / "results.json").open("wb") as file:
+        file.truncate(1 << 43)  # 8.8 TB of nothing
+    done = check(tmp_path, hub.address, recipe(tmp_path, "lab/base", "lab/tuned"))
+    assert done.returncode == 1, done
+    assert done.stdout.count("error  ") == 1, done.stdout
+    assert re.search(r"error .* GB free, and the result takes \d+ MB after a download of 8796.1 GB", done.stdout)
+    assert "results.json" not in "".join(hub.asked)
 
 
 def test_a_server_without_ranges_is_cut_short(hub: StandIn, tmp_path: Path) -> None:
