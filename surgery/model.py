@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -273,9 +274,9 @@ class Model:
 
 def _heat(samples: int, temperature: float | None) -> float:
     heat = (0.0 if samples == 1 else 1.0) if temperature is None else temperature
-    if samples < 1 or heat < 0 or (samples > 1 and heat == 0):
+    if samples < 1 or not 0 <= heat < math.inf or (samples > 1 and heat == 0):
         raise ValueError(
-            f"samples={samples} at temperature={heat}: ask for at least one sample, and for a temperature above 0 when they are to differ."
+            f"samples={samples} at temperature={heat}: ask for at least one sample, and for a finite temperature, above 0 when they are to differ."
         )
     return heat
 

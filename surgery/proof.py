@@ -158,19 +158,21 @@ def _limits() -> Iterator[int]:
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     if limit != resource.RLIM_INFINITY:
         yield limit - psutil.Process().memory_info().data
-    groups, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-    for line in own.read_text(encoding="ascii").splitlines() if own.exists() else ():
+    yield from _groups_leave(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+
+
+def _groups_leave(groups: Path, own: Path) -> Iterator[int]:
+    """Bytes that each control group with a limit leaves, of those that a process is in; a group within another is within its limit."""
+    for line in own.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if own.exists() else ():
         _, kind, path = line.split(":", 2)
         if kind not in ("", "memory"):
             continue
-        file = (
-            groups / path.strip("/") / "memory.max"
-            if not kind
-            else groups / kind / path.strip("/") / "memory.limit_in_bytes"
-        )
-        for place in (file, groups / kind / file.name):  # inside a container the path is another's view
+        home, limit = (groups / kind, "memory.limit_in_bytes") if kind else (groups, "memory.max")
+        inner = home / path.strip("/")
+        # inside a container the path is another's view: its own group is at home
+        for place in (inner, *(outer for outer in inner.parents if outer.is_relative_to(home))):
             try:
-                yield int(place.read_text(encoding="ascii")) - _in_use(place.with_name("memory.stat"))
+                yield int((place / limit).read_text(encoding="ascii")) - _in_use(place / "memory.stat")
             except (OSError, ValueError):  # not there, or "max"
                 continue
 

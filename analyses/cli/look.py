@@ -355,7 +355,7 @@ def figure(
         str | None,
         typer.Option("--y", help="trade-off: the measure upwards; by default what was kept.", show_default=False),
     ] = None,
-    width: Annotated[float, typer.Option(help="Inches.", min=1)] = 5.5,
+    width: Annotated[float, typer.Option(help="Inches.", min=1, max=100)] = 5.5,
 ) -> None:
     """Draw a saved table."""
     import pandas as pd
@@ -377,7 +377,12 @@ def figure(
     if (x or y) and name != "trade-off":
         raise ValueError(f"{name} has its own axes; --x and --y are for trade-off.")
     frame = pd.read_csv(path)
-    drawn = figures.draw(figures.FIGURES[name], frame, width=width, **options)
+    try:
+        drawn = figures.draw(figures.FIGURES[name], frame, width=width, **options)
+    except KeyError as error:
+        raise ValueError(
+            f"{path} is no table for {name}: it lacks {error.args[0]!r}, and has the columns {', '.join(map(str, frame.columns))}."
+        ) from error
     typer.echo(figures.save(drawn, to))
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from analyses.cli.change import diff
+from analyses.figures import FIGURES
 from analyses.tasks import side_of
 from surgery.checkpoint import Checkpoint
 from surgery.specimen import _description
@@ -267,7 +268,19 @@ def test_figures_refuse(surgery, models: Path, tmp_path: Path) -> None:
     )
     assert "mean_shift" in one_line(surgery("figure", "drift", table, "--to", tmp_path / "b.png"))
     assert "--x and --y" in one_line(surgery("figure", "sweep", table, "--to", tmp_path / "b.png", "--x", "accuracy"))
+    wide = surgery("figure", "sweep", table, "--to", tmp_path / "b.png", "--width", "1e9")
+    assert wide.code == 2, wide
+    assert "--width" in wide.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "sweep.csv"]
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES))
+def test_a_table_of_something_else_is_no_figure(surgery, tmp_path: Path, name: str) -> None:
+    table = tmp_path / "other.csv"
+    table.write_text("arm,site,number\nLIFT,0.attn.q,1\n")
+    said = one_line(surgery("figure", name, table, "--to", tmp_path / "b.png"))
+    assert "arm, site, number" in said, said
+    assert not (tmp_path / "b.png").exists()
 
 
 # --- questions from a file --------------------------------------------------------------------------------------------

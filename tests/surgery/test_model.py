@@ -134,7 +134,12 @@ def test_samples_follow_the_temperature(heat):
 
 def test_requests_that_cannot_be(tmp_path):
     model = Model(*tiny("llama"))
-    for wrong in ({"samples": 0}, {"samples": 2, "temperature": 0.0}, {"temperature": -1.0}):
+    for wrong in (
+        {"samples": 0},
+        {"samples": 2, "temperature": 0.0},
+        {"temperature": -1.0},
+        {"samples": 2, "temperature": float("nan")},
+    ):
         with pytest.raises(ValueError, match=r"samples=\d at temperature=.*ask for at least one sample"):
             model.generate("one", **wrong)
     assert model.generate([]) == []

@@ -258,6 +258,25 @@ def test_what_may_still_be_taken_is_less_what_is_in_use(tmp_path):
         assert proof._in_use(tmp_path / "memory.stat") == used
 
 
+@pytest.mark.parametrize(
+    ("line", "home", "limit", "used"),
+    [
+        ("0::/slürm/job/step/task\n", "", "memory.max", "anon 100\n"),
+        ("4:memory:/slürm/job/step/task\n", "memory", "memory.limit_in_bytes", "total_rss 100\n"),
+    ],
+)
+def test_a_limit_of_a_group_further_out_holds_too(tmp_path, line, home, limit, used):
+    """A batch system limits a job, and runs its processes in groups within that group which have no limit of their own."""
+    groups, own = tmp_path / "groups", tmp_path / "own"
+    own.write_text(line, encoding="utf-8")
+    job = groups / home / "slürm" / "job"
+    (job / "step" / "task").mkdir(parents=True)
+    for folder, said in ((job, "5000\n"), (job / "step", "max\n"), (job / "step" / "task", "max\n")):
+        (folder / limit).write_text(said)
+        (folder / "memory.stat").write_text(used)
+    assert list(proof._groups_leave(groups, own)) == [4900]
+
+
 def test_a_file_of_several_dtypes_is_written_as_it_is(tmp_path):
     """bf16 weights and fp32 norms: loading makes one dtype of them, the files keep theirs."""
     folder = save_tiny("llama", tmp_path / "model", dtype=torch.bfloat16)
