@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from surgery.adapter_config import lora_pair, read_adapter_config, unusable
 from surgery.adapter_names import CONFIG, WEIGHTS, Names, split_key
-from surgery.headers import UNTIE, read_json
+from surgery.headers import UNTIE
 from surgery.linalg import low_rank_factors
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError, Stored, TensorFile, TensorSink, read_header
@@ -143,19 +143,7 @@ def truncated(delta: Delta, rank: int) -> tuple[Factored, dict[Site, float]]:
 
 # --- adapters on disk ---------------------------------------------------------------------------------------------------------
 
-_READ = {
-    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights",
-    "ensure_weight_tying", "modules_to_save", "bias", "lora_bias",
-}  # fmt: skip
-_SAY_NOTHING = {  # of what the stored tensors mean: which modules were meant, how they were trained and saved
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
-    "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
-}  # fmt: skip
-_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # as they begin, so that B A alone is not the change
-_MERGE = "PEFT can merge it into a model, PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload().save_pretrained(NEW): then take NEW - BASE."
 _UNTIE = f"Untie the model first: {UNTIE}."
-_MOST = 1e30  # an alpha beyond it is damage
 
 
 @dataclass(frozen=True)
@@ -341,30 +329,11 @@ class Adapter(Factored):
 
     def _pair(self, module: str, kinds: Mapping[str, Stored], shape: torch.Size) -> _Pair:
         """A module's factors, their shapes checked against the base's matrix."""
-        of_embedding = any(kind.startswith("lora_embedding") for kind in kinds)
-        first, second = ("lora_embedding_A", "lora_embedding_B") if of_embedding else ("lora_A", "lora_B")
-        if kinds.keys() - {"lora_magnitude_vector", "lora_B.bias"} != {first, second}:
-            raise self._error(f"{module} has {', '.join(sorted(kinds))}; {first} and {second} belong together.")
-        if len(shape) != 2:
-            raise self._error(f"{module} is {tuple(shape)} in {self.base!r}: only matrices are supported. {_MERGE}")
-        dora = bool(self.config.get("use_dora"))
-        if dora != ("lora_magnitude_vector" in kinds):
-            raise self._error(f"the config says use_dora {dora}, but {module} has {'no' if dora else 'a'} magnitude.")
-        rank, scale = _rank_and_scale(self.config, module, self.folder)
-        out, into = shape
-        expected: dict[str, tuple[int, ...]] = {
-            first: (rank, out if of_embedding else into),
-            second: (into if of_embedding else out, rank),
-            "lora_magnitude_vector": (into if of_embedding else out,),
-            "lora_B.bias": (out,),
-        }
-        for kind, tensor in kinds.items():
-            if tuple(tensor.shape) != expected[kind]:
-                raise self._error(
-                    f"{kind} of {module} is {tuple(tensor.shape)} but must be {expected[kind]}: the matrix is {(out, into)} in "
-                    f"{self.base!r}, and the config says rank {rank}."
-                )
-        return _Pair(kinds[first], kinds[second], scale, of_embedding, kinds.get("lora_magnitude_vector"))
+        shapes = {kind: tuple(tensor.shape) for kind, tensor in kinds.items()}
+        first, second, scale = lora_pair(self.config, module, shapes, tuple(shape), repr(self.base), self.folder)
+        return _Pair(
+            kinds[first], kinds[second], scale, first == "lora_embedding_A", kinds.get("lora_magnitude_vector")
+        )
 
     def _bind_bias(self, module: str, bias: Stored, scale: float, homes: _Homes) -> None:
         home = homes.name(module + ".bias")
@@ -412,7 +381,7 @@ class Adapter(Factored):
         )
 
     def _error(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.folder} is not an adapter that can be used here: {what}")
+        return unusable(self.folder, what)
 
 
 class _Homes:
@@ -440,74 +409,6 @@ class _Homes:
         """Of the whole tensor, ``[out, in]``: the sites in it share its rows."""
         shapes = [self._base.shape(site) for site in self.sites(name)]
         return torch.Size((sum(shape[0] for shape in shapes), *shapes[0][1:])) if len(shapes) > 1 else shapes[0]
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The config of a LoRA folder whose tensors mean ``(alpha / r) B A``; a CheckpointError that says what else it is."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no {CONFIG}: it is not a PEFT adapter.")
-    if not (folder / WEIGHTS).is_file():
-        pickle = next(folder.glob("adapter_model.*"), None)
-        raise CheckpointError(
-            f"{folder} has no {WEIGHTS}."
-            + (
-                f" {pickle.name} can run code when opened and is refused. Convert it once, where you trust it: "
-                "PeftModel.from_pretrained(MODEL, FOLDER).save_pretrained(NEW_FOLDER)"
-                if pickle
-                else ""
-            )
-        )
-    config = read_json(path)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"{path} describes {kind!r}; only LoRA is a difference of low rank. {_MERGE}")
-    for name, value in config.items():
-        if value and name not in _READ | _SAY_NOTHING:
-            raise CheckpointError(f"{path} sets {name}, with which the tensors are not the change. {_MERGE}")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
-        raise CheckpointError(
-            f"{path}: training began with {start}, which changes the base itself, so the adapter alone is not the change. "
-            "Save it with PEFT's path_initial_model_for_weight_conversion."
-        )
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(name) or {}, dict):
-            raise CheckpointError(f"{path}: {name} is {config[name]!r}, not a mapping of names to numbers.")
-    return config
-
-
-def _rank_and_scale(config: Mapping[str, Any], module: str, folder: Path) -> tuple[int, float]:
-    """A module's rank and the factor before B A, by PEFT's rules for the patterns."""
-    name = module.removeprefix("base_model.model.")
-    rank = _by_pattern(config.get("rank_pattern"), name, config.get("r", 8), folder)
-    alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8), folder)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise CheckpointError(
-            f"{folder / CONFIG}: the rank of {module} is {reprlib.repr(rank)}, not a whole number from 1."
-        )
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not -_MOST < alpha < _MOST:
-        raise CheckpointError(
-            f"{folder / CONFIG}: the alpha of {module} is {reprlib.repr(alpha)}, not a finite number."
-        )
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any, folder: Path) -> Any:
-    if not patterns:
-        return default
-    from peft.utils.other import get_pattern_key
-
-    slow = [p for p in patterns if len(p) > 500 or re.search(r"\)[*+{]", p) or len(re.findall(r"[*+{]", p)) > 4]
-    if slow:
-        raise CheckpointError(
-            f"{folder / CONFIG}: the pattern {reprlib.repr(slow[0])} of its ranks or alphas repeats a group, or repeats too often, and may take for "
-            "ever to match. Write out the modules it means."
-        )
-    try:
-        return patterns.get(get_pattern_key(list(patterns), name), default)
-    except re.error as error:
-        raise CheckpointError(f"{folder / CONFIG}: a pattern of its ranks or alphas is malformed: {error}") from error
 
 
 def _piece(tensor: Tensor, rows: _Rows) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+from surgery.adapter_config import lora_pair, read_adapter_config, unusable
 from surgery.adapter_names import CONFIG, WEIGHTS, Names, split_key
 from surgery.hashing import hash_bytes, hash_file
 from surgery.headers import (
@@ -510,14 +511,22 @@ def check_adapter(place: Place, base: Facts) -> list[Problem]:
             *problems,
             Problem("error", "adapter", where, found, "Merge it with PEFT first: model.merge_and_unload()"),
         ]
+    try:
+        config = read_adapter_config(folder)
+    except CheckpointError as error:
+        return [*problems, _said("adapter", folder, error)]
     misfits, absent = [], []
+    pairs: dict[str, dict[str, tuple[int, ...]]] = {}
     names = Names(base.tensors, base.name_of("embed") if base.tied else None)
     for entry in entries:
         module, kind = split_key(entry.name)
         name = names.find(module if kind is None else f"{module}.weight")
         if name is None:
             absent.append(module.removeprefix("base_model.model."))
-        elif kind in ("lora_A", "lora_B") and len(entry.shape) == len(base.tensors[name].shape) == 2:
+            continue
+        if kind is not None:
+            pairs.setdefault(module, {})[kind] = entry.shape
+        if kind in ("lora_A", "lora_B") and len(entry.shape) == len(base.tensors[name].shape) == 2:
             width = entry.shape[1] if kind == "lora_A" else entry.shape[0]
             if width not in base.tensors[name].shape:
                 misfits.append(f"{entry.name} {entry.shape} against {base.tensors[name].shape}")
@@ -529,6 +538,8 @@ def check_adapter(place: Place, base: Facts) -> list[Problem]:
             fix = f"Use the adapter's own base, {config.get('base_model_name_or_path') or 'which its config does not name'}"
             found = f"{words} ({base.ref}): {len(rows)}, first {', '.join(rows[:3])}"
             problems.append(Problem("error", "adapter", where, found, fix))
+    if not misfits and not absent:
+        problems += _pairs(folder, config, pairs, names, base)
     named = config.get("base_model_name_or_path")
     if isinstance(named, str) and not misfits and not absent and not _same_model(named, base):
         found = f"was trained on {named}, and is to be added to {base.ref}"
@@ -536,6 +547,31 @@ def check_adapter(place: Place, base: Facts) -> list[Problem]:
             Problem("warning", "adapter", where, found, f"Make sure that {base.ref} is {named}, or use {named}")
         )
     return problems
+
+
+def _pairs(
+    folder: Path,
+    config: Mapping[str, Any],
+    pairs: Mapping[str, Mapping[str, tuple[int, ...]]],
+    names: Names,
+    base: Facts,
+) -> Iterator[Problem]:
+    """The first module whose tensors are no LoRA of the base's matrix, as the config reads them."""
+    places = base.anatomy.places.values() if base.anatomy else ()
+    transposed = {place.name for place in places if place.transposed}
+    for module, kinds in pairs.items():
+        name = names.find(f"{module}.weight")
+        assert name is not None  # the others are absent
+        shape = base.tensors[name].shape
+        try:
+            lora_pair(config, module, kinds, shape[::-1] if name in transposed else shape, base.ref, folder)
+            if "lora_B.bias" in kinds and names.find(f"{module}.bias") is None:
+                raise unusable(
+                    folder, f"it adds a bias to {module}, which has none in {base.ref}, so it cannot be merged."
+                )
+        except CheckpointError as error:
+            yield _said("adapter", folder, error)
+            return
 
 
 def check_delta(folder: Path, base: Facts) -> list[Problem]:

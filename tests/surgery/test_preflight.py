@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery import Adapter, land, merge
 from surgery.adapter_names import without_wrappers
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import Checkpoint, CheckpointError
 from surgery.delta import StoredDelta, save_delta
 from surgery.preflight import Report, check_apply, check_model, check_recipe
 from surgery.preflight.facts import moved_by
@@ -817,3 +817,35 @@ def test_an_adapter_is_judged_as_apply_judges_it(
     report = check_apply(str(folder), [str(tmp_path / "adapter")])
     assert report.ok, str(report)
     Adapter(tmp_path / "adapter", Checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    ("said", "tensors", "words"),
+    [
+        ({"r": 4}, {}, "rank 4"),
+        ({"rank_pattern": {"q_proj": 3}}, {}, "rank 3"),
+        ({"lora_alpha": "much"}, {}, "alpha"),
+        ({"layer_replication": [[0, 2]]}, {}, "layer_replication"),
+        ({"init_lora_weights": "pissa"}, {}, "pissa"),
+        ({"use_dora": True}, {}, "no magnitude"),
+        ({}, {"lora_B": None}, "belong together"),
+        ({}, {"lora_A": torch.zeros(2, 48)}, "must be"),
+        ({}, {"lora_B.bias": torch.zeros(48)}, "adds a bias"),
+    ],
+)
+def test_an_adapter_that_apply_refuses_is_refused_by_check(
+    said: dict[str, object], tensors: dict[str, torch.Tensor | None], words: str, tmp_path: Path
+) -> None:
+    """Its config and the shapes of its headers say so."""
+    base = save_tiny("llama", tmp_path / "base")
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    pair: dict[str, torch.Tensor | None] = {"lora_A": torch.ones(2, 32), "lora_B": torch.ones(48, 2)}
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    kept = {kind: tensor for kind, tensor in (pair | tensors).items() if tensor is not None}
+    names = {k: f"{module}.{k.removesuffix('.bias')}.{'bias' if k.endswith('bias') else 'weight'}" for k in kept}
+    save_file({names[kind]: tensor for kind, tensor in kept.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, **said}))
+    with pytest.raises(CheckpointError, match=words):
+        Adapter(folder, Checkpoint(base))
+    found(check_apply(str(base), [str(folder)]), "error", "adapter", words)
