@@ -36,7 +36,7 @@ def model_card(record: Record, written: Written, source: Path) -> str:
     )
     unlisted = written.unlisted()
     changed = f"{unlisted[0].upper()}{unlisted[1:]}."
-    if written.kept:
+    if written.asks:
         t = written.total()
         changed = (
             f"{len(written.kept)} tensors changed. Asked for a change of norm {t.asked:.4g}, kept {t.kept:.4g} after rounding to the stored "

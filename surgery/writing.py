@@ -57,13 +57,18 @@ class Written:
         inner = sum(r.cosine * r.asked * r.kept for r in rows if r.asked and r.kept)
         return Kept.of(asked, kept, inner, sum(r.unmoved * r.entries for r in rows), sum(r.entries for r in rows))
 
+    @property
+    def asks(self) -> bool:
+        """Whether any entry was asked to move: a change of strength 0 asks for none, at whatever sites."""
+        return any(row.asked for row in self.kept.values())
+
     def unlisted(self) -> str:
-        """What became of the model, in words, where `kept` lists no site."""
+        """What became of the model, in words, where no entry was asked to move."""
         same = self.hash == self.base_hash
         return "an exact copy, nothing changed" if same else "no site changed, stored in another dtype"
 
     def __str__(self) -> str:
-        if not self.kept:
+        if not self.asks:
             return f"{self.folder}: {self.unlisted()}"
         t = self.total()
         return (

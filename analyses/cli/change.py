@@ -63,6 +63,7 @@ def diff(
         raise ValueError(f"--form {form}: choose auto, dense, sparse, low-rank or lora.")
     if (rank is None) == (form in ("low-rank", "lora")):
         raise ValueError("--form low-rank and --form lora need --rank, as in --rank 16; no other form has one.")
+    require_new(to)
     a, b = Checkpoint(find(tuned)), Checkpoint(find(base))
     vector = (a - b).keep(at) if at else a - b
     if dry_run:
@@ -125,6 +126,7 @@ def apply(
     from surgery.checkpoint import Checkpoint
     from surgery.model import find
 
+    require_new(to)
     base = Checkpoint(find(model))
     base_hash = cache(base.hash)
     point: Weights = base
@@ -180,6 +182,7 @@ def merge(
     from surgery.merging import MergedModel, merge, plan, read_recipe
     from surgery.rounding import as_dtype
 
+    require_new(to)
     read = read_recipe(recipe)
     if dry_run:
         typer.echo(plan(read, seed=seed, dtype=as_dtype(dtype), multi_gpu=multi_gpu))
@@ -567,9 +570,12 @@ def _strength(entry: str) -> tuple[str, float]:
     if not colon or Path(entry).is_dir():
         return entry, 1.0
     try:
-        return folder, float(number)
-    except ValueError as error:
-        raise ValueError(f"--add {entry}: after the last colon comes a number, as in {folder}:0.7.") from error
+        strength = float(number)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise ValueError(f"--add {entry}: after the last colon comes a finite number, as in {folder}:0.7.")
+    return folder, strength
 
 
 def _change_in(ref: str, base: Checkpoint) -> tuple[Delta, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,10 +108,10 @@ def sweep(
     questions = questions_to_judge_on(data, count, 32, side, seed)
     ref = str(add or steer or remove)
     if dry_run:
-        arms = len(groups or [0]) * len(spans_in(over or ""))
+        arms, levels = len(groups or [0]) * len(spans_in(over or "")), len({*steps} - {0.0})
         typer.echo(
-            f"{ref}: {arms} arm{'s'[: arms > 1]} at {len(steps)} strengths, each with {controls} random stand-ins: {len(questions)} questions "
-            f"({samples} samples) and {passages} passages, {1 + arms * (1 + controls) * len(steps)} times; would go to {to}"
+            f"{ref}: {arms} arm{'s'[: arms > 1]} at {levels} strengths, each with {controls} random stand-ins: {len(questions)} questions "
+            f"({samples} samples) and {passages} passages, {1 + arms * (1 + controls) * levels} times; would go to {to}"
         )
         return
     loaded = Model.load(model, device=device, dtype="float32")
@@ -170,9 +171,12 @@ def sweep(
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(number) for number in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--strengths {text}: give numbers with commas, as in '-0.4,-0.2,0.2,0.4'.") from error
+        found = [float(number) for number in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"--strengths {text}: give finite numbers with commas, as in '-0.4,-0.2,0.2,0.4'.")
+    return found
 
 
 def _groups(text: str | None) -> list[list[int]] | None:

@@ -192,6 +192,39 @@ def test_dry_runs_write_nothing(surgery, models: Path, vector: Path, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_what_exists_is_told_before_the_work(surgery, models: Path, vector: Path, tmp_path: Path) -> None:
+    base, there, recipe = models / "base", tmp_path / "there", tmp_path / "recipe.yml"
+    there.mkdir()
+    recipe.write_text(f"merge_method: linear\nmodels:\n- model: {base}\n  parameters: {{weight: 1}}\n")
+    for words in (
+        ["diff", base, base, "--to", there],  # there is no change: found out by reading both
+        ["diff", models / "tuned", base, "--to", there, "--dry-run"],
+        ["apply", base, "--add", vector, "--to", there, "--dry-run"],
+        ["apply", base, "--add", tmp_path / "none", "--to", there],
+        ["merge", recipe, there, "--dry-run"],
+    ):
+        assert "exists already" in one_line(surgery(*words)), words
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "-1e999"])
+def test_a_strength_is_a_finite_number(surgery, models: Path, vector: Path, tmp_path: Path, strength: str) -> None:
+    adds = ["--add", f"{vector}:{strength}"]
+    for words in (
+        ["apply", models / "base", *adds, "--to", tmp_path / "out"],
+        ["check", "apply", models / "base", *adds],
+    ):
+        said = one_line(surgery(*words))
+        assert "--add" in said
+        assert "finite" in said
+
+
+def test_nothing_added_is_called_nothing(surgery, models: Path, vector: Path, tmp_path: Path) -> None:
+    said = surgery("apply", models / "base", "--add", f"{vector}:0", "--to", tmp_path / "same", "--allow-loops", "-q")
+    assert said.code == 0, said
+    assert said.out.strip().endswith("an exact copy, nothing changed")
+    assert "An exact copy, nothing changed." in (tmp_path / "same" / "README.md").read_text()
+
+
 def test_tune_writes_the_tuned_model(surgery, models: Path, tmp_path: Path) -> None:
     words = ["--steps", 2, "--batch-size", 4, "--watch", "nll,change", "--watch-every", 1, "--lr", 0.01, "-q"]
     said = surgery("tune", models / "base", "--to", tmp_path / "out", *words)

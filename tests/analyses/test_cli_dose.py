@@ -174,6 +174,10 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(surgery, home: Pat
     assert said.code == 0
     assert "4 arms at 3 strengths" in said.out
     assert "73 times" in said.out  # 1 + 4 * (1 + 5) * 3
+    again = [*words[:-1], "2,0,1,2.0"]  # what the untouched model does is measured once, and each strength too
+    said = surgery("sweep", home / "base", *again, "--to", tmp_path / "out", "--dry-run")
+    assert "4 arms at 2 strengths" in said.out
+    assert "49 times" in said.out
     assert not list(tmp_path.iterdir())
 
 
@@ -182,8 +186,8 @@ def test_bad_input_is_one_line_and_exit_code_2(surgery, home: Path, tmp_path: Pa
     cases: list[tuple[list[object], str]] = [
         (["--strengths", "1"], "One change"),
         (["--strengths", "1", "--add", vector, "--steer", u], "One change"),
-        (["--strengths", "much", "--add", vector], "give numbers"),
-        (["--strengths", "nan", "--add", vector], "finite"),
+        (["--strengths", "much", "--add", vector], "--strengths much: give finite numbers"),
+        (["--strengths", "nan", "--add", vector], "--strengths nan: give finite numbers"),
         (["--strengths", "1", "--add", vector, "--at", "*.attn.o"], "--at is of"),
         (["--strengths", "1", "--remove", u, "--at", "*.attn.o", "--over", "thinking"], "--over is of --steer"),
         (["--strengths", "1", "--remove", u], "--remove needs --at"),
