@@ -101,6 +101,11 @@ class Record:
             wrong = [name for name, kind in _KINDS.items() if not isinstance(said.get(name, kind()), kind)]
             if wrong:
                 raise TypeError(f"{wrong[0]} is no {_KINDS[wrong[0]].__name__}")
+            if not isinstance(said.get("environment", {}).get("packages", {}), dict):
+                raise TypeError("packages is no dict")
+            for role, entry in said.get("inputs", {}).items():
+                if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("ref", "hash")):
+                    raise TypeError(f"the input {role} has no ref and hash")
             return cls(**{"hash": "SHA-256", **said})  # records once said nothing of it
         except (ValueError, TypeError, AttributeError) as error:
             raise RecordError(f"{path} is damaged: {str(error)[:300]}") from error
@@ -164,6 +169,13 @@ def replay(
             f"The record was made by a version whose {record.command!r} knew {', '.join(unknown)}; this one's does not. Replay it with that "
             "version, or run the command anew."
         )
+    try:
+        inspect.signature(command).bind(**arguments)
+    except TypeError as error:
+        raise RecordError(f"The record in {folder} is damaged: its {record.command!r} has {error}.") from error
+    patterns = record.results.get("reproducible")
+    if not isinstance(patterns, list):
+        raise RecordError(f"The record in {folder} is damaged: it does not say which outputs are the same each time.")
     command(**arguments)
     again = Record.load(to)
     changed = [role for role, was in record.inputs.items() if again.inputs.get(role, {}).get("hash") != was["hash"]]
@@ -171,7 +183,6 @@ def replay(
         raise RecordError(
             f"The input {changed[0]} ({record.inputs[changed[0]]['ref']}) is not what it was when this was recorded: its hash differs."
         )
-    patterns = record.results["reproducible"]
     equal, differing = [], []
     for name, was in record.outputs.items():
         if any(fnmatch.fnmatch(name, p) for p in patterns):

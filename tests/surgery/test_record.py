@@ -88,6 +88,26 @@ def test_no_record_and_a_damaged_one(run, tmp_path):
             verify(run)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: said["inputs"].update(model=3),
+        lambda said: said["inputs"].update(model={"ref": "x"}),
+        lambda said: said["environment"].update(packages=None),
+        lambda said: said["results"].pop("reproducible"),
+        lambda said: said["results"].update(reproducible=3),
+        lambda said: said["arguments"].pop("factor"),
+    ],
+)
+def test_a_record_with_a_part_missing_is_told_before_the_command_runs(run, tmp_path, change):
+    said = json.loads((run / "record.json").read_text())
+    change(said)
+    (run / "record.json").write_text(json.dumps(said))
+    with pytest.raises(RecordError):
+        replay(run, tmp_path / "again", {"scale": scale})
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_loaded_record_can_be_saved_again(run):
     record = Record.load(run)
     started = record.started
