@@ -66,7 +66,8 @@ class ThinkFormat:
 
 @dataclass(frozen=True)
 class NearLength:
-    """How near a span is to `target` tokens: ``-min(1, |n - target| / target)``, in [-1, 0]. Abstains where the span is missing.
+    """How near a span is to `target` tokens: ``-min(1, |n - target| / target)``, in [-1, 0]. A span that is missing has no tokens: -1,
+    so that leaving the thinking out is worth no more than the worst length of it.
 
     Source: Aggarwal and Welleck, "L1: Controlling How Long A Reasoning Model Thinks", arXiv 2503.04697, equation 1 (its length term).
     Differs: relative to the target, and bounded, so that one long completion does not outweigh the answers of a whole group.
@@ -79,9 +80,9 @@ class NearLength:
         if self.target < 1:
             raise ValueError(f"NearLength({self.target}): a target is 1 token or more.")
 
-    def __call__(self, question: Any, transcript: Transcript) -> float | None:
-        n = _tokens(transcript, self.over)
-        return None if n is None else -min(1.0, abs(n - self.target) / self.target)
+    def __call__(self, question: Any, transcript: Transcript) -> float:
+        n = _tokens(transcript, self.over) or 0
+        return -min(1.0, abs(n - self.target) / self.target)
 
 
 @dataclass(frozen=True)

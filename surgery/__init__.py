@@ -18,6 +18,7 @@ writing      write() streams, hashes, proves, is atomic
 linalg       low rank, principal subspaces and angles
 _blas        BLAS and LAPACK routines that let other threads run
 adapter_names  what an adapter's files and tensors are called, and which of a model's tensors they mean
+adapter_config  what an adapter's config makes of them
 lowrank      Factored and Adapter: changes as factor pairs, PEFT's LoRA folders read and written
 delta        a vector as a file, dense, sparse or low-rank, with the hash of its base
 drawn        Noise, Permuted: vectors as large as another, and otherwise random

@@ -94,7 +94,7 @@ def tune(
     samples: Annotated[int | None, typer.Option(help="grpo: completions of each question; default 8.", min=2, show_default=False)] = None,
     beta: Annotated[float | None, typer.Option(help="grpo: weight of the KL from the start; default 0.", min=0, show_default=False)] = None,
     length_target: Annotated[
-        int | None, typer.Option(help="grpo: also reward, by half, a thinking of about so many tokens.", min=1, show_default=False)
+        int | None, typer.Option(help="grpo: also reward, by half, a thinking of about so many tokens; none costs most.", min=1, show_default=False)
     ] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled, on what is trained.", min=0)] = 0.0,
     watch: Annotated[

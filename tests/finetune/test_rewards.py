@@ -118,9 +118,21 @@ def test_near_length_falls_on_either_side(tokens: int, value: float) -> None:
     assert NearLength(10)(QUESTION, said(f"<think>{'x' * tokens}</think>4")) == pytest.approx(value)
 
 
-def test_near_length_counts_the_span_asked_for_and_abstains_without_it() -> None:
+def test_near_length_counts_the_span_asked_for_and_none_of_it_as_no_tokens() -> None:
     assert NearLength(10, over="answer")(QUESTION, said("x" * 10)) == 0
-    assert NearLength(10)(QUESTION, said("x" * 10)) is None
+    assert NearLength(10)(QUESTION, said("x" * 10)) == -1
+
+
+def test_leaving_the_thinking_out_does_not_pay() -> None:
+    """Of right answers, one with a thinking too short is worth more than one without any."""
+    reward = Weighted({"answer": (Answer(grade), 1.0), "length": (NearLength(10), 0.5)})
+    near, short, bare = (
+        reward(QUESTION, said(f"{text}4")) for text in ("<think>xxxxxxxxx</think>", "<think>x</think>", "")
+    )
+    assert near is not None
+    assert short is not None
+    assert bare is not None
+    assert near > short > bare
 
 
 @given(n=st.integers(2, 300), longest=st.integers(1, 200), right=st.booleans())
@@ -160,13 +172,14 @@ def test_overlong_is_dapos_equation(tokens: int, value: float) -> None:
 
 
 def test_a_weighted_sum_adds_what_does_not_abstain() -> None:
-    reward = Weighted({"answer": (Answer(grade), 2.0), "near": (NearLength(10), 0.5), "seen": (ThinkFormat(), 0.0)})
+    cosine = CosineLength(grade, 10, over="thinking")
+    reward = Weighted({"answer": (Answer(grade), 2.0), "cosine": (cosine, 0.5), "seen": (ThinkFormat(), 0.0)})
     full, bare = said("<think>xxxxx</think>4"), said("4")
-    assert reward.each(QUESTION, full) == {"answer": 1.0, "near": -0.5, "seen": 1.0}
-    assert reward(QUESTION, full) == 2.0 - 0.25
-    assert reward.each(QUESTION, bare) == {"answer": 1.0, "near": None, "seen": 0.0}
+    assert reward.each(QUESTION, full) == {"answer": 1.0, "cosine": pytest.approx(0.75), "seen": 1.0}
+    assert reward(QUESTION, full) == pytest.approx(2.0 + 0.375)
+    assert reward.each(QUESTION, bare) == {"answer": 1.0, "cosine": None, "seen": 0.0}
     assert reward(QUESTION, bare) == 2.0
-    assert Weighted({"near": (NearLength(10), 1.0)})(QUESTION, bare) is None
+    assert Weighted({"cosine": (cosine, 1.0)})(QUESTION, bare) is None
 
 
 def test_a_part_of_weight_0_only_measures() -> None:
