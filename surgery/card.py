@@ -36,10 +36,10 @@ def model_card(record: Record, written: Written, source: Path) -> str:
     )
     unlisted = written.unlisted()
     changed = f"{unlisted[0].upper()}{unlisted[1:]}."
-    if written.asks:
+    if written.moved:
         t = written.total()
         changed = (
-            f"{len(written.kept)} tensors changed. Asked for a change of norm {t.asked:.4g}, kept {t.kept:.4g} after rounding to the stored "
+            f"{written.moved} tensor{'' if written.moved == 1 else 's'} changed. Asked for a change of norm {t.asked:.4g}, kept {t.kept:.4g} after rounding to the stored "
             f"dtype (cosine {t.cosine:.4f}); {t.unmoved:.1%} of {t.entries:,} entries asked to move were too small to."
         )
     checks = "\n".join(f"- {check}" for check in written.checks)

@@ -41,7 +41,7 @@ _THREADS = 8  # more would wait for the interpreter and for memory
 
 @dataclass(frozen=True)
 class Written:
-    """What `write` did. hashes: BLAKE3 per tensor. kept: asked and kept per changed site. checks: what was verified, in words."""
+    """What `write` did. hashes: BLAKE3 per tensor. kept: asked and kept per computed site, `moved` of which changed. checks: what was verified, in words."""
 
     folder: Path
     hash: str
@@ -58,9 +58,9 @@ class Written:
         return Kept.of(asked, kept, inner, sum(r.unmoved * r.entries for r in rows), sum(r.entries for r in rows))
 
     @property
-    def asks(self) -> bool:
-        """Whether any entry was asked to move: a change of strength 0 asks for none, at whatever sites."""
-        return any(row.asked for row in self.kept.values())
+    def moved(self) -> int:
+        """At how many sites an entry was asked to move: of those computed, a merge or a strength of 0 may leave some as they were."""
+        return sum(row.asked > 0 for row in self.kept.values())
 
     def unlisted(self) -> str:
         """What became of the model, in words, where no entry was asked to move."""
@@ -68,11 +68,11 @@ class Written:
         return "an exact copy, nothing changed" if same else "no site changed, stored in another dtype"
 
     def __str__(self) -> str:
-        if not self.asks:
+        if not self.moved:
             return f"{self.folder}: {self.unlisted()}"
         t = self.total()
         return (
-            f"{self.folder}: {len(self.kept)} sites changed; asked {t.asked:.4g}, kept {t.kept:.4g} (cosine {t.cosine:.4f}, "
+            f"{self.folder}: {self.moved} site{'' if self.moved == 1 else 's'} changed; asked {t.asked:.4g}, kept {t.kept:.4g} (cosine {t.cosine:.4f}, "
             f"{t.unmoved:.1%} of {t.entries:,} entries too small to move)"
         )
 

@@ -225,6 +225,18 @@ def test_nothing_added_is_called_nothing(surgery, models: Path, vector: Path, tm
     assert "An exact copy, nothing changed." in (tmp_path / "same" / "README.md").read_text()
 
 
+def test_only_what_is_asked_to_move_is_called_changed(surgery, models: Path, tmp_path: Path) -> None:
+    """Merging passes every tensor through its rule; those that come out as they went in have not changed."""
+    recipe, base, tuned = tmp_path / "recipe.yml", models / "base", models / "tuned"
+    recipe.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n- model: {tuned}\n  parameters: {{weight: 0.5}}\n"
+    )
+    said = surgery("merge", recipe, tmp_path / "merged", "--allow-loops", "-q")
+    assert said.code == 0, said
+    assert "merged: 2 sites changed; asked" in said.out
+    assert "\n2 tensors changed. " in (tmp_path / "merged" / "README.md").read_text()
+
+
 def test_tune_writes_the_tuned_model(surgery, models: Path, tmp_path: Path) -> None:
     words = ["--steps", 2, "--batch-size", 4, "--watch", "nll,change", "--watch-every", 1, "--lr", 0.01, "-q"]
     said = surgery("tune", models / "base", "--to", tmp_path / "out", *words)

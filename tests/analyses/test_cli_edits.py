@@ -310,4 +310,4 @@ def test_the_program(home: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "1 sites changed" in done.stdout
+    assert "1 site changed" in done.stdout

@@ -42,7 +42,7 @@ def test_a_card(tmp_path):
         "tags": ["model-surgery", "apply"],
     }
     assert "`surgery apply model --add vector:0.7 owner/name --to out`" in card
-    assert "1 tensors changed" in card
+    assert "1 tensor changed" in card
     assert all(f"- {check}" in card for check in written.checks)
     assert Path(written.folder).name in card
 
