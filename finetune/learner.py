@@ -7,7 +7,6 @@ the random state are afterwards as before; only the weights have changed.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from finetune.lift import LIFT, budget
+from finetune.lift import LIFT, budget, matrices_of
 from finetune.lift.selection import check_select
 from surgery.borrowing import own_draws, own_modes
 from surgery.model import Model
@@ -146,26 +145,14 @@ def require_versions(*names: str) -> None:
             )
 
 
-def _choose(model: Model, trains: Trains) -> list[tuple[str, nn.Parameter]]:
+def _choose(model: Model, trains: Trains) -> list[tuple[str | tuple[str, ...], nn.Parameter]]:
     """Freeze what is left alone; the named parameters of the matrices LIFT tunes."""
-    weights = model.weights
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    packed = []
-    for site in linear_sites(weights):
-        parameter = weights.parameter(site)
-        if parameter.ndim == 2:
-            found.setdefault(id(parameter), (str(site), parameter))
-        else:
-            packed.append(site)
-    if packed and trains == "lift":
-        warnings.warn(
-            f"LIFT trains matrices; of each layer's experts, stored as one tensor together, {packed[0]} and {len(packed) - 1} others are left "
-            "as they are. method='full' trains them too.",
-            stacklevel=2,
-        )
+    found = matrices_of(model.weights)
     for parameter in model.module.parameters():
-        parameter.requires_grad_(trains == "full" or id(parameter) in found)
-    return list(found.values())
+        parameter.requires_grad_(trains == "full")
+    for _, parameter in found:
+        parameter.requires_grad_(True)
+    return found
 
 
 def with_adapter(model: Model, kind: Adapter, rank: int, seed: int = 0) -> Any:
@@ -196,7 +183,7 @@ def adapted_layers(model: Model) -> list[str]:
     if packed:
         raise ValueError(
             f"An adapter lies beside a layer, and the experts of this model are one tensor together ({packed[0]} and {len(packed) - 1} others "
-            "are no layers): use full, or lift for the other matrices."
+            "are no layers): use lift or full."
         )
     return sorted({model.anatomy.places[s].name.removesuffix(".weight") for s in linear_sites(model.weights)})
 

@@ -14,7 +14,7 @@ Differs: the released code's configurations train the *smallest* entries, which 
     weight decay acts.
 """
 
-from finetune.lift.optimizer import LIFT, Gathered, Refresh, Scope, lift_of
+from finetune.lift.optimizer import LIFT, Gathered, Refresh, Scope, lift_of, matrices_of
 from finetune.lift.selection import Select, budget, principal_indices
 
-__all__ = ["LIFT", "Gathered", "Refresh", "Scope", "Select", "budget", "lift_of", "principal_indices"]
+__all__ = ["LIFT", "Gathered", "Refresh", "Scope", "Select", "budget", "lift_of", "matrices_of", "principal_indices"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -10,10 +10,59 @@ from torch import Tensor
 
 from finetune.distributed import local_part
 from finetune.lift.halves import LOW, joined, split
+from finetune.lift.selection import position_dtype
 from surgery.linalg import side_by_side
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _AT_ONCE = 1 << 16  # entries on the CPU that are updated together: they stay in the cache
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A parameter and the matrices, all of one shape, that lie in it one above the other: mostly one, the parameter itself.
+
+    name: of the parameter. matrices: their names, in the order in which they lie; None for one that is left as it is.
+    """
+
+    name: str
+    parameter: Tensor
+    matrices: tuple[str | None, ...]
+
+    @property
+    def trained(self) -> list[str]:
+        return [name for name in self.matrices if name is not None]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of each matrix."""
+        if len(self.matrices) == 1:
+            return self.parameter.shape
+        return torch.Size((self.parameter.shape[:-1].numel() // len(self.matrices), self.parameter.shape[-1]))
+
+    def apart(self, tensor: Tensor) -> list[Tensor]:
+        """A tensor of the parameter's shape, matrix by matrix."""
+        return [tensor] if len(self.matrices) == 1 else list(tensor.reshape(-1, *self.shape))
+
+    def counts(self, positions: Tensor) -> list[int]:
+        """How many of the parameter's ascending flat positions lie in each matrix."""
+        if len(self.matrices) == 1:
+            return [len(positions)]
+        edges = torch.arange(1, len(self.matrices), device=positions.device) * self.shape.numel()
+        inner = torch.searchsorted(positions, edges.to(positions.dtype)).tolist()
+        return [end - begin for begin, end in pairwise([0, *inner, len(positions)])]
+
+    def within(self, positions: Tensor) -> list[Tensor]:
+        """The parameter's ascending flat positions as each matrix's own."""
+        own = position_dtype(self.shape.numel())
+        parts = positions.split(self.counts(positions))
+        return [(part - i * self.shape.numel()).to(own) if i else part.to(own) for i, part in enumerate(parts)]
+
+    def joined(self, within: list[Tensor]) -> Tensor:
+        """`within` undone."""
+        if len(within) == 1:
+            return within[0]
+        kept = position_dtype(self.parameter.numel())
+        return torch.cat([part.to(kept) + i * self.shape.numel() for i, part in enumerate(within)])
 
 
 @dataclass
@@ -24,20 +73,26 @@ class Ledger:
     halves, starts at zero with every new entry.
     """
 
-    params: list[Tensor]
-    names: list[str]
-    positions: list[int]  # of the parameters in the whole optimizer: what a random choice depends on
+    stacks: list[Stack]
+    positions: list[
+        int
+    ]  # of each parameter's first matrix among the whole optimizer's: what a random choice depends on
     age_dtype: torch.dtype
     indices: list[Tensor] = field(init=False)
-    bases: list[Tensor | None] = field(init=False)  # of the filter, to begin from at the next refresh
+    bases: list[Tensor | None] = field(
+        init=False
+    )  # of the matrices' filters, to begin from at the next refresh, one above the other
     averaged: bool = False  # over processes, the gradients of the coming step
     waiting: bool = False  # for whole gradients to choose by: they stay in `.grad`
+    params: list[Tensor] = field(init=False)
+    names: list[str] = field(init=False)
     flat: dict[str, Tensor] = field(init=False)
     views: dict[str, list[Tensor]] = field(init=False)
     gathered: list[bool] = field(init=False)
     ages: list[tuple[int, ...]] = field(init=False)  # the ages there are among a parameter's entries
 
     def __post_init__(self) -> None:
+        self.params, self.names = [s.parameter for s in self.stacks], [s.name for s in self.stacks]
         self.indices = [torch.zeros(0, dtype=torch.int32, device=p.device) for p in self.params]
         self.bases = [None] * len(self.params)
         self._lay_out({})

@@ -3,20 +3,31 @@
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from finetune.distributed import Peers, Shards, is_sharded
-from finetune.lift.ledger import Ledger, age_dtype
-from finetune.lift.selection import OF_GRADIENTS, Choice, Matrix, Select, budget, check_block, check_select, choose
+from finetune.lift.ledger import Ledger, Stack, age_dtype
+from finetune.lift.selection import (
+    OF_GRADIENTS,
+    Choice,
+    Matrix,
+    Select,
+    budget,
+    check_block,
+    check_select,
+    choose,
+    position_dtype,
+)
 from finetune.lift.shards import SHARDED, choose_shards
 from surgery.seeds import seed_from_numbers
 from surgery.sites import Site, match
+from surgery.weights import linear_sites
 
 if TYPE_CHECKING:
     from surgery.model import LiveWeights
@@ -35,8 +46,8 @@ class Refresh:
     """What a refresh found and did.
 
     step: after which step. overlap: intersection over union of the old and the new mask over all parameters of the group, in [0, 1].
-    by_parameter: the same for each parameter, by name (or by position where the optimizer was given no names).
-    adopted: whether the new mask was taken up; not where too little would have changed. warm: for how many parameters the filter was
+    by_parameter: the same for each matrix, by name (or by position where the optimizer was given no names).
+    adopted: whether the new mask was taken up; not where too little would have changed. warm: for how many matrices the filter was
     begun from the last refresh's, the others' being exact.
     """
 
@@ -49,7 +60,10 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Gathered:
-    """The gradient of one optimizer step at the chosen entries of a parameter: what is written to `grad` changes the step."""
+    """The gradient of one optimizer step at the chosen entries of a parameter: what is written to `grad` changes the step.
+
+    name: the parameter's; of one that holds several matrices, those of its first and its last, ``0.mlp.e0.gate to 0.mlp.e7.up``.
+    """
 
     name: str
     parameter: Tensor
@@ -61,13 +75,15 @@ class LIFT(torch.optim.Optimizer):
     """AdamW over the principal entries of each matrix; every other entry keeps its bytes.
 
     params: 2-D parameters, or (name, parameter) pairs, or groups of either, as for any torch optimizer. A parameter
-        that appears twice (tied weights) counts once. Put the model on its device first.
+        that appears twice (tied weights) counts once. Where matrices of one shape lie in one parameter, one above the other, as a
+        mixture's experts do, (names, parameter) has the names of all, and each is treated as a matrix of its own. `matrices_of` gives
+        a model's. Put the model on its device first.
     lr, betas, eps, weight_decay: as in AdamW; weight decay is decoupled and acts on the chosen entries.
     density, lora_rank: the budget of each matrix, exactly one of them (see `budget`).
     scope: "matrix" spends each matrix's budget in it; "global" adds the budgets of the group up and takes the largest scores wherever
         they are, each matrix's scores divided by the root mean square of its weights (of what is compared, where that is no weight).
     overrides: pattern of names (`12.mlp.*`, `*.attn.q`) -> a budget of its own, a density or {"lora_rank": 8}, or None, which leaves the
-        parameter to others: freeze it, or give it to another optimizer. The last pattern that names a parameter decides.
+        matrix as it is: freeze it, or give it to another optimizer. The last pattern that names a matrix decides.
     block: choose 4x4 squares, say, in place of entries: `block=4` (see `principal_indices`).
     filter_rank: the rank of the filter through which entries are compared (see `principal_indices`).
     refresh: after every so many steps choose anew, by the weights as they then are; None keeps the first choice.
@@ -78,7 +94,7 @@ class LIFT(torch.optim.Optimizer):
     agreement: 1, or a fraction below: the filter of a refresh is begun from that of the last one, which costs about a tenth, with about
         this share of the entries or more being those of the exact one: an estimate (see `warm_subspace`), kept over all matrices, while a
         single one may miss as much again; where it is not reached, the filter is exact.
-    select, seed: which entries (see `principal_indices`); a random choice depends on (seed, refresh, parameter) only. "gradient" and
+    select, seed: which entries (see `principal_indices`); a random choice depends on (seed, refresh, matrix) only. "gradient" and
         "movement" choose by the gradient of the first step and of the one after each `refresh` steps, which then exists whole.
 
     All of these can be set per group; a scheduler finds `lr` where it expects it. With density 1 in float32 the result
@@ -151,26 +167,31 @@ class LIFT(torch.optim.Optimizer):
         options = self.defaults | param_group
         _check_options(options)
         seen = {id(p) for group in self.param_groups for p in group["params"]}
-        unique: dict[int, tuple[str, Tensor]] = {}
-        for name, p in listed:
+        unique: dict[int, tuple[tuple[str, ...], Tensor]] = {}
+        for names, p in listed:
             if id(p) not in seen:
-                unique.setdefault(id(p), (name, p))
-        own = _overridden([name for name, _ in unique.values()], options["overrides"])
-        trained = [(name, p) for name, p in unique.values() if own.get(name, {}) is not None]
-        if own and not trained:
+                unique.setdefault(id(p), (names, p))
+        own = _overridden([name for names, _ in unique.values() for name in names], options["overrides"])
+        left = {name for name, limit in own.items() if limit is None}
+        stacks = [
+            Stack(_called(names), p, tuple(None if name in left else name for name in names))
+            for names, p in unique.values()
+            if not left.issuperset(names)
+        ]
+        if own and not stacks:
             raise ValueError("the overrides leave out every parameter of the group: nothing is left to train")
-        for name, p in trained:
-            _check_parameter(name, p, options, own.get(name) or _budget_of(options))
-        where = _processes(trained, options, self._peers)
+        for stack in stacks:
+            _check_parameter(stack, options, [own.get(name) or _budget_of(options) for name in stack.trained])
+        where = _processes(stacks, options, self._peers)
         budgets = {
             "overrides": dict(options["overrides"]),
             "own": {name: limit for name, limit in own.items() if limit},
         }
-        super().add_param_group({**param_group, **where, **budgets, "params": trained})
+        super().add_param_group({**param_group, **where, **budgets, "params": [(s.name, s.parameter) for s in stacks]})
         group = self.param_groups[-1]
-        first = sum(len(earlier["params"]) for earlier in self.param_groups[:-1])
+        first = sum(len(stack.trained) for ledger in chain(*self._ledgers) for stack in ledger.stacks)
         try:
-            self._ledgers.append(self._opened(group, [name for name, _ in trained], first))
+            self._ledgers.append(self._opened(group, stacks, first))
         except Exception:
             self.param_groups.pop()
             raise
@@ -285,7 +306,7 @@ class LIFT(torch.optim.Optimizer):
         for site in sites:
             change = (weights[site].detach().float() - base[site].to(weights[site].device).float()).reshape(-1)
             at = change.nonzero().squeeze(1)
-            entries[site] = (at.to(torch.int32 if len(change) < 2**31 else torch.int64).cpu(), change[at].cpu())
+            entries[site] = (at.to(position_dtype(len(change))).cpu(), change[at].cpu())
             moved[id(weights.parameter(site))] += len(at)
         if not any(moved.values()):
             raise ValueError("nothing has changed since the base: there is no delta")
@@ -396,8 +417,7 @@ class LIFT(torch.optim.Optimizer):
         if self._peers is None and (peers := Peers.of(self._process_group)):
             self._peers = peers
             for group, ledgers in zip(self.param_groups, self._ledgers, strict=True):
-                named = [pair for ledger in ledgers for pair in zip(ledger.names, ledger.params, strict=True)]
-                group |= _processes(named, group, peers)
+                group |= _processes([stack for ledger in ledgers for stack in ledger.stacks], group, peers)
                 chosen = [pair for ledger in ledgers for pair in zip(ledger.names, ledger.indices, strict=True)]
                 if group["shard"] is None:
                     peers.require_same({f"what was chosen of {name}": indices for name, indices in chosen})
@@ -411,10 +431,14 @@ class LIFT(torch.optim.Optimizer):
         self.state.clear()
         first = 0
         for k, group in enumerate(self.param_groups):
-            named = list(zip(group["param_names"], group["params"], strict=True))
-            group |= _processes(named, group, self._peers)
-            self._ledgers[k] = self._opened(group, list(group["param_names"]), first)
-            first += len(named)
+            before = {stack.name: stack for ledger in self._ledgers[k] for stack in ledger.stacks}
+            stacks = [
+                replace(before[name], parameter=p)
+                for name, p in zip(group["param_names"], group["params"], strict=True)
+            ]
+            group |= _processes(stacks, group, self._peers)
+            self._ledgers[k] = self._opened(group, stacks, first)
+            first += sum(len(stack.trained) for stack in stacks)
         self._handles += [handle for ledger in chain(*self._ledgers) for handle in ledger.hook()]
         self._link_state()
 
@@ -423,18 +447,14 @@ class LIFT(torch.optim.Optimizer):
         for ledger in chain(*self._ledgers):
             ledger.averaged = False
 
-    def _opened(self, group: dict[str, Any], names: list[str], first: int) -> list[Ledger]:
+    def _opened(self, group: dict[str, Any], stacks: list[Stack], first: int) -> list[Ledger]:
         """Ledgers of a new group, one for each device and dtype, with its first choice of entries."""
+        positions = list(accumulate((len(stack.trained) for stack in stacks), initial=first))
         alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i, p in enumerate(group["params"]):
-            alike.setdefault((p.device, p.dtype), []).append(i)
+        for i, stack in enumerate(stacks):
+            alike.setdefault((stack.parameter.device, stack.parameter.dtype), []).append(i)
         ledgers = [
-            Ledger(
-                [group["params"][i] for i in own],
-                [names[i] for i in own],
-                [first + i for i in own],
-                age_dtype(group["betas"]),
-            )
+            Ledger([stacks[i] for i in own], [positions[i] for i in own], age_dtype(group["betas"]))
             for own in alike.values()
         ]
         by_gradient = group["select"] in OF_GRADIENTS
@@ -442,13 +462,13 @@ class LIFT(torch.optim.Optimizer):
         found = self._chosen(group | {"select": "random"} if by_gradient else group, ledgers)
         for ledger, choices in zip(ledgers, found, strict=True):
             ledger.waiting = by_gradient
-            new = [choice.indices for choice in choices]
-            ledger.bases = [choice.basis for choice in choices]
+            new = _positions(ledger, choices)
+            ledger.bases = _bases(choices)
             ledger.adopt(new, ledger.stays(new))
         return ledgers
 
-    def _chosen(self, group: dict[str, Any], ledgers: list[Ledger]) -> list[list[Choice]]:
-        """A choice for every parameter of every ledger, by the weights (and gradients) as they are."""
+    def _chosen(self, group: dict[str, Any], ledgers: list[Ledger]) -> list[list[list[Choice]]]:
+        """Choices of every ledger's parameters, one for each matrix, by the weights (and gradients) as they are."""
         matrices = [m for ledger in ledgers for m in _matrices(group, ledger)]
         select, rank, together = group["select"], group["filter_rank"], group["scope"] == "global"
         if group["shard"] is not None:
@@ -461,7 +481,10 @@ class LIFT(torch.optim.Optimizer):
                 agreed = self._peers.agreed([choice.indices for choice in found])
                 found = [replace(choice, indices=indices) for choice, indices in zip(found, agreed, strict=True)]
         choices = iter(found)
-        return [[next(choices) for _ in ledger.params] for ledger in ledgers]
+        return [
+            [[_NOTHING if name is None else next(choices) for name in stack.matrices] for stack in ledger.stacks]
+            for ledger in ledgers
+        ]
 
     def _refresh(self, group: dict[str, Any], ledgers: list[Ledger]) -> None:
         """Chooses anew; not logged where it is the first choice, which had to wait for a gradient."""
@@ -471,14 +494,15 @@ class LIFT(torch.optim.Optimizer):
                 ledger.waiting = False
             return
         found = self._chosen(group, ledgers)
-        new = [[choice.indices for choice in choices] for choices in found]
+        new = [_positions(ledger, choices) for ledger, choices in zip(ledgers, found, strict=True)]
         stays = [ledger.stays(indices) for ledger, indices in zip(ledgers, new, strict=True)]
-        warm, shards = sum(choice.warm for choice in chain(*found)), _shards(group, ledgers)
+        warm = sum(choice.warm for choices in chain(*found) for choice in choices)
+        shards = _shards(group, ledgers)
         done, fresh = _compared(group["steps"], ledgers, new, stays, warm, shards)
         adopted = fresh >= group["min_change"] or not group["steps"]
         for ledger, choices, indices, stay in zip(ledgers, found, new, stays, strict=True):
             ledger.waiting = False
-            ledger.bases = [choice.basis for choice in choices]
+            ledger.bases = _bases(choices)
             if adopted:
                 ledger.adopt(indices, stay)
         if group["steps"]:
@@ -491,6 +515,28 @@ class LIFT(torch.optim.Optimizer):
                 self.state[p] = ledger.state(i)
 
 
+_NOTHING = Choice(torch.zeros(0, dtype=torch.int32), None, False)
+
+
+def _positions(ledger: Ledger, choices: list[list[Choice]]) -> list[Tensor]:
+    """The chosen positions of each parameter, from those of its matrices."""
+    return [
+        stack.joined([choice.indices.to(stack.parameter.device) for choice in own])
+        for stack, own in zip(ledger.stacks, choices, strict=True)
+    ]
+
+
+def _bases(choices: list[list[Choice]]) -> list[Tensor | None]:
+    """The filters' bases of each parameter, one matrix's above the other's; zeros for a matrix that has none, and will have none."""
+    stacked: list[Tensor | None] = []
+    for own in choices:
+        there = next((choice.basis for choice in own if choice.basis is not None), None)
+        stacked.append(
+            None if there is None else torch.cat([torch.zeros_like(there) if c.basis is None else c.basis for c in own])
+        )
+    return stacked
+
+
 def _compared(
     step: int,
     ledgers: list[Ledger],
@@ -500,10 +546,15 @@ def _compared(
     shards: Shards | None,
 ) -> tuple[Refresh, float]:
     """The overlap of old and new masks, and the fraction of the new ones that is new."""
-    names = [name for ledger in ledgers for name in ledger.names]
-    kept = torch.tensor([int(same.sum()) for _, same in chain(*stays)], dtype=torch.int64)
-    old = torch.tensor([len(indices) for ledger in ledgers for indices in ledger.indices], dtype=torch.int64)
-    now = torch.tensor([len(indices) for indices in chain(*new)], dtype=torch.int64)
+    rows: list[list[int]] = []  # of each matrix, how many entries stay, were there and are there now
+    for ledger, found, stay in zip(ledgers, new, stays, strict=True):
+        for stack, before, after, (_, same) in zip(ledger.stacks, ledger.indices, found, stay, strict=True):
+            counts = stack.counts(after)
+            staying = [int(part.sum()) for part in same.split(counts)]
+            of = zip(stack.matrices, staying, stack.counts(before), counts, strict=True)
+            rows += [numbers for name, *numbers in of if name is not None]
+    names = [name for ledger in ledgers for stack in ledger.stacks for name in stack.trained]
+    kept, old, now = torch.tensor(rows, dtype=torch.int64).T
     if shards:
         counted = shards.total(torch.stack([kept, old, now]).view(-1).to(ledgers[0].params[0].device))
         kept, old, now = counted.view(3, -1).cpu()
@@ -513,13 +564,13 @@ def _compared(
     return Refresh(step, overlap, by_parameter, warm=warm), fresh
 
 
-def _processes(named: list[tuple[str, Tensor]], options: dict[str, Any], peers: Peers | None) -> dict[str, int | None]:
+def _processes(stacks: list[Stack], options: dict[str, Any], peers: Peers | None) -> dict[str, int | None]:
     """How many processes train a group's parameters, and which rows of them are here. Raises where whole ones are not the same in all."""
-    shards = _sharded(named, options)
+    shards = _sharded(stacks, options)
     if shards:
         return {"processes": shards.count, "shard": shards.rank}
     if peers:
-        peers.require_same(dict(named))
+        peers.require_same({stack.name: stack.parameter for stack in stacks})
     return {"processes": peers.count if peers else 1, "shard": None}
 
 
@@ -529,14 +580,39 @@ def lift_of(optimizer: Any) -> LIFT | None:
     return inner if isinstance(inner, LIFT) else None
 
 
-def _sharded(named: list[tuple[str, Tensor]], options: dict[str, Any]) -> Shards | None:
+def matrices_of(weights: "LiveWeights") -> list[tuple[str | tuple[str, ...], nn.Parameter]]:
+    """What `LIFT` is given to train every attention and MLP matrix of a live model, by their sites' names.
+
+    Experts that are stored as one tensor are matrices of their own, under the names of all, in the order in which they lie. Other matrices
+    that are one parameter (q, k and v in some families) are one to LIFT too, by the name of the first.
+    """
+    held: dict[nn.Parameter, list[Site]] = {}
+    for site in linear_sites(weights):
+        held.setdefault(weights.parameter(site), []).append(site)
+
+    def begins(site: Site) -> int:
+        return int(weights.anatomy.places[site].take(weights.parameter(site)).storage_offset())
+
+    return [
+        (str(sites[0]) if p.ndim == 2 else tuple(str(site) for site in sorted(sites, key=begins)), p)
+        for p, sites in held.items()
+    ]
+
+
+def _sharded(stacks: list[Stack], options: dict[str, Any]) -> Shards | None:
     """The processes over which the parameters of a group are dealt out; None where each is whole. Raises for what cannot be done so."""
-    dealt = {name: p for name, p in named if is_sharded(p)}
+    dealt = {stack.name: stack.parameter for stack in stacks if is_sharded(stack.parameter)}
     if not dealt:
         return None
-    whole = next((name for name, p in named if not is_sharded(p)), None)
+    whole = next((stack.name for stack in stacks if not is_sharded(stack.parameter)), None)
     if whole is not None:
         raise ValueError(f"{next(iter(dealt))} is sharded and {whole} is not: put them into groups of their own")
+    several = next((stack for stack in stacks if len(stack.matrices) > 1), None)
+    if several is not None:
+        raise ValueError(
+            f"{several.name} are {len(several.matrices)} matrices in one sharded parameter, and LIFT takes sharded matrices one by one: leave "
+            f"them out by an override of None, or give every process the whole model"
+        )
     found = [Shards.of(name, p) for name, p in dealt.items()]
     if any(shards.group is not found[0].group for shards in found):
         raise ValueError(
@@ -560,22 +636,32 @@ def _matrices(group: dict[str, Any], ledger: Ledger) -> list[Matrix]:
     own, block = group["own"], group["block"]
     refreshes = group["steps"] // group["refresh"] if group["refresh"] else 0
     grows = bool(group["grow_to"] and group["steps"])
-    return [
-        Matrix(
-            name=f"{name} after {group['steps']} steps",
-            W=p.detach(),
-            count=budget(p.shape, **(own.get(name) or _budget_of(group)), block=block),
-            seed=seed_from_numbers(group["seed"], refreshes, position),
-            own=name in own,
-            gradient=p.grad,
-            start=basis,
-            old=indices if grows else None,
-            cap=budget(p.shape, density=group["grow_to"], block=block) if grows else 0,
+    found = []
+    for stack, first, basis, indices in zip(ledger.stacks, ledger.positions, ledger.bases, ledger.indices, strict=True):
+        count, p = len(stack.matrices), stack.parameter
+        parts = zip(
+            stack.matrices,
+            stack.apart(p.detach()),
+            [None] * count if p.grad is None else stack.apart(p.grad),
+            [None] * count if basis is None else basis.chunk(count),
+            stack.within(indices) if grows else [None] * count,
+            strict=True,
         )
-        for name, p, position, basis, indices in zip(
-            ledger.names, ledger.params, ledger.positions, ledger.bases, ledger.indices, strict=True
-        )
-    ]
+        for position, (name, W, gradient, start, old) in enumerate((at for at in parts if at[0] is not None), first):
+            found.append(
+                Matrix(
+                    name=f"{name} after {group['steps']} steps",
+                    W=W,
+                    count=budget(W.shape, **(own.get(name) or _budget_of(group)), block=block),
+                    seed=seed_from_numbers(group["seed"], refreshes, position),
+                    own=name in own,
+                    gradient=gradient,
+                    start=start,
+                    old=old,
+                    cap=budget(W.shape, density=group["grow_to"], block=block) if grows else 0,
+                )
+            )
+    return found
 
 
 def _full(group: dict[str, Any], ledgers: list[Ledger]) -> bool:
@@ -592,9 +678,15 @@ def _awaits_gradients(group: dict[str, Any]) -> bool:
     return group["select"] in OF_GRADIENTS and group["chosen_at"] < due
 
 
-def _named(listed: list[Any], prefix: str) -> list[tuple[str, Tensor]]:
-    """(name, parameter) pairs; parameters without a name are called by their position."""
-    return [entry if isinstance(entry, tuple) else (f"{prefix}{i}", entry) for i, entry in enumerate(listed)]
+def _named(listed: list[Any], prefix: str) -> list[tuple[tuple[str, ...], Tensor]]:
+    """Each parameter with the names of its matrices; one without a name is called by its position."""
+    pairs = [entry if isinstance(entry, tuple) else (f"{prefix}{i}", entry) for i, entry in enumerate(listed)]
+    return [((names,) if isinstance(names, str) else tuple(names), p) for names, p in pairs]
+
+
+def _called(names: tuple[str, ...]) -> str:
+    """What a parameter that holds these matrices is called."""
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
 def _budget_of(options: dict[str, Any]) -> dict[str, Any]:
@@ -653,7 +745,8 @@ def _check_options(group: dict[str, Any]) -> None:
         )
 
 
-def _check_parameter(name: str, p: Tensor, options: dict[str, Any], limit: dict[str, Any]) -> None:
+def _check_parameter(stack: Stack, options: dict[str, Any], limits: list[dict[str, Any]]) -> None:
+    name, p, count = stack.name, stack.parameter, len(stack.matrices)
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reason = (
             "not supported"
@@ -661,20 +754,24 @@ def _check_parameter(name: str, p: Tensor, options: dict[str, Any], limit: dict[
             else "quantised weights have no entries of their own to train; `finetune.overlay` lays trainable ones beside them"
         )
         raise TypeError(f"LIFT trains float32, bfloat16 and float16 weights; {name} is {p.dtype} ({reason})")
-    if p.ndim != 2 or p.numel() == 0:
+    if count == 1 and (p.ndim != 2 or p.numel() == 0):
         raise ValueError(
-            f"LIFT trains matrices; {name} has shape {tuple(p.shape)}: leave it frozen or give it to another optimizer"
+            f"LIFT trains matrices; {name} has shape {tuple(p.shape)}: leave it frozen or give it to another optimizer, or, where matrices "
+            "lie in it one above the other, name each of the matrices"
         )
+    if count > 1 and (p.ndim < 2 or p.numel() == 0 or p.shape[:-1].numel() % count):
+        raise ValueError(f"{name} has shape {tuple(p.shape)}, which is not {count} matrices of one shape")
     if not p.is_contiguous():
         raise ValueError(f"LIFT needs contiguous parameters; {name} is a strided view: make it contiguous first")
     if not p.requires_grad:
         raise ValueError(f"{name} does not require a gradient, so it cannot be trained: leave it out")
     try:
-        check_block(p.shape, options["block"])
+        check_block(stack.shape, options["block"])
     except ValueError as reason:
         raise ValueError(f"{reason}, which is {name}: leave it out by an override of None") from reason
     if options["grow_to"] is not None:
-        least, most = budget(p.shape, **limit), budget(p.shape, density=options["grow_to"])
+        least = max(budget(stack.shape, **limit) for limit in limits)
+        most = budget(stack.shape, density=options["grow_to"])
         if least > most:
             raise ValueError(
                 f"{name} begins with {least} entries, more than the {most} that grow_to={options['grow_to']} allows"

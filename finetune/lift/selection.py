@@ -393,7 +393,7 @@ def _as_indices(units: Tensor, shape: torch.Size, block: int) -> Tensor:
         corner = units // columns * block * shape[1] + units % columns * block
         side = torch.arange(block, device=units.device)
         units = (corner[:, None, None] + side[:, None] * shape[1] + side).view(-1).sort().values
-    return units.to(torch.int32 if shape.numel() < 2**31 else torch.int64)
+    return units.to(position_dtype(shape.numel()))
 
 
 def _as_units(indices: Tensor, shape: torch.Size, block: int) -> Tensor:
@@ -401,6 +401,11 @@ def _as_units(indices: Tensor, shape: torch.Size, block: int) -> Tensor:
     if block == 1:
         return indices
     return (indices // shape[1] // block * (shape[1] // block) + indices % shape[1] // block).unique()
+
+
+def position_dtype(entries: int) -> torch.dtype:
+    """What flat positions among so many entries are kept in."""
+    return torch.int32 if entries < 2**31 else torch.int64
 
 
 def wide(tensor: Tensor) -> Tensor:

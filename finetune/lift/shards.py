@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from finetune.distributed import Shards, local_part
-from finetune.lift.selection import OF_GRADIENTS, Choice, Matrix, Select, wide
+from finetune.lift.selection import OF_GRADIENTS, Choice, Matrix, Select, position_dtype, wide
 from surgery.linalg import gram_matrix, leading_eigenvectors, work_precision
 
 SHARDED: tuple[Select, ...] = ("largest", "smallest", "magnitude", "random", *OF_GRADIENTS)  # what can be chosen by
@@ -59,7 +59,7 @@ def choose_shards(matrices: Sequence[Matrix], select: Select, rank: int, *, toge
     if shared:
         orders = [_ordered(scores[i]) for i in shared]
         found |= dict(zip(shared, _largest(orders, sum(matrices[i].count for i in shared), at), strict=True))
-    return [Choice(_narrow(found[i], m.W.shape), None, False) for i, m in enumerate(matrices)]
+    return [Choice(found[i].to(position_dtype(m.W.numel())), None, False) for i, m in enumerate(matrices)]
 
 
 def _is_filtered(m: Matrix, select: Select, rank: int, shared: bool) -> bool:
@@ -181,7 +181,3 @@ def _ordered(score: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
     kind = torch.int64 if score.element_size() == 8 else torch.int32
     bits = score.add(0.0).view(kind)  # there is one zero
     return bits ^ ((bits >> (8 * score.element_size() - 1)) & torch.iinfo(kind).max)
-
-
-def _narrow(positions: Tensor, shape: torch.Size) -> Tensor:
-    return positions.to(torch.int32 if shape.numel() < 2**31 else torch.int64)

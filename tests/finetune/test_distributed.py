@@ -166,6 +166,7 @@ def refusals(rank: int, world: int) -> Any:
         ([("part", rows)], {"block": 4}),
         ([("part", rows)], {"grow_to": 0.9, "refresh": 1}),
         ([("part", rows)], {"agreement": 0.9, "refresh": 1}),
+        ([(("e0.up", "e1.up"), rows)], {}),
     ):
         try:
             LIFT(named, density=0.5, **options)
@@ -203,9 +204,9 @@ def accumulated(rank: int, world: int) -> Any:
 
 
 def one_sided(rank: int, world: int) -> Any:
-    """A matrix that only the first process's rows use, as an expert may be."""
+    """Matrices that only the first process's rows use, as an expert's may be, two in one parameter."""
     p, q = (nn.Parameter(W.clone()) for W in matrices()[:2])
-    lift = LIFT([("both", p), ("one", q)], lr=0.1, density=0.2, filter_rank=2, betas=(0.0, 0.9))
+    lift = LIFT([("both", p), (("gate", "up"), q)], lr=0.1, density=0.2, filter_rank=2, betas=(0.0, 0.9))
     (p.sum() + (q.sum() if rank == 0 else 0.0)).backward()
     lift.step()
     return [lift.state[w]["exp_avg"].clone() for w in (p, q)], [p.detach().clone(), q.detach().clone()]
@@ -544,6 +545,7 @@ def test_a_gradient_of_one_process_counts_in_all(two: dict[str, list[Any]]) -> N
         assert torch.equal(a, b)
     assert grads[0].unique().tolist() == [1.0]
     assert grads[1].unique().tolist() == [0.5]
+    assert len(grads[1]) == 2 * int(0.2 * 8 * 40)
 
 
 def test_resume_in_two_processes_is_bit_identical(two: dict[str, list[Any]]) -> None:
@@ -746,6 +748,7 @@ def test_what_shards_cannot_do_is_refused(two: dict[str, list[Any]]) -> None:
                 "block=4",
                 "grow_to=0.9",
                 "agreement=0.9",
+                "e0.up to e1.up are 2 matrices in one sharded parameter",
             ),
             strict=True,
         ):

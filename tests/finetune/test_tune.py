@@ -498,7 +498,7 @@ def test_settings_that_come_in_pairs_are_those_that_were_kept(tmp_path: Path) ->
     assert same(first, again)
 
 
-@pytest.mark.parametrize(("family", "method"), [("mixtral", "full"), ("qwen2-moe", "full")])
+@pytest.mark.parametrize(("family", "method"), [("mixtral", "full"), ("mixtral", "lift"), ("qwen2-moe", "lift")])
 def test_a_family_that_is_converted_on_loading_goes_on_bit_for_bit(family: str, method: Any, tmp_path: Path) -> None:
     """Its experts are one tensor in memory and many in the hub's files: a checkpoint has to be found again."""
     options: dict[str, Any] = SMALL | {"method": method, "steps": 4, "lr": 1e-3}
@@ -524,7 +524,7 @@ def test_experts_in_one_tensor_take_no_adapter() -> None:
         m = model("mixtral")
         with pytest.raises(
             ValueError,
-            match=r"An adapter lies beside a layer, and the experts of this model are one tensor.*: use full, or lift for the other",
+            match=r"An adapter lies beside a layer, and the experts of this model are one tensor.*: use lift or full",
         ):
             tune(m, taught(m), **(SMALL | {"method": method}))
 
@@ -573,17 +573,14 @@ def test_a_folder_of_before_runs_were_marked_is_resumed_from(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
-def test_lift_leaves_experts_in_one_tensor_out_and_says_so(family: str) -> None:
+def test_lift_trains_every_matrix_of_a_mixture(family: str) -> None:
     m, start = model(family), model(family)
-    with pytest.warns(
-        UserWarning, match=r"stored as one tensor together, 0\.mlp\.e0\.down and .* are left as they are.*method='full'"
-    ):
-        done = tune(m, taught(m), **(SMALL | {"method": "lift"}))
-    left = {name: p for name, p in tensors(m).items() if not torch.equal(p, tensors(start)[name])}
-    assert left
-    assert all(p.ndim == 2 for p in left.values())
-    trained = {id(p): p for site in linear_sites(m.weights) if (p := m.weights.parameter(site)).ndim == 2}
-    assert done.trainable == sum(budget(p.shape, density=0.05) for p in trained.values())
+    done = tune(m, taught(m), refresh=2, **(SMALL | {"method": "lift"}))
+    linear = linear_sites(m.weights)
+    assert done.trainable == sum(budget(m.weights.shape(site), density=0.05) for site in linear)
+    assert {s for s in m.weights if not torch.equal(m.weights[s], start.weights[s])} == set(linear)
+    (refresh,) = done.refreshes
+    assert set(refresh.by_parameter) == set(map(str, linear))
 
 
 def test_lift_on_codes_of_a_quantised_model_points_to_the_overlay() -> None:
