@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from analyses.tasks import chained_sums
-from finetune.lift import LIFT
+from finetune.lift import LIFT, budget, matrices_of
 from finetune.rules import (
     DRIFT,
     Control,
@@ -36,7 +36,7 @@ from surgery.lowrank import Factored, truncated
 from surgery.model import Model
 from surgery.sites import Site
 from surgery.weights import Delta
-from tests.families import VLM_FAMILIES, save_tiny, tiny, tiny_language, tiny_vlm
+from tests.families import SPARSE_FAMILIES, VLM_FAMILIES, save_tiny, tiny, tiny_language, tiny_vlm
 from tests.oracles import rules as oracle
 from tests.processes import together
 
@@ -215,9 +215,9 @@ def test_pull_refuses(unchecked: None) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt-neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt-neox", *SPARSE_FAMILIES])
 def test_every_site_gets_its_own_formula(rule: Any, family: str) -> None:
-    """Also where q, k and v are rows of one matrix, or matrices are stored the other way round."""
+    """Also where q, k and v are rows of one matrix, matrices are stored the other way round, or all experts are one tensor."""
     if rule not in ("adaptive", "absolute") and family != "llama":
         return
     m = model(family)
@@ -369,28 +369,31 @@ def test_lifts_chosen_entries_are_bent_as_a_vector(family: str, rule: Any) -> No
             torch.testing.assert_close(bent.double(), expected, rtol=1e-3, atol=2e-5 * float(expected.abs().max()))
 
 
-def test_a_refresh_of_lift_takes_the_prior_along() -> None:
-    m = model()
-    prior = expert(m)
-    drift = DRIFT(prior, m, 0.7, "norm")
-    chosen = [(str(s), m.weights.parameter(s)) for s in m.anatomy.linear_sites()]
-    with LIFT(chosen, lr=0.3, density=0.1, filter_rank=4, refresh=1) as lift:
+@pytest.mark.parametrize(("family", "rule"), [("llama", "norm"), ("mixtral", "adaptive"), ("qwen2-moe", "absolute")])
+def test_a_refresh_of_lift_takes_the_prior_along(family: str, rule: Any) -> None:
+    m = model(family)
+    prior, places = expert(m), m.anatomy.places
+    drift = DRIFT(prior, m, 0.7, rule, normalise=False)
+    with LIFT(matrices_of(m.weights), lr=0.3, density=0.1, filter_rank=4, refresh=1) as lift:
         host = Host(m, drift, lift)
-        before = {g.name: g.indices.clone() for g in lift.gathered()}
+        before = {p: state["indices"].clone() for p, state in lift.state.items()}
         for _ in range(3):
             host.step(losses(m, 1))
             host.finish()
         plain = copy.deepcopy(m)
         losses(plain, 1)[0]().backward()
         host.step(losses(m, 1))
-        moved = 0
-        for g in lift.gathered():
-            site = Site.parse(g.name)
-            raw = plain.weights.parameter(site).grad.view(-1)[g.indices.long()]
-            expected = oracle.bent(raw, prior[site].reshape(-1)[g.indices.long()], 0.7, "norm")
-            torch.testing.assert_close(g.grad.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-            moved += not torch.equal(g.indices, before.get(g.name, torch.empty(0)))
-        assert moved
+        gathered = {g.parameter: g for g in lift.gathered()}
+        for site in m.anatomy.linear_sites():
+            p, raw = m.weights.parameter(site), plain.weights.parameter(site).grad
+            bent, there = torch.zeros(p.numel()), torch.zeros(p.numel(), dtype=torch.bool)
+            bent[gathered[p].indices.long()], there[gathered[p].indices.long()] = gathered[p].grad, True
+            bent, there, raw = (places[site].take(whole.view(p.shape)) for whole in (bent, there, raw))
+            expected = oracle.bent(raw[there], prior[site][there], 0.7, rule)
+            atol = 1e-3 * float(expected.abs().max())
+            torch.testing.assert_close(bent[there].double(), expected, rtol=1e-3, atol=atol)
+            assert len(expected) == budget(prior[site].shape, density=0.1)
+        assert any(not torch.equal(g.indices, before[p]) for p, g in gathered.items())
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -428,7 +431,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2-moe"])
 def test_the_update_form_bends_the_optimizers_step(rule: Any, family: str) -> None:
     m = model(family)
     prior, plain = expert(m), copy.deepcopy(m)
