@@ -27,6 +27,7 @@ from analyses.scoring import keeping, quiet
 from analyses.statistics import bootstrap, share
 from analyses.tasks import Question, grade, read
 from probes.estimates import Estimate, percentile, resamples
+from surgery.borrowing import text_positions
 from surgery.model import Model
 from surgery.transcript import Transcript, end_tokens
 from surgery.whole import write_whole
@@ -456,7 +457,11 @@ def answers_at_cuts(
     # like beside like: what batches of unlike rows waste is padding
     order = sorted(range(len(traces)), key=lambda i: (len(traces[i].cuts), len(traces[i].ids)))
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    with quiet(module), tqdm(total=len(traces), desc="early answers", disable=not progress, leave=False) as bar:
+    with (
+        quiet(module),
+        text_positions(module),
+        tqdm(total=len(traces), desc="early answers", disable=not progress, leave=False) as bar,
+    ):
         tree = _Tree(module, () if reason else _common(traces))
         for batch in batches:
             rows, opened = [traces[i] for i in batch], None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetune.examples import IGNORED, OWN
+from surgery.borrowing import text_positions
 from surgery.decoding import common_prefix, prefix_cache
 
 _STRIP = {"cpu": 1 << 21}  # logits in work at once: in float32 they stay in the cache
@@ -137,9 +138,10 @@ def _raw_logits_at(module: Any, batch: Mapping[str, Tensor], row: Tensor, column
         cache = prefix_cache(module, ids[0, :start].tolist(), len(ids)) if start else None
         start = 0 if cache is None else start
     rest = {name: batch[name] for name in INPUTS[2:] if name in batch}
-    hidden = module.base_model(
-        input_ids=ids[:, start:], attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **rest
-    ).last_hidden_state
+    with text_positions(module):
+        hidden = module.base_model(
+            input_ids=ids[:, start:], attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **rest
+        ).last_hidden_state
     logits = module.get_output_embeddings()(hidden[row, column - start])
     cap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
     return torch.tanh(_wide(logits) / cap) * cap if cap else logits

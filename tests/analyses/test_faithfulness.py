@@ -122,6 +122,20 @@ def test_cost_counts_positions_without_padding():
     assert cost.tokens < 0.6 * alone.tokens  # short prompts: the study's are longer, and the share smaller
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl"])
+def test_images_seen_before_change_no_answer(family, share):
+    model = Model(families.tiny_vlm(family, seed=3), families.characters())
+    ready = traces(model, told(model))
+    expected = answers_at_cuts(model, ready, share=False, max_answer_tokens=5)[0]
+    for kept in (torch.tensor([[-3]]), torch.zeros(3, 1, dtype=torch.long)):
+        model.module.base_model.rope_deltas = kept  # how far the last batch's images moved its positions
+        found, cost = answers_at_cuts(model, ready, batch_size=3, share=share, max_answer_tokens=5)
+        assert found == expected
+        assert cost.shared == share, cost.reason
+        assert model.module.base_model.rope_deltas is kept
+
+
 def test_a_model_that_cannot_be_cut_is_read_from_scratch_and_says_why():
     model = tiny("llama")
     model.module.config.rope_parameters["rope_type"] = "dynamic"

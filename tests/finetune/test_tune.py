@@ -26,7 +26,7 @@ from finetune.tune import Tuned, tune
 from surgery.model import Model
 from surgery.transcript import Transcript
 from surgery.weights import linear_sites
-from tests.families import tiny
+from tests.families import characters, tiny, tiny_vlm
 
 QUESTIONS = chained_sums(16, seed=3, terms=(2, 3))
 SMALL: dict[str, Any] = {"steps": 3, "batch_size": 4, "autocast": False}
@@ -98,6 +98,18 @@ def test_loss_and_gradients_are_the_modules_own(family: str, share: bool) -> Non
         if name in expected:
             assert p.grad is not None, name
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=2e-5 * float(expected[name].abs().max()))
+
+
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl"])
+def test_images_seen_before_move_no_token_of_a_text(family: str) -> None:
+    """Such a model keeps how far the last batch's images moved its positions, and adds it to what goes on over a cache."""
+    m = Model(tiny_vlm(family), characters())
+    for kept in (torch.tensor([[-3]]), torch.zeros(3, 1, dtype=torch.long)):  # of another number of rows, too
+        m.module.base_model.rope_deltas = kept
+        with torch.no_grad():
+            shared, apart = (predict(m.module, batch(m), share=share).logits for share in (True, False))
+        torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-4)
+        assert m.module.base_model.rope_deltas is kept
 
 
 def test_loss_of_one_row_and_of_a_given_count() -> None:
