@@ -682,14 +682,14 @@ def length_direction(
 
     runs: answers the model gave; several samples a question for ``how="paired"``.
     over: what is read, averaged within an answer: a span, or a part of one (``"thinking[:16]"``).
-    of:   the span whose length counts, in tokens; by default the one that is read. A model without think markers has ``"answer"``
-          (``"completion"`` counts the end-of-sequence token too, which only answers that ended have, and which would then be the direction).
+    of:   the span whose length counts, in tokens; by default the one that is read (sentences are of the thinking). A model without
+          think markers has ``"answer"`` (``"completion"`` counts the end-of-sequence token too, which only answers that ended have, and which would then be the direction).
     how:  ``"paired"`` compares, inside each question, its longest with its shortest answers (`longest_and_shortest`, with `share`) and
           averages over questions, so that neither easy questions nor topics count. ``"thresholds"`` is the published recipe: answers of
           under `short` and over `long` tokens, whatever their questions, read one token early.
     Means over answers of different length also differ in how late their tokens come: ``over="thinking[:16]"`` reads all answers at the same
-    places. An answer cut off inside the span is never counted short; one without the span is missing. Questions for the direction, for
-    heads and for judging should be disjoint: that is the caller's part. The AUC of each site is held out by question.
+    places. An answer cut off inside the span is never counted short; one without the span, or without the part of it that is read, is
+    missing. Questions for the direction, for heads and for judging should be disjoint: that is the caller's part. The AUC of each site is held out by question.
 
     Raises ValueError where no run has the span, where every answer is cut off, where no question has a longer and a shorter answer, and
     where a class is empty.
@@ -697,9 +697,12 @@ def length_direction(
     Differs: pairs by default; fp32; a missing think block is missing rather than of length -1; ``"thresholds"`` counts from our thinking
     span, which begins after the opening marker, so that the token read early is the marker's last.
     """
-    of = of or parse_span(over)[0]
+    name = parse_span(over)[0]
+    of = of or ("thinking" if name == "sentence" else name)
     lengths = span_lengths(runs, of)
     _require_lengths(runs, lengths, of)
+    lengths = [length if positions(run, over) else None for run, length in zip(runs, lengths, strict=True)]
+    _require_lengths(runs, lengths, over)
     questions = [run.question for run in runs]
     match how:
         case "paired":
@@ -713,7 +716,7 @@ def length_direction(
         case _:
             raise ValueError(f"how={how!r}: choose paired or thresholds.")
     _require_both(labels, lengths, how, short, long)
-    chosen = [i for i, label in enumerate(labels) if label is not None and positions(runs[i], over)]
+    chosen = [i for i, label in enumerate(labels) if label is not None]
     read = [runs[i] if how == "paired" else one_early(runs[i], over) for i in chosen]
     window = over if how == "paired" else ONE_EARLY
     acts = collect(model, read, at=at, over=window, pool="mean", batch_size=batch_size, progress=progress)

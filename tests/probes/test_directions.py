@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import stat
 
 import numpy as np
@@ -548,6 +549,25 @@ def test_what_has_no_length_direction():
         length_direction(model, answers(model), how="thresholds")
     with pytest.raises(ValueError, match=r"'\*\.poem' matches no site"):
         length_direction(model, answers(model), at="*.poem")
+
+
+def test_an_answer_that_lacks_the_part_that_is_read_is_missing():
+    model = Model(*tiny("llama"))
+    runs = answers(model)
+    lengths = [n for n in span_lengths(runs) if n is not None]
+    found = length_direction(model, runs, over="thinking[9:]", at="1.mid").about["counts"]
+    assert found["missing"] == sum(n.tokens < 10 for n in lengths) > 0
+    # of three or four answers with such a part the longest is compared with the shortest of these
+    assert found["long"] == found["short"] == found["questions"] == 6
+    assert found["mean_tokens_short"] >= 10
+    sentences = length_direction(model, runs, over="sentence[0]", at="1.mid").about
+    assert sentences["of"] == "thinking"
+    assert sentences["counts"]["missing"] == 0
+    for over in ("thinking[100:]", "/zzzz/"):
+        with pytest.raises(
+            ValueError, match=rf"None of the 24 runs has a span {re.escape(over)}; they have .*thinking"
+        ):
+            length_direction(model, runs, over=over)
 
 
 def test_the_model_is_left_as_it_was():
