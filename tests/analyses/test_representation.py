@@ -20,6 +20,7 @@ from analyses.representation import (
 from analyses.statistics import resamples
 from probes.activations import Activations, collect
 from surgery.model import Model
+from surgery.rows import rows_now
 from surgery.sites import Site
 from surgery.transcript import Transcript
 from tests.oracles import representation as oracle
@@ -408,6 +409,20 @@ def test_output_kl_is_its_formula_over_the_spans_tokens(models):
     assert output_kl(base, base, transcripts)["answer"].value == 0
     with pytest.raises(ValueError, match="'nowhere'"):
         output_kl(base, tuned, transcripts, "nowhere")
+
+
+def test_passes_are_told_whose_rows_they_are(models):
+    base, tuned = models
+    transcripts = told(base, [9, 4, 6])
+    said = []
+    hooks = [m.module.register_forward_pre_hook(lambda *_: said.append(rows_now())) for m in models]
+    output_kl(base, tuned, transcripts, batch_size=2)
+    for hook in hooks:
+        hook.remove()
+    prompts = [t.spans["prompt"][1] for t in transcripts]
+    shortest_first = [(1, 2), (1, 2), (0,), (0,)]
+    assert [rows.items for rows in said] == shortest_first
+    assert [rows.prompts for rows in said] == [tuple(prompts[i] for i in items) for items in shortest_first]
 
 
 def test_tokens_of_a_span_can_be_compared(models):

@@ -226,6 +226,16 @@ def test_what_terms_refuse() -> None:
             wrong()
 
 
+def test_terms_are_where_the_model_that_trains_is() -> None:
+    """What EWC holds on the CPU goes to where the weights are, and a weight that has faded to 0 is there too."""
+    m, start = model(), model()
+    ewc = EWC(fisher_diagonal(m, source(m, 2)))
+    kick = Kickstarting(m, start, WORDS, until=3)
+    m.module.to("meta")
+    for term in (ewc, kick):
+        assert term(m.module, 3).device.type == "meta"
+
+
 # --- elastic weights ------------------------------------------------------------------------------------------------------
 
 
