@@ -188,3 +188,20 @@ def test_frozen_weights_have_no_gradient_and_the_line_says_so(tmp_path: Path) ->
     with pytest.warns(RuntimeWarning, match="frozen, as under a LoRA adapter"):
         tune(m, taught(m), method="lora", steps=1, watch=[every(1, GradientCourse(m))], log=tmp_path / "log", **SMALL)
     assert next(line for line in read_log(tmp_path / "log") if line["monitor"] == "gradient")["failed"]
+
+
+def test_what_lift_moves_in_packed_experts_is_seen_expert_by_expert(tmp_path: Path) -> None:
+    m = Model(*tiny("mixtral"))
+    watch = [every(1, GradientCourse(m)), every(3, UpdateShape(m, density=0.1, filter_rank=4))]
+    tune(m, taught(m), steps=3, density=0.1, filter_rank=4, watch=watch, log=tmp_path / "log", **SMALL)
+    lines = read_log(tmp_path / "log")
+    (shape,) = (line for line in lines if line["monitor"] == "geometry" and line["step"] == 3)
+    for site in linear_sites(m.weights):
+        assert shape[f"{site}.principal"] == pytest.approx(1, abs=1e-6), site
+    gradients = {line["step"]: line["norm"] for line in lines if line["monitor"] == "gradient"}
+    logged = {
+        line["step"]: line["grad_norm"] for line in lines if line["monitor"] == "training" and "grad_norm" in line
+    }
+    assert set(gradients) == {1, 2, 3}
+    for step in set(gradients) & set(logged):  # the trainer's is before clipping
+        assert gradients[step] == pytest.approx(min(logged[step], 1.0), rel=1e-3)
