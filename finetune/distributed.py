@@ -6,6 +6,9 @@ there are. All processes then take the same step. `exempt_from_ddp` keeps DDP fr
 
 Sharded weights (FSDP2, ``fully_shard``): every process has some rows of each matrix, and gradients arrive reduced. No matrix is ever put
 together to choose its entries (`finetune.lift.shards`), and each process saves and loads a state of its own.
+
+DeepSpeed is neither: under it a Trainer drops the optimizer that it was given and lets an AdamW of its own step, for which LIFT's hooks
+leave no gradient, so that nothing would be learnt. It is refused.
 """
 
 from __future__ import annotations
@@ -110,6 +113,23 @@ def exempt_from_ddp(module: nn.Module, lift: LIFT) -> list[str]:
     names = sorted({*getattr(module, _IGNORED, ()), *named})
     setattr(module, _IGNORED, names)
     return list(named)
+
+
+def under_deepspeed() -> bool:
+    """Whether accelerate, by a launcher or a Trainer's arguments, lets DeepSpeed train in this process."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    return AcceleratorState._shared_state.get("distributed_type") is DistributedType.DEEPSPEED
+
+
+def refuse_deepspeed() -> None:
+    """Raises ValueError where LIFT would find its place taken by DeepSpeed's engine."""
+    if under_deepspeed():
+        raise ValueError(
+            "DeepSpeed steps by an optimizer of its own, for which LIFT leaves no gradient: this run would train nothing. Use DDP "
+            "(torchrun, without a DeepSpeed configuration) or FSDP2 (fully_shard) with LIFT."
+        )
 
 
 def local_part(tensor: Tensor) -> Tensor:

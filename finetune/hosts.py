@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import default_logdir
 
 from finetune.checkpoints import checkpoints, is_complete, mark_complete
-from finetune.distributed import exempt_from_ddp, is_sharded, local_part
+from finetune.distributed import exempt_from_ddp, is_sharded, local_part, refuse_deepspeed
 from finetune.examples import IGNORED
 from finetune.lift import LIFT, lift_of
 from finetune.monitors import Recorder
@@ -90,6 +90,8 @@ class Surgical(_Host):
         if objective is None and (corrupt or reference):
             raise ValueError("corrupt and reference need an objective: the trainer's own loss knows neither.")
         super().__init__(*args, **kwargs)
+        if self._lift():
+            refuse_deepspeed()
         self._objective, self._corrupt, self._terms = objective, corrupt, tuple(terms)
         self._totals: Totals | None = None
         self._begun = -1  # the optimizer step whose terms were added

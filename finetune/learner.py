@@ -114,8 +114,14 @@ def one_device(arguments: Any, ours: torch.device) -> None:
     """Keep a trainer to one device: with several accelerators in sight it would deal each batch out to all of them, and learn as many times as
     much in a step. Under torchrun each process has a device of its own, to which its trainer carries the model.
 
-    Raises ValueError where a single process would carry the model from the device that it was loaded on to another.
+    Raises ValueError where a single process would carry the model from the device that it was loaded on to another, and where a launcher
+    asks for DeepSpeed, whose engine would hold the weights in the end.
     """
+    if getattr(arguments, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            "The launcher asks for DeepSpeed, which would deal the weights out and keep them. Start it with torchrun (DDP); a Trainer of "
+            "your own with `finetune.hosts.Surgical` takes DeepSpeed for full tuning and LoRA."
+        )
     theirs = arguments.device
     if arguments.world_size == 1 and (theirs.type, theirs.index or 0) != (ours.type, ours.index or 0):
         raise ValueError(

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from finetune.distributed import is_sharded
+from finetune.distributed import is_sharded, under_deepspeed
 from finetune.lift import LIFT, lift_of
 from finetune.lift.ledger import held
 from surgery.across import EMBED, HEAD, land
@@ -362,7 +362,7 @@ class DRIFT(TrainerCallback):
     # what the trainer calls
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._require_trainable(args)
+        self._require_trainable()
         self._take_up(state)
         self._memory = {"settings": self.settings, "starts": {str(s): v for s, v in self._starts.items()}, "lines": []}
         self._memory["lines"] += map(_row, self._lines)
@@ -438,8 +438,8 @@ class DRIFT(TrainerCallback):
     def _key(self) -> str:
         return f"DRIFT {self.settings['prior']}"
 
-    def _require_trainable(self, args: Any) -> None:
-        if getattr(args, "deepspeed", None):
+    def _require_trainable(self) -> None:
+        if under_deepspeed():
             raise ValueError("DeepSpeed steps inside its own engine, where DRIFT cannot reach the gradient. Use DDP.")
         if sharded := [p.site for p in self._parts if is_sharded(p.parameter)]:
             raise ValueError(

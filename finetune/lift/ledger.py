@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.distributed import local_part
+from finetune.distributed import local_part, refuse_deepspeed
 from finetune.lift.halves import LOW, joined, split
 from finetune.lift.selection import position_dtype
 from surgery.linalg import side_by_side
@@ -117,6 +117,7 @@ class Ledger:
     def gather(self, i: int, p: Tensor) -> None:
         """Add the chosen entries of `.grad` to what is gathered already, and free it."""
         assert p.grad is not None
+        refuse_deepspeed()  # a host that knows nothing of LIFT has begun by now
         if self.averaged:
             raise RuntimeError(
                 f"a gradient of {self.names[i]} arrives after those of this step were averaged over the processes: call step (or zero_grad) "

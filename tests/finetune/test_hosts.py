@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from analyses.tasks import chained_sums
@@ -223,6 +225,49 @@ def test_lift_works_in_a_plain_trainer() -> None:
         share = float((p != start[name]).float().mean())
         assert share <= 0.1 + 1e-6
         assert (share > 0) == (p.ndim == 2 and "proj" in name), name
+
+
+def given_to_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerate's state says where a launcher or ``TrainingArguments(deepspeed=...)`` has DeepSpeed train."""
+    AcceleratorState(cpu=True)
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+
+
+@pytest.mark.parametrize("kind", ["lift", "full"])
+def test_deepspeed_would_drop_lift_and_is_refused_when_the_trainer_is_made(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    class Deep(Trainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            given_to_deepspeed(monkeypatch)
+
+    class Hosted(Surgical, Deep):
+        pass
+
+    m = model()
+    rows = Dataset.from_list(rows_of(examples(taught(m))))
+    more = {"train_dataset": rows, "data_collator": Collate(m.pad_id), "objective": nll}
+    args = TrainingArguments(**arguments(str(tmp_path)))
+    if kind == "full":
+        Hosted(m.module, args, **more)  # its own AdamW is one that DeepSpeed can hold
+        return
+    lift = LIFT([(n, p) for n, p in m.module.named_parameters() if "proj" in n], density=0.1)
+    with pytest.raises(ValueError, match=r"DeepSpeed .* train nothing\. Use DDP .* or FSDP2"):
+        Hosted(m.module, args, optimizers=(lift, None), **more)
+
+
+def test_lift_meets_deepspeed_in_a_trainer_that_knows_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model()
+    lift = LIFT([(n, p) for n, p in m.module.named_parameters() if "proj" in n], density=0.1)
+    loss = m.module(**batch(m, taught(m, 2))).loss
+    given_to_deepspeed(monkeypatch)
+    with pytest.raises(ValueError, match=r"DeepSpeed .* train nothing\. Use DDP .* or FSDP2"):
+        loss.backward()
+    lift.close()
 
 
 def test_a_term_is_added_once_a_step_whatever_the_accumulation() -> None:

@@ -1001,14 +1001,17 @@ def test_a_step_without_gradients() -> None:
         host.step(losses(other, 1))
 
 
-def test_deepspeed_is_refused() -> None:
-    from types import SimpleNamespace
-
+def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a launcher asks for it, and the arguments of the trainer do not name it."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
     from transformers import TrainerState
 
     m = model()
-    with pytest.raises(ValueError, match="DeepSpeed"):
-        DRIFT(expert(m), m).on_train_begin(SimpleNamespace(deepspeed={"stage": 2}), TrainerState(), None)
+    AcceleratorState(cpu=True)
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match=r"DeepSpeed .* cannot reach the gradient\. Use DDP"):
+        DRIFT(expert(m), m).on_train_begin(None, TrainerState(), None)
 
 
 def test_an_expert_on_disk(tmp_path: Path) -> None:

@@ -816,3 +816,12 @@ def test_a_trainer_keeps_to_one_device() -> None:
         one_device(elsewhere, here)
     elsewhere.world_size = 2
     one_device(elsewhere, here)  # each process carries its own
+
+
+@pytest.mark.parametrize("there", ["cuda", "cpu"])
+def test_a_launcher_that_asks_for_deepspeed_is_refused_before_training(there: str) -> None:
+    asked: Any = SimpleNamespace(
+        device=torch.device(there), n_gpu=1, _n_gpu=1, world_size=2, deepspeed_plugin="stage 3"
+    )
+    with pytest.raises(ValueError, match=r"DeepSpeed.*Start it with torchrun \(DDP\)"):
+        one_device(asked, torch.device(there))
