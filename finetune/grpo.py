@@ -217,7 +217,8 @@ def grpo(
             router_aux_loss_coef=0.0,  # what balances experts has a gradient where rewards have none
         )  # fmt: skip
         one_device(args, model.device)
-        with warnings.catch_warnings(), reports_in_runs():
+        borrowed.enter_context(reports_in_runs())
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*rollout_func.*")  # TRL calls them experimental
             trainer = _trainer_class()(
                 model=student.module,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -28,7 +30,7 @@ from finetune.checkpoints import checkpoints, is_complete, mark_complete
 from finetune.distributed import exempt_from_ddp, is_sharded, local_part, refuse_deepspeed
 from finetune.examples import IGNORED
 from finetune.lift import LIFT, lift_of
-from finetune.monitors import Recorder
+from finetune.monitors import Recorder, reporters_last
 from finetune.objectives import Objective
 from finetune.predictions import Predictions, Totals, logits_at, predict
 from surgery.anatomy import Anatomy
@@ -72,6 +74,8 @@ class Surgical(_Host):
     settings:  of the run, written into each checkpoint when it is whole, for `finetune.checkpoints.last_complete`; none is then written at
                the last step, where nothing is left to resume.
 
+    Under DeepSpeed, of which one process was tried, it works without `LIFT` alone.
+
     With `LIFT` as the optimizer (``optimizers=(lift, None)``) gradients are clipped and measured through it. A loss or a gradient that is
     not finite raises FloatingPointError with the step and the site, and so do weights that are not when they would be saved; checkpoints
     written before stay.
@@ -104,6 +108,7 @@ class Surgical(_Host):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Recorder):
                 callback.send_through(self)
+        reporters_last(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if reset := getattr(self._objective, "reset", None):
@@ -325,14 +330,29 @@ class Surgical(_Host):
 
 @contextmanager
 def reports_in_runs() -> Iterator[None]:
-    """A trainer made inside writes for TensorBoard to a new folder in ``runs``, not beside its checkpoints, unless the environment says where."""
-    chosen = os.environ.get(_REPORTS)
-    os.environ[_REPORTS] = chosen or default_logdir()
+    """A trainer made inside writes for TensorBoard to a new folder in ``runs``, not beside its checkpoints, unless the environment says where;
+    a run of W&B that it begins ends with it, while one that was there stays open."""
+    chosen, before = os.environ.get(_REPORTS), _wandb_run()
+    os.environ[_REPORTS] = chosen or _new_folder(default_logdir())
+    failed = True
     try:
         yield
+        failed = False
     finally:
         if chosen is None:
             del os.environ[_REPORTS]
+        if (run := _wandb_run()) is not before:
+            run.finish(exit_code=int(failed))
+
+
+def _new_folder(path: str) -> str:
+    """The path, numbered where another run of the same second has it."""
+    numbered = (f"{path}_{n}" for n in itertools.count(2))
+    return next(one for one in itertools.chain([path], numbered) if not Path(one).exists())
+
+
+def _wandb_run() -> Any:
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 @contextmanager

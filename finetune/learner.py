@@ -119,8 +119,7 @@ def one_device(arguments: Any, ours: torch.device) -> None:
     """
     if getattr(arguments, "deepspeed_plugin", None) is not None:
         raise ValueError(
-            "The launcher asks for DeepSpeed, which would deal the weights out and keep them. Start it with torchrun (DDP); a Trainer of "
-            "your own with `finetune.hosts.Surgical` takes DeepSpeed for full tuning and LoRA."
+            "The launcher asks for DeepSpeed, which would deal the weights out and keep them. Start it with torchrun (DDP)."
         )
     theirs = arguments.device
     if arguments.world_size == 1 and (theirs.type, theirs.index or 0) != (ours.type, ours.index or 0):

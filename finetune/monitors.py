@@ -129,12 +129,14 @@ class Recorder(TrainerCallback):
         self._first = 0
         self._planned = self._open = False
         self._logged: tuple[int, Mapping[str, Any]] | None = None
+        self._unsent: list[dict[str, float]] = []
 
     def attach(self, trainer: Any) -> Recorder:
         """Become a callback of this trainer and send the headline numbers (not those of single layers) through its own log: to its
         ``log_history``, and to TensorBoard or W&B where its ``report_to`` names them, as ``monitor/number``."""
         self.send_through(trainer)
         trainer.add_callback(self)
+        reporters_last(trainer)
         return self
 
     def send_through(self, trainer: Any) -> None:
@@ -153,6 +155,7 @@ class Recorder(TrainerCallback):
         self._open_account(kept, getattr(state, "max_steps", 0))
         self._began, self._measuring = time.monotonic(), 0.0
         self._planned, self._open, self._logged = False, True, None
+        self._unsent.clear()
         self._say(
             self._first,
             event="begin",
@@ -178,6 +181,7 @@ class Recorder(TrainerCallback):
             for watch in self._watches:
                 if watch.steps is None and not _before(watch) and self._account.may_start(watch.name):
                     self._run(0, [watch])
+        self._send()
         for watch in self._watches:
             if _before(watch) and (self._due(watch, step) or (step == self._account.steps and self._ends(watch))):
                 self._run(step, [watch], optimizer)
@@ -185,12 +189,14 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not _leads(state):
             return
+        self._send()
         self._clock(state.global_step - self._first)
         if not self._planned:
             self._say_plan(state.global_step)
         for watch in self._watches:  # one after the other: each costs time that the next may not have
             if not _before(watch) and self._due(watch, state.global_step):
                 self._run(state.global_step, [watch])
+        self._send()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not _leads(state):
@@ -201,6 +207,7 @@ class Recorder(TrainerCallback):
         for watch in self._watches:
             if not _before(watch) and self._ends(watch):
                 self._run(state.global_step, [watch])
+        self._send()
         own = {w.name for w in self._watches if w.steps is None}
         self._say(
             state.global_step,
@@ -227,6 +234,7 @@ class Recorder(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._flush()
+        self._send()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._flush()
@@ -317,7 +325,7 @@ class Recorder(TrainerCallback):
             found = self._measure(watch, step, before)
             seconds = time.monotonic() - began
             self._append({"step": step, "monitor": watch.name, "seconds": round(seconds, 3), **found})
-            self._send(watch.name, found)
+            self._unsent.append(_headlines(watch.name, found))
             self._measured[watch.name] = step
             self._counts[watch.name] = self._counts.get(watch.name, 0) + 1
             seconds = time.monotonic() - began
@@ -344,20 +352,19 @@ class Recorder(TrainerCallback):
                     )
                 return {"failed": f"{type(error).__name__}: {error}"}
 
-    def _send(self, name: str, found: Mapping[str, Any]) -> None:
+    def _send(self) -> None:
+        """Tell the trainer's log what was measured since. Not at once: what is measured before a step is of the step, which the trainer
+        counts only after it, and at the start of training the reporters are not there yet."""
+        unsent, self._unsent = self._unsent, []
         if self._trainer is None:
             return
-        from transformers import Trainer
-
-        numbers = {
-            f"{name}/{key}": float(value)
-            for key, value in found.items()
-            if isinstance(value, int | float) and not _DETAIL.search(key)
-        }
-        if numbers:
-            wanted = self._trainer.control.should_log
-            Trainer.log(self._trainer, numbers)  # a subclass's own would add, and reset, its averages of the step
-            self._trainer.control.should_log = wanted  # logging takes it for done
+        state, control, handler = self._trainer.state, self._trainer.control, self._trainer.callback_handler
+        for numbers in filter(None, unsent):
+            # past the trainer's own `log`, which would add its averages of the step and reset them
+            state.log_history.append({**numbers, "step": state.global_step})
+            wanted = control.should_log
+            handler.on_log(self._trainer.args, state, control, numbers)
+            control.should_log = wanted  # logging takes it for done
 
     def _flush(self) -> None:
         """Write what the trainer logged last. Not at once: callbacks after this one may add to it."""
@@ -386,6 +393,22 @@ def _borrowed(module: torch.nn.Module) -> Iterator[None]:
     """Eval mode, no gradients; the mode and every random state are given back."""
     with own_draws(), torch.no_grad(), evaluating(module):
         yield
+
+
+def reporters_last(trainer: Any) -> None:
+    """Of a trainer's callbacks TensorBoard, W&B and their like are called last: other callbacks add to a log, and send when training ends."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    reporters = tuple(INTEGRATION_TO_CALLBACK.values())
+    trainer.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, reporters))
+
+
+def _headlines(name: str, found: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        f"{name}/{key}": float(value)
+        for key, value in found.items()
+        if isinstance(value, int | float) and not _DETAIL.search(key)
+    }
 
 
 def _said(values: Mapping[str, Any]) -> dict[str, Any]:

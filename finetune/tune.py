@@ -111,7 +111,8 @@ def tune(
                  those without a cadence of their own may take, and what is called with the file at the end: ``analyses.flight.write_page``
                  makes the page with the run's story. (A recorder made before, as by ``analyses.flight_recorder``, is one of the callbacks.)
     report_to:   where else the loss and the headline numbers of every recorder go: "tensorboard", "wandb" and what else transformers
-                 knows. TensorBoard's files are in ``runs`` of the working folder, or where TENSORBOARD_LOGGING_DIR says.
+                 knows. TensorBoard's files are in ``runs`` of the working folder, or where TENSORBOARD_LOGGING_DIR says;
+                 a resumed run begins a folder of its own. A run of W&B that this begins is ended too.
     checkpoints, save_every: where to save, and how often, to be able to resume; a folder with a complete checkpoint is resumed from,
                  bit for bit. Incomplete ones, left by a kill, are discarded.
 
@@ -188,20 +189,20 @@ def tune(
                 model, trains, lr=peak, seed=seed, density=density, lora_rank=lora_rank, weight_decay=weight_decay, options=more
             )
         )  # fmt: skip
-        with reports_in_runs():
-            trainer = Trainer(
-                model=student.module,
-                args=args,
-                train_dataset=Dataset.from_list(rows),
-                data_collator=Collate(model.pad_id),
-                processing_class=model.tokenizer,
-                optimizers=(student.lift, None),
-                callbacks=[*callbacks, *recorders],
-                objective=objective,
-                corrupt=corrupt,
-                terms=terms,
-                settings=settings,
-            )
+        borrowed.enter_context(reports_in_runs())
+        trainer = Trainer(
+            model=student.module,
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            data_collator=Collate(model.pad_id),
+            processing_class=model.tokenizer,
+            optimizers=(student.lift, None),
+            callbacks=[*callbacks, *recorders],
+            objective=objective,
+            corrupt=corrupt,
+            terms=terms,
+            settings=settings,
+        )
         trainer.remove_callback(PrinterCallback)
         if progress:
             trainer.remove_callback(ProgressCallback)

@@ -4,6 +4,7 @@ goes on where a killed run left off."""
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from finetune import monitors
 from finetune.examples import Collate, examples, rows_of
 from finetune.grpo import grpo
 from finetune.monitors import Recorder, every, read_log, sometimes
+from finetune.rules import DRIFT
 from finetune.tune import tune
 from surgery.model import Model
 from tests.finetune.test_monitors import SMALL, model, norm, steps_of, taught
+from tests.finetune.test_rules import expert
 
 # --- the budget -------------------------------------------------------------------------------------------------------
 
@@ -252,6 +255,15 @@ class GradientNorm:
         }
 
 
+class Compact:
+    """The norm of what LIFT has gathered for the step."""
+
+    before_step = True
+
+    def __call__(self, model: Model, step: int, optimizer: Any) -> dict[str, float]:
+        return {"norm": float(optimizer.optimizer.clip_grad_norm_(math.inf))}
+
+
 @pytest.mark.parametrize("host", ["plain", "sft"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_monitors_of_gradients_see_what_the_optimizer_is_about_to_use(
@@ -318,6 +330,85 @@ def test_attached_to_a_trainer_headline_numbers_go_to_its_log(host: str, tmp_pat
     lines = [line for line in read_log(log) if line["monitor"] == "training"]
     assert not [key for line in lines for key in line if key.startswith("detailed")]
     assert [line["loss"] for line in lines if "loss" in line] == [line["loss"] for line in plain]
+
+
+def test_what_is_measured_before_a_step_is_sent_as_of_that_step(tmp_path: Path) -> None:
+    m, log, reporter = model(), tmp_path / "log", Reporter()
+    trainer = trainer_of("plain", m, tmp_path, [reporter])
+    Recorder(m, [every(2, GradientNorm()), every(1, norm)], log).attach(trainer)
+    trainer.train()
+    for name, steps in (("gradient", [2, 4]), ("norm", [0, 1, 2, 3, 4])):
+        written = {line["step"]: line["norm"] for line in read_log(log) if line["monitor"] == name}
+        assert list(written) == steps
+        assert {step: logs[f"{name}/norm"] for step, logs in reporter.seen if f"{name}/norm" in logs} == written
+        history = trainer.state.log_history
+        assert {line["step"]: line[f"{name}/norm"] for line in history if f"{name}/norm" in line} == written
+    assert [step for step, logs in reporter.seen if "epoch" in logs] == [1, 2, 3, 4, 4]  # with the loss, and at the end
+
+
+class Stop(TrainerCallback):
+    """A run that is interrupted after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_tensorboard_holds_what_the_log_holds(accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every headline number once and at its step, what DRIFT says too, in one file a run; a resumed run has a folder of its own."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    monkeypatch.chdir(tmp_path)
+    log = tmp_path / "log"
+
+    def flown_to(step: int) -> None:
+        m = model()
+        tune(
+            m, taught(m), watch=[every(2, norm), every(1, Compact())], log=log, steps=6, accumulate=accumulate, report_to=["tensorboard"],
+            checkpoints=tmp_path / "saved", save_every=2, callbacks=[DRIFT(expert(m), m, log_every=1), Stop(step)], **SMALL,
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        flown_to(3)
+    (broken,) = (tmp_path / "runs").iterdir()
+    flown_to(7)
+    (resumed,) = set((tmp_path / "runs").iterdir()) - {broken}
+    for run, steps in ((broken, range(4)), (resumed, range(3, 7))):
+        assert len(list(run.iterdir())) == 1
+        events = accumulator(str(run)).Reload()
+        found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        for name, key in (
+            ("norm", "norm"),
+            ("Compact", "norm"),
+            *[("training", k) for k in ("loss", "pull_merged", "pull_cosine")],
+        ):
+            tag = f"train/{key}" if name == "training" else f"train/{name}/{key}"
+            lines = [x for x in read_log(log) if x["monitor"] == name and key in x and x["step"] in steps]
+            told = [(x["step"], pytest.approx(x[key], rel=1e-6)) for x in lines]
+            assert [step for step, _ in found[tag]] == [step for step, _ in told], tag
+            assert found[tag] == told, tag
+
+
+def test_a_run_of_wandb_is_ended_with_the_training_that_began_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for _ in range(2):
+        m = model()
+        tune(m, taught(m), steps=1, watch=[every(1, norm)], log=tmp_path / "log", report_to=["wandb"], **SMALL)
+        assert wandb.run is None
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    with wandb.init(dir=tmp_path) as mine:
+        m = model()
+        tune(m, taught(m), steps=1, watch=[every(1, norm)], log=tmp_path / "log", report_to=["wandb"], **SMALL)
+        assert wandb.run is mine  # the caller's own stays open
+        assert mine.summary["train/norm/norm"] == norm(m, 1)["norm"]
 
 
 def test_reinforcement_is_recorded_like_any_training(tmp_path: Path) -> None:
