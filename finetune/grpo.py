@@ -477,6 +477,11 @@ def _served(vllm: bool | None, model: Model) -> bool:
     if vllm and not installed:
         raise ImportError("vllm=True, but vLLM is not installed: pip install vllm, or leave vllm out.")
     able = installed and model.device.type == "cuda" and model.checkpoint is not None
+    if vllm and not able:
+        raise ValueError(
+            f"vLLM samples on a GPU, for a model that was loaded from a folder; this one is on {model.device} and "
+            f"{'was' if model.checkpoint is not None else 'was not'}: load it so, or leave vllm out."
+        )
     return able if vllm is None else vllm
 
 

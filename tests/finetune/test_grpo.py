@@ -556,6 +556,16 @@ def test_bad_settings_are_one_clear_error(
     assert not list(tmp_path.iterdir())
 
 
+def test_vllm_asked_for_where_it_cannot_sample_this_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.grpo.find_spec", lambda name: object())
+    m = model()
+    with pytest.raises(
+        ValueError, match=r"vLLM samples on a GPU, .* loaded from a folder; this one is on cpu.*leave vllm out"
+    ):
+        run(m, vllm=True)
+    assert same(m, model())
+
+
 @pytest.mark.parametrize("trains", ["full", "lora"])
 def test_low_precision_weights_are_refused_where_steps_would_vanish(trains: Any) -> None:
     with pytest.raises(ValueError, match=r"fp32.*float32"):
