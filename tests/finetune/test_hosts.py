@@ -229,7 +229,6 @@ def test_lift_works_in_a_plain_trainer() -> None:
 
 def given_to_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What accelerate's state says where a launcher or ``TrainingArguments(deepspeed=...)`` has DeepSpeed train."""
-    AcceleratorState(cpu=True)
     monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
 
 

@@ -1008,7 +1008,6 @@ def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import TrainerState
 
     m = model()
-    AcceleratorState(cpu=True)
     monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
     with pytest.raises(ValueError, match=r"DeepSpeed .* cannot reach the gradient\. Use DDP"):
         DRIFT(expert(m), m).on_train_begin(None, TrainerState(), None)
