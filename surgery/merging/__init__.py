@@ -9,11 +9,15 @@ Differs: mergekit computes in the dtype it finds, or in the recipe's ``dtype``; 
 says so) and ``out_dtype``, else ``dtype``, only says what is stored. ``surgery: {compute: mergekit}`` in the recipe computes as
 mergekit does. Random methods draw from a generator of their own for each seed, tensor and model, so that neither the order of the
 tensors nor the number of threads matters; mergekit draws all from one. Tensors that mergekit's table of the architecture does not
-list are the base model's own here; mergekit leaves them out. Among changes of equal magnitude TIES takes evenly; mergekit's sort does not.
+list are the base model's own here; mergekit leaves them out. Where that table does not fit the files, as of models with experts and of
+many vision-language models, the files' own tensors are merged, each by itself: mergekit takes all experts of a layer for one tensor,
+which is the same only to rules that look at one entry at a time. Among changes of equal magnitude TIES takes evenly; mergekit's sort
+does not.
 
 recipe     Recipe, read_recipe(): what the YAML says
 rules      how one output tensor comes about
 planning   plan(): what will happen, from configurations and headers
+table      table(): which tensors there are, where mergekit's own table does not fit the files
 point      Merged: the merged weights, computed when read
 running    merge(): from a plan to a folder
 """

@@ -23,7 +23,7 @@ from surgery.tensorfile import CheckpointError
 from surgery.weights import Weights
 
 if TYPE_CHECKING:
-    from mergekit.architecture import ModelArchitecture
+    from mergekit.architecture import ModelArchitecture, WeightInfo
     from mergekit.common import ModelPath, ModelReference
     from mergekit.config import MergeConfiguration
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
@@ -103,22 +103,33 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
     main = config.base_model or order[0]
     folders = {names[r]: (Path(r.model.path), Path(r.lora.path) if r.lora else None) for r in order}
     sources, refused = _open(order, names)
+    why = refused
+    if config.tokenizer or config.tokenizer_source:
+        why = "the tokenizer and the rows of the embeddings are built anew"
+    if multi_gpu:
+        if torch.cuda.device_count() == 0:
+            raise RecipeError("multi_gpu: there is no GPU here. Leave it out: the merge then runs on the processor.")
+        why = "several GPUs are asked for"
     with quiet(), loaders(order):
-        architecture, planned = _planned(config)
+        architecture = _architecture(config)
+        try:
+            planned = _planned(config, architecture)
+            misfit = None if refused else _misfit(config, planned, sources, main, names, why)
+        except RecipeError as error:
+            planned, misfit = [], error
+        if misfit is not None and why:
+            raise misfit
+        if misfit is not None:
+            architecture = _table(config, architecture, sources, main, misfit)
+            planned = _planned(config, architecture)
     said = _dtype(config.out_dtype or config.dtype) if dtype is None else dtype
 
     def executor(why: str) -> Plan:
         _require_heads(planned, sources, main, names, {})
         return Plan(recipe, config, "executor", why, Path(main.model.path), None, said, folders, (), {})
 
-    if multi_gpu:
-        if torch.cuda.device_count() == 0:
-            raise RecipeError("multi_gpu: there is no GPU here. Leave it out: the merge then runs on the processor.")
-        return executor("several GPUs are asked for")
-    if config.tokenizer or config.tokenizer_source:
-        return executor("the tokenizer and the rows of the embeddings are built anew")
-    if refused:
-        return executor(refused)
+    if why:
+        return executor(why)
     if any(weight.force_dtype for weight, _ in planned):
         return executor("the architecture fixes the dtype of some tensors")
     arithmetic = _dtype(config.dtype)
@@ -141,8 +152,10 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
                 f"{names[main]}, like which the result is laid out, has a head of its own, and the model of the last layers, whose head the result "
                 f"would have, ties its to the embedding. Untie that one first: {UNTIE}."
             )
-        out = said or _promoted_by_role(rules)
-        return Plan(recipe, config, "stream", "", layout.folder, layers, out, folders, (), rules)
+        known = {_LAYER.sub(".", name) for name in layout.tensors}
+        stacked = {_as_stored(rule.task.output_weight, known): rule for rule in rules.values()}
+        out = said or _promoted_by_role(stacked)
+        return Plan(recipe, config, "stream", "", layout.folder, layers, out, folders, (), stacked)
     placed: dict[str, Rule] = {}
     for name, rule in rules.items():
         weight = rule.task.output_weight
@@ -154,13 +167,6 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
         placed[here] = rule
     reached = {*placed, *layout.anatomy.copies}
     carried = tuple(name for name in layout.tensors if name not in reached)
-    homes = layout.anatomy.stored_in()
-    left = [name for name in carried if not all(site.is_unnamed for site in homes[name])]
-    if left:
-        raise RecipeError(
-            f"mergekit's table of {layout.anatomy.family} does not reach {len(left)} weights, first {left[0]}: they would stay the base's. Add the models' "
-            "differences instead: `surgery diff MODEL BASE --to VECTOR`, then `surgery apply BASE --add VECTOR:0.5`."
-        )
     out = said or _promoted(placed, layout)
     return Plan(recipe, config, "stream", "", layout.folder, None, out, folders, carried, placed)
 
@@ -287,27 +293,149 @@ def loaders(references: Iterable[ModelReference]) -> Iterator[None]:
         cache.update(kept)
 
 
-def _planned(config: MergeConfiguration) -> tuple[ModelArchitecture, list[tuple[Any, ExecuteMergeMethodTask]]]:
-    """mergekit's own plan: for each output tensor what it is and the task that holds its rule, inputs and parameters."""
+def _architecture(config: MergeConfiguration) -> ModelArchitecture:
+    """mergekit's own table of the models' tensors."""
     from mergekit.architecture import get_architecture_info
+    from mergekit.options import MergeOptions
+
+    with _planning():
+        return get_architecture_info(config, MergeOptions(lazy_unpickle=False))
+
+
+def _planned(
+    config: MergeConfiguration, architecture: ModelArchitecture
+) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
+    """mergekit's own plan: for each output tensor what it is and the task that holds its rule, inputs and parameters."""
     from mergekit.io.tasks import SaveTensor
     from mergekit.merge import _model_out_config
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
 
     options = MergeOptions(lazy_unpickle=False)
-    try:
-        architecture = get_architecture_info(config, options)
+    with _planning():
         planner = MergePlanner(
             config.model_copy(deep=True), architecture, options, _model_out_config(config, architecture)
         )
         tasks = planner.plan_to_disk(out_path=os.devnull)  # plans only; its writer opens nothing before it runs
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-        raise RecipeError(
-            f"mergekit cannot plan this recipe: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
     rules: list[Any] = [task.tensor_task for task in tasks if isinstance(task, SaveTensor)]
-    return architecture, [(rule.output_weight, rule) for rule in rules]
+    return [(rule.output_weight, rule) for rule in rules]
+
+
+@contextmanager
+def _planning() -> Iterator[None]:
+    """What mergekit raises while it plans, as one clear error."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        said = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"  # a whole configuration may be between
+        raise RecipeError(f"mergekit cannot plan this recipe: {said}") from error
+
+
+def _misfit(
+    config: MergeConfiguration,
+    planned: Iterable[tuple[WeightInfo, ExecuteMergeMethodTask]],
+    sources: Mapping[ModelReference, Source],
+    main: ModelReference,
+    names: Mapping[ModelReference, str],
+    executor: str,
+) -> RecipeError | None:
+    """Why a plan by mergekit's table does not fit the files: it names a tensor that they lack, or leaves weights out.
+
+    executor: why mergekit's own executor is to run it, which makes some tensors of others, all experts of a layer one; else empty.
+    """
+    from mergekit.architecture.conversion import can_convert_checkpoint_keys
+
+    from surgery.merging.table import is_weight
+
+    rest = ""
+    if executor:
+        rest = f" mergekit's executor goes by that table, and is needed because {executor}: without, the files' own names do."
+    reached: set[str] = set()
+    made = False
+    for _, task in planned:
+        gathering: Any = task.gather_tensors  # that of a vocabulary built anew is inside another task
+        for ref, weight in getattr(gathering, "gather_tensors", gathering).weight_info.items():
+            found = _find(sources[ref], weight)
+            if found is not None:
+                reached.add(_LAYER.sub(".", found))
+            elif not weight.optional:
+                there = sources[ref].layout
+                if not executor or not can_convert_checkpoint_keys(
+                    there.config.model_type, set(there.tensors), weight.name
+                ):
+                    return RecipeError(f"{_lacks(names[ref], weight)}{rest}")
+                made = True
+    layout = sources[main].layout
+    homes = layout.anatomy.stored_in()
+    left = [
+        name
+        for name, sites in homes.items()
+        if _LAYER.sub(".", name) not in reached
+        and name not in layout.anatomy.copies
+        and sites != [_HEAD]
+        # of a recipe by parts of the model, what is in none of them stays the base's
+        and (not all(site.is_unnamed for site in sites) or (config.modules is None and is_weight(layout, name, sites)))
+    ]
+    if made:  # of experts, which have another name in one
+        left = [name for name in left if not all(site.part.startswith("mlp.") for site in homes[name])]
+    if not left:
+        return None
+    return RecipeError(
+        f"mergekit's table of {layout.anatomy.family} does not reach {len(left)} weights, first {left[0]}.{rest}"
+    )
+
+
+def _table(
+    config: MergeConfiguration,
+    theirs: ModelArchitecture,
+    sources: Mapping[ModelReference, Source],
+    main: ModelReference,
+    misfit: RecipeError,
+) -> ModelArchitecture:
+    """A table of the files' own tensors, where mergekit's does not fit them; RecipeError where the recipe needs mergekit's."""
+    from surgery.merging.table import MAIN, Part, table
+
+    layout = sources[main].layout
+    if set(config.modules or {MAIN: None}) != {MAIN}:
+        raise RecipeError(
+            f"{str(misfit).rstrip('.')}. What modules: names are the parts in mergekit's table of {layout.anatomy.family} "
+            f"({', '.join(theirs.modules)}): where it does not fit the files, name the models under models: instead."
+        ) from misfit
+    if any(source.layout.config.model_type != layout.config.model_type for source in sources.values()):
+        raise misfit
+    made = table(layout, [source.layout for ref, source in sources.items() if ref != main])
+    pieces = config.slices or [piece for module in (config.modules or {}).values() for piece in module.slices or ()]
+    if pieces and len(made.modules) > 1:
+        raise RecipeError(
+            f"{layout.folder} is a model of several parts, and slices: are of one stack of layers: name the models under models: instead."
+        )
+    part = made.modules[MAIN].architecture
+    assert isinstance(part, Part)
+    at = 0
+    for piece in pieces:
+        if not part.alike() and any(source.layer_range[0] != at for source in piece.sources):
+            raise RecipeError(
+                f"The layers of {layout.folder} are not all alike (some are dense, some have experts), so that none can take another's place: "
+                "merge whole models, or ranges that stay where they are."
+            )
+        at += piece.sources[0].layer_range[1] - piece.sources[0].layer_range[0]
+    return made
+
+
+def _find(source: Source, weight: WeightInfo) -> str | None:
+    """What a model's files call the tensor that mergekit asks for."""
+    return source.find((weight.name, *(weight.aliases or ()), *(weight.tied_names or ())))
+
+
+def _lacks(name: str, weight: WeightInfo) -> RecipeError:
+    return RecipeError(f"{name} has no tensor {weight.name}, which the merge needs from it.")
+
+
+def _as_stored(weight: WeightInfo, known: set[str]) -> str:
+    """What the layout's files call an output tensor; known: their names without the numbers of layers."""
+    names = (weight.name, *(weight.aliases or ()))
+    return next((name for name in names if _LAYER.sub(".", name) in known), weight.name)
 
 
 def _inputs(
@@ -316,11 +444,11 @@ def _inputs(
     """Where the inputs of one output tensor are, found in the files' headers, and their shapes compared."""
     inputs: dict[ModelReference, tuple[Source, str]] = {}
     for ref, weight in task.gather_tensors.weight_info.items():  # type: ignore[union-attr] - no tokenizer, so plain gathering
-        name = sources[ref].find((weight.name, *(weight.aliases or ()), *(weight.tied_names or ())))
+        name = _find(sources[ref], weight)
         if name is not None:
             inputs[ref] = (sources[ref], name)
         elif not weight.optional:
-            raise RecipeError(f"{names[ref]} has no tensor {weight.name}, which the merge needs from it.")
+            raise _lacks(names[ref], weight)
     shapes = {ref: source.layout.tensors[name].shape for ref, (source, name) in inputs.items()}
     if len(set(shapes.values())) > 1:
         said = ", ".join(f"{names[ref]} {tuple(shape)}" for ref, shape in shapes.items())

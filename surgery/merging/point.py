@@ -44,7 +44,7 @@ class Merged(Weights):
         """The point plus vectors that has this site's tensor; None where the rule is no such sum."""
         place = self.anatomy.places[site]
         rule = self._rules.get(place.name)
-        if rule is None or rule.sum is None or any(name != place.name for _, name in rule.inputs.values()):
+        if rule is None or rule.sum is None or not all(_is_at(site, *found) for found in rule.inputs.values()):
             return None
         points = {
             rule.names[ref]: source.point for ref, (source, _) in rule.inputs.items() if not self._is_base(source)
@@ -89,3 +89,9 @@ class Merged(Weights):
             tensor = self._base.stored(name) if made is None else made
             self._last = (name, tensor)
         return tensor
+
+
+def _is_at(site: Site, source: Source, name: str) -> bool:
+    """Whether the tensor of a model, by its file's name, is the one at the site."""
+    place = source.layout.anatomy.places.get(site)
+    return place is not None and place.name == name
