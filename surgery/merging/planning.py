@@ -350,7 +350,7 @@ def _misfit(
 
     rest = ""
     if executor:
-        rest = f" mergekit's executor goes by that table, and is needed because {executor}: without, the files' own names do."
+        rest = f" mergekit's executor goes by that table, and is needed because {executor}. Leave that out: then the files' own names do."
     reached: set[str] = set()
     made = False
     for _, task in planned:
@@ -400,7 +400,7 @@ def _table(
     if set(config.modules or {MAIN: None}) != {MAIN}:
         raise RecipeError(
             f"{str(misfit).rstrip('.')}. What modules: names are the parts in mergekit's table of {layout.anatomy.family} "
-            f"({', '.join(theirs.modules)}): where it does not fit the files, name the models under models: instead."
+            f"({', '.join(theirs.modules)}), and it does not fit the files. Name the models under models: instead."
         ) from misfit
     if any(source.layout.config.model_type != layout.config.model_type for source in sources.values()):
         raise misfit
@@ -408,7 +408,7 @@ def _table(
     pieces = config.slices or [piece for module in (config.modules or {}).values() for piece in module.slices or ()]
     if pieces and len(made.modules) > 1:
         raise RecipeError(
-            f"{layout.folder} is a model of several parts, and slices: are of one stack of layers: name the models under models: instead."
+            f"{layout.folder} is a model of several parts, and slices: are of one stack of layers. Name the models under models: instead."
         )
     part = made.modules[MAIN].architecture
     assert isinstance(part, Part)
@@ -416,8 +416,8 @@ def _table(
     for piece in pieces:
         if not part.alike() and any(source.layer_range[0] != at for source in piece.sources):
             raise RecipeError(
-                f"The layers of {layout.folder} are not all alike (some are dense, some have experts), so that none can take another's place: "
-                "merge whole models, or ranges that stay where they are."
+                f"The layers of {layout.folder} are not all alike (some are dense, some have experts), so that none can take another's place. "
+                "Merge whole models, or ranges that stay where they are."
             )
         at += piece.sources[0].layer_range[1] - piece.sources[0].layer_range[0]
     return made

@@ -1,8 +1,9 @@
 """What will go wrong, and what it will take, before a byte of a weight is read: `surgery check`.
 
 `check_model`, `check_apply` and `check_recipe` read configurations, tokenizer files and the headers of safetensors files, all of it
-without torch, in a second or so whatever the models' size. Of a model that is on the hub and not here no more than these is fetched,
-and the forecast says how much the rest is. A `Report` holds every problem found, each with what to do about it, and a
+without torch, in a second or so whatever the models' size (a recipe that needs mergekit's tables of architectures asks `surgery.merging`
+for its plan, which takes some seconds). Of a model that is on the hub and not here no more than these is fetched, and the forecast says
+how much the rest is. A `Report` holds every problem found, each with what to do about it, and a
 forecast of memory, disk and time.
 """
 
@@ -136,6 +137,9 @@ def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None
         for facts in found.values():
             if reference is not None and facts is not reference:
                 problems += compare(reference, facts, layers=not plan.layered, vocabulary=not aligned and not stacked)
+        judged = not hub.download and not any(p.severity == "error" for p in problems)  # a plan reads whole models
+        if judged and (aligned or _is_beyond_a_table(plan, found)):
+            problems += _planned(path)
         dtype = plan.recipe.get("out_dtype") or plan.recipe.get("dtype")
         dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
         job = {
@@ -147,6 +151,25 @@ def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None
             "executor": aligned or any(p.kind == "family" for p in problems),
         }
         return _with_forecast(str(path), problems, reference, to, hub, **job)
+
+
+def _is_beyond_a_table(plan: Plan, found: dict[str, Facts]) -> bool:
+    """Whether mergekit's tables decide if the recipe can be run: by parts of a model, or by layers of one with a tower or with experts."""
+    anatomies = [facts.anatomy for facts in found.values() if facts.anatomy is not None]
+    return "modules" in plan.recipe or (plan.layered and any(a.tower or a.n_experts for a in anatomies))
+
+
+def _planned(path: str | os.PathLike[str]) -> list[Problem]:
+    """What `merge` says to the recipe before it computes anything."""
+    from surgery.merging import plan, read_recipe
+
+    try:
+        plan(read_recipe(path))
+    except (ValueError, OSError) as error:
+        found, _, fix = str(error).removesuffix(".").rpartition(". ")
+        said = f"cannot be merged: {found or fix}"
+        return [Problem("error", "plan", str(path), said, fix if found else "Correct the recipe")]
+    return []
 
 
 def _source(source: Source, recipe: Path, hub: Hub) -> tuple[Facts | None, list[Problem]]:

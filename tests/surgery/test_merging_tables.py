@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from mergekit.merge_methods import merge_tensors
 from safetensors.torch import load_file, save_file
 
 from surgery.checkpoint import Checkpoint
-from surgery.merging import RecipeError, merge
+from surgery.merging import RecipeError, merge, plan, read_recipe
+from surgery.preflight import check_recipe
 from tests.families import SPARSE_FAMILIES, save_tiny, save_tiny_vlm
 from tests.siblings import (
     DENSE,
@@ -266,7 +268,7 @@ def tokens(home: Path) -> dict:
 
 REFUSED = {
     "layers of several kinds": (
-        "qwen3-moe", lambda home: stack(home, ("base", 0, 2), ("a", 1, 3)), r"layers of .*base are not all alike.*merge whole models",
+        "qwen3-moe", lambda home: stack(home, ("base", 0, 2), ("a", 1, 3)), r"layers of .*base are not all alike.*Merge whole models",
     ),
     "layers beside a tower": (
         "qwen2-vl (vision)", lambda home: stack(home, ("base", 0, 2), ("a", 1, 3)), "is a model of several parts.*under models: instead",
@@ -277,7 +279,7 @@ REFUSED = {
             "merge_method": "model_stock", "base_model": str(home / "base"),
             "modules": {"text_decoder": {"models": [{"model": str(home / n)} for n in NAMES]}},
         },
-        r"gemma3 \(text_decoder, multi_modal_projector, vision_tower\).*name the models under models: instead",
+        r"gemma3 \(text_decoder, multi_modal_projector, vision_tower\).*Name the models under models: instead",
     ),
     "a tokenizer": (
         "gpt-neox", tokens,
@@ -287,6 +289,31 @@ REFUSED = {
         "qwen2-moe", tokens, "does not reach 24 weights.*the tokenizer",
     ),
 }  # fmt: skip
+
+
+FORMS = {
+    "models": lambda home: of(home, "model_stock"),
+    "slices": lambda home: stack(home, ("base", 0, 2), ("a", 1, 3)),
+    "tokenizer": tokens,
+    "modules": REFUSED["parts of the model"][1],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "family", ["llama", "phi3", "gpt-neox", *SPARSE_FAMILIES, "gemma3 (vision)", "qwen2-vl (vision)", "llava (vision)"]
+)
+def test_check_says_what_merge_does(family, form, homes, tmp_path):
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(FORMS[form](homes(family))))
+    report = check_recipe(tmp_path / "recipe.yml")
+    try:
+        plan(read_recipe(tmp_path / "recipe.yml"))
+    except RecipeError:
+        assert not report.ok
+        assert [p.kind for p in report.problems if p.severity == "error"] == ["plan"]
+    else:
+        assert report.ok, str(report)
+        merge(tmp_path / "recipe.yml", tmp_path / "out")
 
 
 @pytest.mark.parametrize("case", REFUSED)
