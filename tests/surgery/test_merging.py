@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery import Adapter, undo, write, writing
 from surgery.checkpoint import Checkpoint, CheckpointError
-from surgery.merging import RECIPE, RecipeError, merge, plan, read_recipe, rules
+from surgery.merging import RECIPE, Merged, RecipeError, merge, plan, read_recipe, rules
 from surgery.preflight import check_model, check_recipe
 from surgery.proof import VerificationError
 from surgery.record import Record
@@ -149,6 +149,65 @@ models:
     assert found == [{"weight": 0.5, "density": 0.4}, {"weight": 0.5, "density": 0.7}]
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_a_base_under_two_spellings(method, tiny):
+    """One folder with and without ./ before it: the base differs from itself in nothing, by whatever road its rule is computed."""
+    settings = {"parameters": {"weight": 0.5, "density": 0.4}}
+    once = {"merge_method": method, "base_model": "tiny/base", "models": [{"model": "tiny/a", **settings}]}
+    twice = once | {"base_model": "./tiny/base", "models": [{"model": "tiny/base", **settings}, *once["models"]]}
+    if method == "ties":  # normalised: the shares of those that move an entry
+        once, twice = ({**recipe, "parameters": {"normalize": False}} for recipe in (once, twice))
+    assert merge(once, "once").hash == merge(twice, "twice").hash
+    nothing = merge(twice | {"models": twice["models"][:1]}, "nothing")
+    assert nothing.hash == nothing.base_hash
+    if method == "task_arithmetic":  # a sum in which the base is not even looked at twice
+        made = plan(read_recipe(twice | {"models": twice["models"][:1]}))
+        layout = Checkpoint(made.layout)
+        assert not Merged(made, layout).changed_from(layout)
+
+
+@pytest.fixture
+def hub(homes, tmp_path, monkeypatch):
+    """A hub's cache, and no hub: who/tiny-base and who/tiny-a, each with a revision called tuned that is c."""
+    from huggingface_hub import constants
+
+    home = homes("llama")
+    for name in ("base", "a"):
+        repository = tmp_path / "hub" / f"models--who--tiny-{name}"
+        (repository / "refs").mkdir(parents=True)
+        for ref, commit, model in (("main", "0" * 40, name), ("tuned", "1" * 40, "c")):
+            shutil.copytree(home / model, repository / "snapshots" / commit)
+            (repository / "refs" / ref).write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return home
+
+
+def test_models_of_the_hub(hub, tmp_path):
+    """By name, and by name and revision; said as written, and seeded as written."""
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": "who/tiny-base",
+        "models": [{"model": m, "parameters": {"weight": 0.5}} for m in ("who/tiny-a", "who/tiny-a@tuned")],
+    }
+    done = merge(recipe, tmp_path / "out")
+    assert list(done.sources) == ["who/tiny-base", "who/tiny-a", "who/tiny-a@tuned"]
+    same = merge(of(hub, "task_arithmetic", ("a", "c"), parameters={"weight": 0.5}), tmp_path / "same")
+    assert done.hash == same.hash
+    both = recipe | {"base_model": "who/tiny-base@main", "models": [{"model": "who/tiny-base"}, recipe["models"][0]]}
+    both["parameters"] = {"weight": 0.5}  # one folder under two names is one model, the base
+    alone = merge(of(hub, "task_arithmetic", ("a",), parameters={"weight": 0.5}), tmp_path / "alone")
+    assert merge(both, tmp_path / "both").hash == alone.hash
+    assert plan(read_recipe(both)).sources.keys() == {"who/tiny-base@main", "who/tiny-a"}
+    for name, said in (
+        ("who/none", "who/none.*neither a folder here nor a model that the hub"),
+        ("who/tiny-a@gone", "gone is neither a folder"),
+    ):
+        with pytest.raises(FileNotFoundError, match=said):
+            merge(recipe | {"models": [{"model": name, "parameters": {"weight": 1}}]}, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
 def test_no_such_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"recipe\.yml does not exist\. A recipe is a YAML file"):
         read_recipe(tmp_path / "recipe.yml")
@@ -247,6 +306,18 @@ def test_stacked_layers(method, family, homes, tmp_path):
         kinds = json.loads((tmp_path / "ours" / "config.json").read_text())["layer_types"]
         before = json.loads((home / "base" / "config.json").read_text())["layer_types"]
         assert kinds == [before[i] for r in ranges for i in range(*r)]
+
+
+@pytest.mark.parametrize("name", ["layout", "layout.made", ".done", "model"])
+def test_what_a_stacked_merge_is_called_matters_to_nothing(name, homes, tmp_path):
+    """A merge's own folders on the way have names too."""
+    home = homes("llama")
+    pieces = [{"sources": [{"model": str(home / "a"), "layer_range": [*span]}]} for span in ((0, 2), (1, 3))]
+    recipe = {"merge_method": "passthrough", "slices": pieces}
+    done, plain = merge(recipe, tmp_path / name), merge(recipe, tmp_path / "plain")
+    assert done.hash == plain.hash
+    assert sorted(p.name for p in done.folder.iterdir()) == sorted(p.name for p in plain.folder.iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "plain"])
 
 
 @pytest.mark.parametrize("order", [("base", "a"), ("a", "base")], ids=["bf16 first", "fp32 first"])

@@ -79,6 +79,20 @@ def test_the_algebra_of_live_models(pairs, family):
     assert all(float(n) == 0 for n in (a - file).norms().values())
 
 
+def test_a_sum_is_on_the_device_of_its_point(pairs, tmp_path):
+    """Files are read on the CPU, and a live model may be anywhere: what is added goes to it. (Any device will do: this one needs no GPU.)"""
+    base, tuned = pairs("llama")
+    live = Model.load(base.folder)
+    live.module.to("meta")
+    vector = 0.25 * (tuned - base) + 0.5 * (tuned - base).keep("*.attn.*")
+    moved = live.weights + vector
+    for site in ("embed", "1.attn.q", "2.mlp.down"):
+        assert moved[site].device.type == "meta"
+        assert moved[site].shape == base.shape(site)
+    save_delta(tuned - base, tmp_path / "delta", base_hash=base.hash())
+    assert (live.weights + 0.5 * StoredDelta(tmp_path / "delta"))["1.attn.q"].device.type == "meta"
+
+
 def test_a_point_plus_a_point(pairs):
     base, tuned = pairs("llama")
     with pytest.raises(TypeError, match=r"A model plus a model is not a model\. Add a difference"):
