@@ -137,9 +137,9 @@ class Curve:
         return told
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Flight:
-    """A training run as its recorder saw it: the lines of the log, in order."""
+    """A training run as its recorder saw it: the lines of the log, in order. Shown, it is the run's story."""
 
     lines: tuple[Mapping[str, Any], ...]
 
@@ -225,6 +225,9 @@ class Flight:
         return write_whole(
             Path(to), document(f"training of {self._begun.get('model', 'a model')}", list(self._sections()))
         )
+
+    def __repr__(self) -> str:
+        return "\n".join(self.story())
 
     def _repr_html_(self) -> str:
         return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in self.story()) + "</ul>"

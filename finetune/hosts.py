@@ -74,7 +74,7 @@ class Surgical(_Host):
     settings:  of the run, written into each checkpoint when it is whole, for `finetune.checkpoints.last_complete`; none is then written at
                the last step, where nothing is left to resume.
 
-    Under DeepSpeed, of which one process was tried, it works without `LIFT` alone.
+    Under DeepSpeed it is refused with `LIFT`; full tuning in one process was tried (ZeRO 0, 2 and 3), and nothing else.
 
     With `LIFT` as the optimizer (``optimizers=(lift, None)``) gradients are clipped and measured through it. A loss or a gradient that is
     not finite raises FloatingPointError with the step and the site, and so do weights that are not when they would be saved; checkpoints

@@ -134,7 +134,7 @@ def apply(
     record.inputs = {}
     for entry in add:
         folder, strength = _strength(entry)
-        vector, record.inputs[folder], said = vector_of(folder, base, base_hash)
+        vector, record.inputs[_role(folder, "model")], said = vector_of(folder, base, base_hash)
         notes += said
         scaled: Delta = strength * vector
         point = point + scaled
@@ -193,7 +193,9 @@ def merge(
     record.seeds = {"seed": chosen}
 
     def seal(folder: Path, merged: MergedModel) -> None:
-        record.inputs = {ref: {"ref": ref, "hash": digest} for ref, digest in merged.input_hashes().items()}
+        record.inputs = {
+            _role(ref, "recipe"): {"ref": ref, "hash": digest} for ref, digest in merged.input_hashes().items()
+        }
         ref = "recipe" if "\n" in recipe else recipe
         record.inputs["recipe"] = {"ref": ref, "hash": hash_bytes(read.text.encode())}
         record.checks, record.results = merged.checks, {"recipe": read.text, **merged.as_dict()}
@@ -563,6 +565,11 @@ def _lost(errors: Mapping[Site, float], vector: Delta) -> list[str]:
         names = ", ".join(map(str, out[:6])) + (", ..." if len(out) > 6 else "")
         lines.append(f"left out, {share:.2%} of the vector's norm: {len(out)} sites, {names}")
     return lines
+
+
+def _role(folder: str, taken: str) -> str:
+    """What an input is called in the record: its folder, unless another input is called so already."""
+    return f"./{folder}" if folder == taken else folder
 
 
 def _strength(entry: str) -> tuple[str, float]:

@@ -60,6 +60,19 @@ def one_line(said: Said, code: int = 2) -> str:
     return lines[0]
 
 
+def test_no_input_of_a_record_hides_another(surgery, here: Path) -> None:
+    for name, source in (("recipe", "models/a"), ("tuned", "models/b")):
+        shutil.copytree(here / source, here / name)
+    (here / "own.yml").write_text(RECIPE.replace("models/a", "recipe"))
+    assert surgery("merge", "own.yml", "merged", "--allow-loops", "-q").code == 0
+    assert surgery("diff", "tuned", "models/base", "--to", "model").code == 0
+    assert surgery("apply", "models/base", "--add", "model:0.5", "--to", "applied", "--allow-loops", "-q").code == 0
+    for folder, known in (("merged", 4), ("applied", 2)):
+        inputs = json.loads((here / folder / "record.json").read_text())["inputs"]
+        assert len({entry["hash"] for entry in inputs.values()}) == known
+        assert surgery("replay", folder, "--to", f"{folder} again").code == 0
+
+
 def test_a_merge_its_record_and_its_replay(surgery, here: Path) -> None:
     said = surgery("merge", "recipe.yml", "out", "--seed", 3, "--allow-loops", "-q")
     assert said.code == 0, said

@@ -85,6 +85,7 @@ def test_the_story_tells_first_last_half_and_extremes() -> None:
 
 def test_the_story_tells_what_failed_what_was_lost_and_what_it_cost(log: Path) -> None:
     story = Flight.load(log).story()
+    assert repr(Flight.load(log)).splitlines() == story
     assert story[0] == "10 of 10 optimizer steps of <Model x>, each of 2 micro-batches."
     assert "training loss (nats per token): 3 at step 1, 1 at step 10; half of that by step 6" in story
     assert "change at step 5: highest at 11.attn.o (0.2)" in story
