@@ -201,7 +201,7 @@ def test_models_of_the_hub(hub, tmp_path):
     assert plan(read_recipe(both)).sources.keys() == {"who/tiny-base@main", "who/tiny-a"}
     for name, said in (
         ("who/none", "who/none.*neither a folder here nor a model that the hub"),
-        ("who/tiny-a@gone", "gone is neither a folder"),
+        ("who/tiny-a@gone", "who/tiny-a@gone.*neither a folder here nor a model that the hub"),
     ):
         with pytest.raises(FileNotFoundError, match=said):
             merge(recipe | {"models": [{"model": name, "parameters": {"weight": 1}}]}, tmp_path / "bad")
