@@ -130,7 +130,8 @@ def collect(
     to:     a folder to write to while collecting, for rows that memory does not hold. Interrupted, the same call goes on where it
             stopped; a folder made for another model, transcripts, sites or spans is refused. (What is steered or swapped in by
             hooks is no part of the model's weights: give each its own folder.)
-    engine: who runs the forward pass; the rows are the same. remote: on NDIF, with ``nnsight`` only.
+    engine: who runs the forward pass; the rows are the same, but that the others know no hooks on the module: inside `steered`, say, only
+            ``torch`` will do. remote: on NDIF, with ``nnsight`` only.
 
     The forward pass stops at the last site asked for. Rows come transcript by transcript, in token order (pooled: in the order of
     `over`), on the CPU. Raises ValueError for an unknown site or head, and when no transcript has any of the spans.

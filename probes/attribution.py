@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.activations import as_spans, collect
+from probes.capture import in_order
 from probes.passes import Batch, batches, run
 from probes.results import interval, load_tensors, save_tensors
 from surgery.anatomy import Anatomy, Tap
@@ -332,6 +333,7 @@ def ablated(model: Model, parts: Patterns, *, to: Mapping[Site, Tensor] | None =
         for site, slices in chosen.items():
             fixed = None if to is None else _fixed(model, site, to)
             handles.append(model.anatomy.tap(site).attach(model.module, _silencer(slices, fixed)))
+        in_order()
         with may_leave(handles):  # all rows are treated alike
             yield model
     finally:

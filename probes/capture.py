@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from surgery.anatomy import Tap
 from surgery.model import Model
 from surgery.sites import Site
 
 Keep = Callable[[Float[Tensor, "batch token width"]], Tensor]
+
+# hooks of all blocks open now that come after those attached later, the outermost first: what changes the stream between attention and MLP,
+# where attention adds to it, after all that changes what attention adds; and what only looks after all that changes
+_later: dict[Literal["mid", "looks"], list[RemovableHandle]] = {"mid": [], "looks": []}
 
 
 class _EnoughError(Exception):
@@ -54,12 +60,13 @@ def read(
 @contextmanager
 def tapped(
     model: Model, sites: Sequence[Site], see: Callable[[Site, Tensor], None]
-) -> Iterator[list[torch.utils.hooks.RemovableHandle]]:
+) -> Iterator[list[RemovableHandle]]:
     """Call ``see(site, value)`` with the live tensor whenever a forward pass inside the block comes by a site.
 
-    A head's value is its slice of the whole. Gives the hooks' handles; they are gone on leaving, also after an exception. Raises ValueError for a site that does not exist.
+    A head's value is its slice of the whole, and what is steered or silenced in blocks around this one or inside it has been. Gives the
+    hooks' handles; they are gone on leaving, also after an exception. Raises ValueError for a site that does not exist.
     """
-    handles: list[torch.utils.hooks.RemovableHandle] = []
+    handles: list[RemovableHandle] = []
 
     def looking(site: Site) -> Callable[[Tensor], None]:
         return lambda value: see(site, value)
@@ -67,10 +74,31 @@ def tapped(
     try:
         for site in sites:
             handles.append(model.anatomy.tap(site).attach(model.module, looking(site)))
-        yield handles
+        with coming_later("looks", handles):
+            yield handles
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def coming_later(kind: Literal["mid", "looks"], handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Inside the block, hooks that `in_order` takes behind those that blocks inside it attach."""
+    mine = list(handles)
+    _later[kind].extend(mine)
+    try:
+        in_order()
+        yield
+    finally:
+        for handle in mine:
+            _later[kind].remove(handle)
+
+
+def in_order() -> None:
+    """Bring the hooks of all open blocks in order: to be called by who has just attached one that changes activations."""
+    for handle in (*_later["mid"], *_later["looks"]):
+        hooks: Any = handle.hooks_dict_ref()
+        hooks.move_to_end(handle.id)
 
 
 def forward(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from probes import capture
 from surgery.model import Model
+from surgery.rows import some_ask
 from surgery.sites import Site
 
 Engine = Literal["torch", "nnsight", "transformer-lens"]
@@ -33,12 +34,17 @@ def reader(model: Model, engine: Engine = "torch", remote: bool | str = False) -
     """A function (rows, sites) -> {site: ``[batch, token, d]``} that reads activations with an engine.
 
     engine: "torch" reads with hooks on the module. "nnsight" and "transformer-lens" read through their own window onto the
-        same weights; hooks on the module, a running `steered` for one, do not act there. TransformerLens computes
-        attention eagerly: equal to rounding.
+        same weights; hooks on the module do not act there, and inside `steered`, `ablated` or `recording` they are refused. TransformerLens
+        computes attention eagerly: equal to rounding.
     remote: of nnsight. True runs on NDIF, a text on the server of that address: with the weights *they* have under the hub id that the
         model was loaded by, so not with edits made here. "local" serializes as for a server and runs here.
-    Raises ValueError for an unknown engine and for `remote` with another engine than nnsight.
+    Raises ValueError for an unknown engine, for `remote` with another engine than nnsight, and where hooks of ours would not act.
     """
+    if engine in ("nnsight", "transformer-lens") and some_ask(model.module):
+        raise ValueError(
+            f"engine={engine!r} runs the weights alone: what this model is steered, silenced or recorded with now would not act there. "
+            "Use engine='torch', or leave the block first."
+        )
     if remote and engine != "nnsight":
         raise ValueError(f"remote={remote!r} is for engine='nnsight'; {engine!r} runs here.")
     match engine:

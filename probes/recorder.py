@@ -170,7 +170,8 @@ def recording(
         acts = seen.of(runs)
 
     at, over: as in `collect`. What only the end can tell (``thinking[-1]``, ``/regex/``) keeps the rows of the whole span until then.
-    Whatever the padding, the batches and the cache are, the rows are those of `collect`. They stay on the model's device until asked
+    Whatever the padding, the batches and the cache are, the rows are those of `collect`: of what is steered or silenced, as the model went
+    on with it, whichever block is around the other. They stay on the model's device until asked
     for with `of`. Nothing is left on the model, also after an exception.
     """
     sites = match(at, model.anatomy.activation_sites())

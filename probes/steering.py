@@ -17,8 +17,8 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from probes.capture import coming_later, in_order
 from probes.following import Follower, following
 from surgery.anatomy import Anatomy
 from surgery.model import Model
@@ -31,8 +31,6 @@ Function = Callable[[Tensor], Tensor]
 How = Literal["add", "ablate", "clamp"] | Function | Mapping[Site, Function]
 Units = Literal["residual", "raw"] | Mapping[Site, float]
 
-# hooks of all blocks open now that change the stream between attention and MLP, the outermost first
-_mids: list[RemovableHandle] = []
 # set while streams are measured: as they are without steering
 _measuring: ContextVar[bool] = ContextVar("measuring", default=False)
 TEXTS = (  # on which the stream is measured where nothing else is said
@@ -125,17 +123,14 @@ def steered(model: Model, what: Any, **options: Any) -> Iterator[Model]:
         follower = stack.enter_context(following(model))
         if any(_tells_rows_apart(p) for p in placed):
             stack.enter_context(rows_apart())
-        in_order = sorted(placed, key=lambda p: model.anatomy.order(p.site))  # stable: at a site, as given
-        for site, there in groupby(in_order, key=lambda p: p.site):
+        by_site = sorted(placed, key=lambda p: model.anatomy.order(p.site))  # stable: at a site, as given
+        for site, there in groupby(by_site, key=lambda p: p.site):
             for handle in _attach(model, site, list(there), follower):
                 stack.callback(handle.remove)
                 stack.enter_context(may_leave([handle]))  # whose rows are whose, the follower says
                 if site.part == "mid":
-                    _mids.append(handle)
-                    stack.callback(_mids.remove, handle)
-        for handle in _mids:  # those of blocks outside too: what was attached just now comes before it
-            hooks: Any = handle.hooks_dict_ref()
-            hooks.move_to_end(handle.id)
+                    stack.enter_context(coming_later("mid", [handle]))
+        in_order()
         yield model
 
 

@@ -96,14 +96,20 @@ def may_leave(handles: Iterable[RemovableHandle]) -> Iterator[None]:
         _asking.difference_update(numbers)
 
 
+def some_ask(module: nn.Module) -> bool:
+    """Whether a module has hooks of `may_leave` now: what is steered, silenced or recorded with hooks is."""
+    return any(number in _asking for number in _hooks(module))
+
+
 def all_stay(module: nn.Module) -> bool:
     """Whether some hook of a module may count on every row to stay where it is."""
-    return any(
-        number not in _asking
-        for part in module.modules()
-        for hooks in (part._forward_hooks, part._forward_pre_hooks)
-        for number in hooks
-    )
+    return any(number not in _asking for number in _hooks(module))
+
+
+def _hooks(module: nn.Module) -> Iterator[int]:
+    for part in module.modules():
+        yield from part._forward_hooks
+        yield from part._forward_pre_hooks
 
 
 class KeptByRow(ABC):

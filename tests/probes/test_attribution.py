@@ -18,6 +18,7 @@ from probes.attribution import (
     writers_of,
 )
 from probes.results import interval
+from probes.steering import steered
 from surgery.edits import RemoveDirection, Scale
 from surgery.model import Model, installed
 from surgery.sites import Site
@@ -453,3 +454,20 @@ def test_what_cannot_be_attributed(unchecked):
         ablations(model, u, runs, "2.attn.o.h1", at="1.mid")
     with pytest.raises(ValueError, match="'zero' or with its 'mean'"):
         ablations(model, u, runs, "2.attn.o.h1", how="noise")
+
+
+def test_silencing_inside_a_steering_of_the_stream():
+    """What is added to the stream between attention and MLP stays when the attention beside it is silenced, whichever block is around the other."""
+    model = Model(*tiny("llama"))
+    run = [model.transcript("ab", "cd")]
+
+    def steering():
+        return steered(model, torch.ones(32), strength=2.0, at="1.mid", over="all", units="raw")
+
+    entering = collect(model, run, at="1.resid", over="all")["1.resid"]
+    with steering(), ablated(model, "1.attn.out"):
+        inside = collect(model, run, at="1.mid", over="all")["1.mid"]
+    with ablated(model, "1.attn.out"), steering():
+        around = collect(model, run, at="1.mid", over="all")["1.mid"]
+    torch.testing.assert_close(around, entering + 2)
+    torch.testing.assert_close(inside, around)

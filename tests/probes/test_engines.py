@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from probes.activations import collect
+from probes.attribution import ablated
 from probes.engines import forward, reader
+from probes.recorder import recording
+from probes.steering import steered
 from surgery.model import Model
 from surgery.sites import Site
 from tests.families import FAMILIES, tiny
@@ -74,6 +77,21 @@ def test_the_rows_of_collect(engine):
     assert torch.equal(found.transcript, expected.transcript)
     for site in expected.sites:
         torch.testing.assert_close(found[site], expected[site], **CLOSE)
+
+
+@pytest.mark.parametrize("engine", ["nnsight", "transformer-lens"])
+def test_what_hooks_change_is_refused(engine):
+    """A window runs the weights without the module's hooks: its rows would be of the model as it is unsteered."""
+    model = Model(*tiny("llama"))
+    run = [model.transcript("ab", "cd")]
+    with steered(model, torch.ones(32), at="1.resid"), pytest.raises(ValueError, match=f"{engine}.*engine='torch'"):
+        collect(model, run, at="2.resid", engine=engine)
+    with ablated(model, "1.attn.o.h2"), pytest.raises(ValueError, match="engine='torch'"):
+        collect(model, run, at="2.resid", engine=engine)
+    with recording(model, at="1.resid"), pytest.raises(ValueError, match="engine='torch'"):
+        collect(model, run, at="2.resid", engine=engine)
+    model.module(torch.tensor([run[0].ids]), output_hidden_states=True)  # hangs hooks of transformers' own on the module
+    assert len(collect(model, run, at="2.resid", engine=engine))
 
 
 def test_serialized_as_for_a_server():

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from probes.activations import collect
+from probes.attribution import ablated
 from probes.recorder import recording
+from probes.steering import steered
 from surgery.model import Model
 from surgery.sites import Site
 from surgery.transcript import Markers, read_transcript
@@ -197,6 +199,24 @@ def test_generation_is_what_it_was():
     with recording(model, at="**", over="all"):
         again = model.generate(QUESTIONS, samples=2, max_new_tokens=8)
     assert [t.ids for t in again] == [t.ids for t in plain]
+
+
+@pytest.mark.parametrize("site", ["1.resid", "1.mid", "1.attn.out", "2.mlp.out", "1.attn.z.h2", "3.resid"])
+def test_what_steers_or_silences_inside_is_recorded(site):
+    """The block around or inside the other: what is kept is what the model went on with."""
+    model = setup()
+    vector = torch.ones(model.anatomy.width(Site.parse(site)))
+
+    def steering():
+        return steered(model, vector, strength=2.0, at=site, over="all", units="raw")
+
+    with recording(model, at=site, over="all") as seen, steering():
+        runs = model.generate(QUESTIONS, max_new_tokens=4)
+    with steering():
+        agree(seen.of(runs), model, runs, "all", [site])
+    with recording(model, at="1.attn.z.h2", over="all") as seen, ablated(model, "1.attn.o.h2"):
+        runs = model.generate(QUESTIONS[:2], max_new_tokens=2)
+    assert not seen.of(runs)["1.attn.z.h2"].any()
 
 
 def test_an_exception_leaves_nothing_behind():
