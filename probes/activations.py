@@ -220,6 +220,7 @@ def _backward(
 ) -> dict[Site, Tensor]:
     seen: dict[Site, Tensor] = {}
     ids, mask = (t.to(model.device) for t in pad_right([t.ids for t in texts], model.pad_id))
+    model.require_room(ids.shape[1])
     with only_activations(model.module):
         with tapped(model, [*dict.fromkeys(site.whole for site in sites)], seen.__setitem__):
             logits = model.module(input_ids=ids, attention_mask=mask, use_cache=False).logits

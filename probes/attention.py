@@ -214,6 +214,7 @@ class _Sums:
         from transformers import DynamicCache
 
         model, ids, mask = self._model, self._batch.ids, self._batch.mask
+        model.require_room(ids.shape[1])
         cache = DynamicCache(config=model.module.config)
         handles = []
         try:

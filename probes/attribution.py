@@ -32,7 +32,7 @@ from probes.passes import Batch, batches, run
 from probes.results import interval, load_tensors, save_tensors
 from surgery.anatomy import Anatomy, Tap
 from surgery.edits import gain
-from surgery.model import Model
+from surgery.model import Model, require_no_adapter
 from surgery.rows import may_leave
 from surgery.sites import Patterns, Site, match, nothing_matched
 from surgery.transcript import Transcript, nobody_has, positions
@@ -118,8 +118,9 @@ class Contributions:
     def frame(self, *, draws: int = 2000, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
         """A row a part: layer, head, site, kind, at, score, low, high, n (questions).
 
-        kind: head, bias, attention, mlp, embed, constant or stream, which is their sum. low, high: percentile bootstrap over questions,
-        their transcripts with them; NaN from a single one.
+        kind: head, bias, attention, mlp, embed, constant or stream. The stream is the sum of attention, mlp, embed and constant, each layer's
+        attention that of its heads and bias. low, high: percentile bootstrap over questions, their transcripts with them; NaN from a
+        single one.
         """
         import pandas as pd
 
@@ -231,7 +232,8 @@ def contributions(
 
     A part is scored along the direction of the first site downstream of it: with a direction at every ``mid`` a head is scored where it
     writes (ThinkEdit), with one at ``14.mid`` alone all that leads up to it is, and sums to the stream's own component exactly.
-    Parts after the last site are not scored, and the forward pass does not reach them. Raises ValueError for a direction of another width,
+    Parts after the last site are not scored, and the forward pass does not reach them. What `steered` adds is of no part: inside it the
+    parts sum to the stream less that. Raises ValueError for a direction of another width,
     at another kind of site, zero or not finite, and where no transcript has the span.
     Source: ThinkEdit, arXiv 2503.22048, section 4, rearranged: ``<mean_t W_j z_tj, u> = mean_t <z_tj, W_jᵀ u>``, so that no vector of
     the stream's width is ever made for a head.
@@ -445,6 +447,7 @@ class _Along:
     """
 
     def __init__(self, model: Model, vectors: Callable[[Site], Tensor]):
+        require_no_adapter(model.module)  # scores are read back through the tensors alone
         self._model, self.vectors = model, vectors
         self._norms: dict[int, _Norm | None] = {}
         self._read: dict[_Part, tuple[Tensor, Tensor | None]] = {}

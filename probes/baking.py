@@ -101,6 +101,8 @@ def bake(what: Any, into: Model | Weights, *, closely: bool = False, **options: 
     ``g * y / rms(y)`` and u is absent from that exactly where g * u is absent from y.
     """
     steerings = several(what, options)
+    if isinstance(into, Model):
+        require_no_adapter(into.module)
     weights = into.weights if isinstance(into, Model) else into
     for steering in steerings:
         _require_everywhere(steering)

@@ -35,8 +35,9 @@ def read(
 ) -> None:
     """One forward pass that calls each function with its tap's live tensor, and ends when all have been called.
 
-    Raises ValueError when a tap's module does not run, as in a compiled model.
+    Raises ValueError when a tap's module does not run, as in a compiled model, and for a text longer than the model's positions.
     """
+    model.require_room(ids.shape[1])
     missing = dict(enumerate(tap for tap, _ in watched))
 
     def counted(number: int, see: Callable[[Tensor], None]) -> Callable[[Tensor], None]:

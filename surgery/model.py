@@ -35,6 +35,7 @@ class LiveWeights(Weights):
     """The weights of a live module: reads see the module as it is now."""
 
     def __init__(self, module: nn.Module, anatomy: Anatomy, layout: Checkpoint | None = None):
+        require_no_adapter(module)
         self.anatomy, self.layout = anatomy, layout
         self._parameters = dict(module.named_parameters())
         self._shapes = {s: place.take(self._parameters[place.name]).shape for s, place in anatomy.places.items()}
@@ -71,6 +72,7 @@ class Model:
     module:     the transformers model, in eval mode.
     checkpoint: the folder it was loaded from, if any; `write` imitates its files.
     markers:    the text around the thinking.
+    Raises ValueError for what wraps a model (PEFT, DataParallel, torch.compile), and for a family without a table.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Model:
         checkpoint: Checkpoint | None = None,
         markers: Markers = THINK,
     ):
+        _require_a_model(module)
         self.module, self.tokenizer, self.checkpoint, self.markers = module.eval(), tokenizer, checkpoint, markers
         names = (name for name, _ in module.named_parameters())
         self.anatomy = Anatomy.of(module.config, names, where=type(module).__name__)
@@ -113,7 +116,16 @@ class Model:
         return next(self.module.parameters()).device
 
     def prompt(self, question: str) -> str:
-        """The question in the chat template, up to where the model begins to speak; the bare question where there is no template."""
+        """The question in the chat template, up to where the model begins to speak; the bare question where there is no template.
+
+        Raises ValueError for a list of messages, and says how to go on with a chat of several turns.
+        """
+        if not isinstance(question, str):
+            raise ValueError(
+                f"A question is a text, not a {type(question).__name__}. A chat of several turns, or one with a system prompt, goes by its "
+                "tokens: ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False), then "
+                "model.continued([surgery.transcript.read_transcript(tokenizer, question, ids, [])])."
+            )
         if not self.tokenizer.chat_template:
             return question
         return str(
@@ -237,11 +249,21 @@ class Model:
         """prompt: tokens of the shortest prompt, past which a shared row would be some rows' completion for who follows the passes."""
         if not all(starts):
             raise ValueError("A prompt without a single token gives the model nothing to go on from: ask something.")
+        self.require_room(max(map(len, starts)) + length)
         ids, mask, begin = pad_after_prefix(starts, self.pad_id, most=prompt if followed(self.module) else None)
         cache = prefix_cache(self.module, starts[0][:begin], len(starts)) if begin else None
         if cache is None:
             ids, mask, _ = pad_after_prefix(starts, self.pad_id, share=False)
         return decode(self, ids, mask, length, cache, GumbelNoise(seeds, heat) if heat else None)
+
+    def require_room(self, tokens: int) -> None:
+        """Raise ValueError for a text longer than the positions a model has learned, where it has learned a row for each."""
+        place = self.anatomy.places.get(Site(None, "position"))
+        if place is not None and tokens > (rows := len(self.module.get_parameter(place.name))):
+            raise ValueError(
+                f"There are up to {tokens} tokens in a text, and this {self.anatomy.family} has {rows} positions: give shorter texts, or "
+                "generate fewer tokens."
+            )
 
     @property
     def pad_id(self) -> int:
@@ -270,6 +292,27 @@ class Model:
     def __repr__(self) -> str:
         a = self.anatomy
         return f"<Model {a.family}: {a.n_layers} layers, d {a.d_model}, {a.n_heads} heads ({a.n_kv_heads} kv) of {a.head_dim}, on {self.device}>"
+
+
+def require_no_adapter(module: nn.Module) -> None:
+    """Raise ValueError for a module with a PEFT adapter in it, which computes something else than the tensors that sites name."""
+    beside = next((name for name, _ in module.named_modules() if name.endswith(".base_layer")), None)
+    if beside is not None or any(kind.__name__ == "PeftModel" for kind in type(module).__mro__):
+        where = "" if beside is None else f", first at {beside.removesuffix('.base_layer')}"
+        raise ValueError(
+            f"{type(module).__name__} has an adapter beside its own tensors{where}: what that adds has no site. Merge it, as in "
+            "Model(peft_model.merge_and_unload(), tokenizer), or take it out with peft_model.unload()."
+        )
+
+
+def _require_a_model(module: nn.Module) -> None:
+    from transformers import PreTrainedModel
+
+    require_no_adapter(module)
+    if not isinstance(module, PreTrainedModel):
+        inside = next((name for name in ("module", "_orig_mod") if hasattr(module, name)), None)
+        fix = f"give the one inside, module.{inside}" if inside else "give what AutoModelForCausalLM makes"
+        raise ValueError(f"{type(module).__name__} is not a transformers model: {fix}.")
 
 
 def _heat(samples: int, temperature: float | None) -> float:

@@ -471,3 +471,20 @@ def test_silencing_inside_a_steering_of_the_stream():
         around = collect(model, run, at="1.mid", over="all")["1.mid"]
     torch.testing.assert_close(around, entering + 2)
     torch.testing.assert_close(inside, around)
+
+
+def test_an_adapter_in_the_module():
+    """Heads are scored by the matrix that mixes them: with an adapter beside it they were scored without, silently."""
+    peft = pytest.importorskip("peft")
+    model, runs = setup("llama")
+    before = len(model.weights)  # read before the adapter comes, they stay those of the base
+    adapted = peft.get_peft_model(model.module, peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False))
+    for ask in (contributions, writers_of):
+        with pytest.raises(ValueError, match=r"adapter beside its own tensors, first at model.layers.0.self_attn.o_proj"):
+            ask(model, direction(), runs, at="3.resid")
+    with pytest.raises(ValueError, match="adapter"):
+        logit_contributions(model, runs)
+    merged = Model(adapted.merge_and_unload(), model.tokenizer)
+    table = contributions(merged, direction(), runs, at="3.resid").frame().set_index("site")["score"]
+    assert len(merged.weights) == before
+    assert sum(table[f"1.attn.o.h{h}"] for h in range(HEADS)) == pytest.approx(table["1.attn.out"], rel=1e-4)

@@ -3,10 +3,14 @@
 import pytest
 import torch
 
+from probes.activations import collect, gradients
+from probes.attention import attention
+from probes.lens import lens
 from surgery.decoding import pad_after_prefix, prefix_cache
 from surgery.edits import Scale
 from surgery.model import Model, find, pick_device
 from surgery.rounding import as_dtype
+from surgery.transcript import read_transcript
 from surgery.weights import apply
 from surgery.writing import write
 from tests.families import FAMILIES, save_tiny, tiny
@@ -152,6 +156,62 @@ def test_requests_that_cannot_be(tmp_path):
         find("no/such-model")
     with pytest.raises(ValueError, match=r"is not a folder\. A checkpoint is a folder with"):
         Model.load(tmp_path / "none")
+
+
+def test_a_text_beyond_learned_positions():
+    """On a CPU it was an IndexError without a number in it; on a GPU it ends the process's use of it."""
+    model = Model(*tiny("gpt2"))
+    run = model.transcript("a" * 600, "b")
+    refused = pytest.raises(ValueError, match=r"\d+ tokens.* gpt2 has 512 positions")
+    for read in (collect, gradients, lens):
+        with refused:
+            read(model, [run], at="1.resid", over="all")
+    with refused:
+        attention(model, [run], to="prompt")
+    with refused:
+        model.generate("a" * 480, max_new_tokens=40)
+    assert len(model.generate("a" * 480, max_new_tokens=4)[0].ids) <= 512
+    Model(*tiny("llama")).generate("a" * 600, max_new_tokens=1)  # rotary ones go on
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_chat_of_several_turns():
+    """A list of messages is no question: it went into the template as it prints. What the error names does go on with a chat."""
+    model = Model(*tiny("llama"))
+    said = [("user", "hi"), ("assistant", "yo"), ("user", "and?")]
+    chat = [{"role": role, "content": text} for role, text in said]
+    for asked in ([chat], chat):
+        with pytest.raises(ValueError, match=r"A question is a text, not a (list|dict).*apply_chat_template.*continued"):
+            model.generate(asked, max_new_tokens=2)
+    with pytest.raises(ValueError, match="A question is a text"):
+        model.transcript(chat, "yes")
+    ids = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    (run,) = model.continued([read_transcript(model.tokenizer, "and?", ids, [])], max_new_tokens=3)
+    alone = model.module.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False)[0].tolist()
+    assert list(run.ids) == alone
+    assert run.prompt == "<bos>user: hiassistant: yo<eos>user: and?assistant:"
+
+
+def test_a_wrapped_module():
+    """What a wrapper adds has no site: neither a PEFT model nor the module under it, with the adapter in it, is taken for a damaged download."""
+    peft = pytest.importorskip("peft")
+    module, tokenizer = tiny("llama")
+    early = Model(module, tokenizer)
+    ids = torch.tensor([[5, 6, 7]])
+    adapted = peft.get_peft_model(module, peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False)).eval()
+    for wrapped in (adapted, module):
+        with pytest.raises(ValueError, match=r"adapter.*Model\(peft_model.merge_and_unload\(\), tokenizer\)"):
+            Model(wrapped, tokenizer)
+    with pytest.raises(ValueError, match="adapter.*merge_and_unload"):
+        len(early.weights)
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        merged = Model(adapted.merge_and_unload(), tokenizer)
+        torch.testing.assert_close(merged.module(ids).logits, expected)
+    with pytest.raises(ValueError, match="OptimizedModule.*not a transformers model.*_orig_mod"):
+        Model(torch.compile(tiny("llama")[0]), tokenizer)
+    with pytest.raises(ValueError, match="DataParallel.*not a transformers model.*module.module"):
+        Model(torch.nn.DataParallel(tiny("llama")[0]), tokenizer)
 
 
 def test_a_teachers_transcript():
