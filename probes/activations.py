@@ -208,8 +208,10 @@ def gradients(
         gradient at a site is the whole derivative, through everything that comes after it.
 
     Parameters get no gradient and keep the ones they have. Other arguments and errors as `collect`; ValueError also where `of` gives
-    something else than one number that depends on the logits.
+    something else than one number that depends on the logits, and inside ``torch.inference_mode``.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() allows no gradient: leave it. torch.no_grad() is no hindrance here.")
     run = _Run(model, transcripts, at, over, pool, batch_size)
     run.through = lambda batch, keep: _backward(model, [transcripts[i] for i in batch], run.sites, of, keep)
     return run.gather(range(len(transcripts)), progress)

@@ -214,6 +214,11 @@ def positions(transcript: Transcript, over: str | Sequence[str]) -> list[int]:
     the last; ``/therefore/`` the tokens of the completion that overlap a match of a regular expression, ``prompt~/not/`` those of the
     prompt. Raises ValueError, listing what can be asked for, on anything else.
     """
+    if not isinstance(transcript, Transcript):
+        raise ValueError(
+            f"A transcript was expected, not a {type(transcript).__name__} ({transcript!r:.60}). model.generate(questions) makes them, and "
+            "model.transcript(question, completion) one of a text."
+        )
     wanted = (over,) if isinstance(over, str) else over
     return sorted({i for text in wanted for i in _one_span(transcript, text)})
 

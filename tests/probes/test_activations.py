@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from probes.activations import Activations, collect, completion_nll, gradients, moments, stream
+from probes.attribution import contributions
 from probes.capture import forward
 from surgery.model import Model
 from surgery.sites import Site
@@ -495,6 +496,24 @@ def test_what_cannot_be_collected():
     ):
         with pytest.raises(ValueError, match=said):
             acts[wrong]
+
+
+def test_texts_are_no_transcripts(unchecked):
+    model, _ = setup()
+    said = r"A transcript was expected, not a str .*model\.generate\(questions\) .* model\.transcript\(question, completion\)"
+    for texts in (["the sky is"], "the sky is"):
+        with pytest.raises(ValueError, match=said):
+            collect(model, texts, over="all")
+    with pytest.raises(ValueError, match=said):
+        contributions(model, torch.ones(32), ["the sky is"], over="all")
+
+
+def test_no_gradient_in_inference_mode():
+    model, runs = setup()
+    with torch.no_grad():
+        assert gradients(model, runs[:1], at="1.resid")["1.resid"].any()
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode.*no_grad"):
+        gradients(model, runs[:1], at="1.resid")
 
 
 def test_ways_to_pool_that_do_not_exist(unchecked):

@@ -437,6 +437,8 @@ def test_what_cannot_be_attributed(unchecked):
         found.top(count=13)
     with pytest.raises(ValueError, match="matches no site"):
         found.score("0.mlp.out")
+    with pytest.raises(ValueError, match=r"against=' the': a token is meant by its id, as in tokenizer\(text, add_special_tokens=False\)"):
+        logit_contributions(model, runs, against=" the")
     with pytest.raises(ValueError, match="from 0 to 99; 1 were given"):
         logit_contributions(model, runs, against=[3])
     with pytest.raises(ValueError, match=r"1\.attn\.o names no part that can be silenced.*3\.mlp\.out"):
