@@ -652,7 +652,9 @@ def _others(model: Model, transcripts: Sequence[Transcript], against: int | Sequ
     if against is None:
         return None
     if isinstance(against, str):
-        raise ValueError(f"against={against!r}: a token is meant by its id, as in tokenizer(text, add_special_tokens=False).input_ids[0].")
+        raise ValueError(
+            f"against={against!r}: a token is meant by its id, as in tokenizer(text, add_special_tokens=False).input_ids[0]."
+        )
     others = [against] * len(transcripts) if isinstance(against, int) else list(against)
     if len(others) != len(transcripts) or not all(0 <= token < model.anatomy.vocab for token in others):
         raise ValueError(

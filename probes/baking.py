@@ -24,7 +24,7 @@ from torch import Tensor
 from probes.steering import TEXTS, Placed, Steering, place, several, steered
 from surgery.edits import AddDirection, RemoveDirection
 from surgery.linalg import project_out
-from surgery.model import Model, installed
+from surgery.model import Model, installed, require_no_adapter
 from surgery.rows import rows_are
 from surgery.sites import Site
 from surgery.weights import Weights, apply

@@ -59,9 +59,7 @@ def read(
 
 
 @contextmanager
-def tapped(
-    model: Model, sites: Sequence[Site], see: Callable[[Site, Tensor], None]
-) -> Iterator[list[RemovableHandle]]:
+def tapped(model: Model, sites: Sequence[Site], see: Callable[[Site, Tensor], None]) -> Iterator[list[RemovableHandle]]:
     """Call ``see(site, value)`` with the live tensor whenever a forward pass inside the block comes by a site.
 
     A head's value is its slice of the whole, and what is steered or silenced in blocks around this one or inside it has been. Gives the

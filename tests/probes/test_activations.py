@@ -512,7 +512,7 @@ def test_no_gradient_in_inference_mode():
     model, runs = setup()
     with torch.no_grad():
         assert gradients(model, runs[:1], at="1.resid")["1.resid"].any()
-    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode.*no_grad"):
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"inference_mode.*no_grad"):
         gradients(model, runs[:1], at="1.resid")
 
 

@@ -437,7 +437,10 @@ def test_what_cannot_be_attributed(unchecked):
         found.top(count=13)
     with pytest.raises(ValueError, match="matches no site"):
         found.score("0.mlp.out")
-    with pytest.raises(ValueError, match=r"against=' the': a token is meant by its id, as in tokenizer\(text, add_special_tokens=False\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"against=' the': a token is meant by its id, as in tokenizer\(text, add_special_tokens=False\)",
+    ):
         logit_contributions(model, runs, against=" the")
     with pytest.raises(ValueError, match="from 0 to 99; 1 were given"):
         logit_contributions(model, runs, against=[3])
@@ -482,7 +485,9 @@ def test_an_adapter_in_the_module():
     before = len(model.weights)  # read before the adapter comes, they stay those of the base
     adapted = peft.get_peft_model(model.module, peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False))
     for ask in (contributions, writers_of):
-        with pytest.raises(ValueError, match=r"adapter beside its own tensors, first at model.layers.0.self_attn.o_proj"):
+        with pytest.raises(
+            ValueError, match=r"adapter beside its own tensors, first at model.layers.0.self_attn.o_proj"
+        ):
             ask(model, direction(), runs, at="3.resid")
     with pytest.raises(ValueError, match="adapter"):
         logit_contributions(model, runs)

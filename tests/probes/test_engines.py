@@ -90,7 +90,9 @@ def test_what_hooks_change_is_refused(engine):
         collect(model, run, at="2.resid", engine=engine)
     with recording(model, at="1.resid"), pytest.raises(ValueError, match="engine='torch'"):
         collect(model, run, at="2.resid", engine=engine)
-    model.module(torch.tensor([run[0].ids]), output_hidden_states=True)  # hangs hooks of transformers' own on the module
+    model.module(
+        torch.tensor([run[0].ids]), output_hidden_states=True
+    )  # hangs hooks of transformers' own on the module
     assert len(collect(model, run, at="2.resid", engine=engine))
 
 

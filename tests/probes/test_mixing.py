@@ -193,3 +193,23 @@ def test_what_cannot_be_mixed(unchecked):
     cache = base.module(input_ids=IDS, use_cache=True).past_key_values
     with mixed(base, tuned, 0.5), pytest.raises(ValueError, match="20 tokens in the cache were not read by both"):
         base.module(input_ids=IDS[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_steering_and_mixing(outside):
+    """Weights of this model are steered with it, another model is not; either block may be around the other."""
+    model, other = Model(*tiny("llama")), Model(*tiny("llama", seed=1))
+    edited, ids = apply(Scale(0.3), model.weights, "*.attn.o"), torch.tensor([[1, 40, 50, 60]])
+
+    def steering():
+        return steered(model, torch.ones(32), strength=2.0, at="1.resid", over="all", units="raw")
+
+    with torch.no_grad(), steering():
+        base = model.module(ids).logits
+        with model.installed(edited):
+            both = model.module(ids).logits
+    with torch.no_grad():
+        for tuned, logits in ((edited, both), (other, other.module(ids).logits)):
+            first, second = (steering(), mixed(model, tuned, 0.5))[:: 1 if outside else -1]
+            with first, second:
+                torch.testing.assert_close(model.module(ids).logits, (base + logits) / 2)

@@ -181,7 +181,9 @@ def test_a_chat_of_several_turns():
     said = [("user", "hi"), ("assistant", "yo"), ("user", "and?")]
     chat = [{"role": role, "content": text} for role, text in said]
     for asked in ([chat], chat):
-        with pytest.raises(ValueError, match=r"A question is a text, not a (list|dict).*apply_chat_template.*continued"):
+        with pytest.raises(
+            ValueError, match=r"A question is a text, not a (list|dict).*apply_chat_template.*continued"
+        ):
             model.generate(asked, max_new_tokens=2)
     with pytest.raises(ValueError, match="A question is a text"):
         model.transcript(chat, "yes")
@@ -202,15 +204,15 @@ def test_a_wrapped_module():
     for wrapped in (adapted, module):
         with pytest.raises(ValueError, match=r"adapter.*Model\(peft_model.merge_and_unload\(\), tokenizer\)"):
             Model(wrapped, tokenizer)
-    with pytest.raises(ValueError, match="adapter.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"adapter.*merge_and_unload"):
         len(early.weights)
     with torch.no_grad():
         expected = adapted(ids).logits
         merged = Model(adapted.merge_and_unload(), tokenizer)
         torch.testing.assert_close(merged.module(ids).logits, expected)
-    with pytest.raises(ValueError, match="OptimizedModule.*not a transformers model.*_orig_mod"):
+    with pytest.raises(ValueError, match=r"OptimizedModule.*not a transformers model.*_orig_mod"):
         Model(torch.compile(tiny("llama")[0]), tokenizer)
-    with pytest.raises(ValueError, match="DataParallel.*not a transformers model.*module.module"):
+    with pytest.raises(ValueError, match=r"DataParallel.*not a transformers model.*module.module"):
         Model(torch.nn.DataParallel(tiny("llama")[0]), tokenizer)
 
 
