@@ -494,4 +494,4 @@ def test_an_adapter_in_the_module():
     merged = Model(adapted.merge_and_unload(), model.tokenizer)
     table = contributions(merged, direction(), runs, at="3.resid").frame().set_index("site")["score"]
     assert len(merged.weights) == before
-    assert sum(table[f"1.attn.o.h{h}"] for h in range(HEADS)) == pytest.approx(table["1.attn.out"], rel=1e-4)
+    assert sum(table[f"1.attn.o.h{h}"] for h in range(HEADS)) == pytest.approx(table["1.attn.out"], rel=1e-4, abs=1e-4)

@@ -198,18 +198,14 @@ def test_a_wrapped_module():
     """What a wrapper adds has no site: neither a PEFT model nor the module under it, with the adapter in it, is taken for a damaged download."""
     peft = pytest.importorskip("peft")
     module, tokenizer = tiny("llama")
-    early = Model(module, tokenizer)
-    ids = torch.tensor([[5, 6, 7]])
+    early, plain = Model(module, tokenizer), module.model.layers[0].self_attn.o_proj.weight.detach().clone()
     adapted = peft.get_peft_model(module, peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False)).eval()
     for wrapped in (adapted, module):
         with pytest.raises(ValueError, match=r"adapter.*Model\(peft_model.merge_and_unload\(\), tokenizer\)"):
             Model(wrapped, tokenizer)
     with pytest.raises(ValueError, match=r"adapter.*merge_and_unload"):
         len(early.weights)
-    with torch.no_grad():
-        expected = adapted(ids).logits
-        merged = Model(adapted.merge_and_unload(), tokenizer)
-        torch.testing.assert_close(merged.module(ids).logits, expected)
+    assert not torch.equal(Model(adapted.merge_and_unload(), tokenizer).weights["0.attn.o"], plain)
     with pytest.raises(ValueError, match=r"OptimizedModule.*not a transformers model.*_orig_mod"):
         Model(torch.compile(tiny("llama")[0]), tokenizer)
     with pytest.raises(ValueError, match=r"DataParallel.*not a transformers model.*module.module"):
