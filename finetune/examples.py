@@ -96,7 +96,8 @@ def _example(index: int, item: object, spans: Mapping[str, float]) -> Example:
 
 
 def rows_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """The groups as plain rows, as a data set keeps them: lists of one entry a member, and each member's number (`sample`).
+    """The groups as plain rows, as a data set keeps them: lists of one entry a member, each member's number (`sample`), and the tokens of the
+    longest (`length`), by which a trainer may put rows of like length together.
 
     Raises ValueError for a column that some of the examples lack, or that has the name of one of a batch's own fields.
     """
@@ -116,6 +117,7 @@ def rows_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
                 "token_weights": [list(e.weights) for e in group],
                 "sample": [sample + k for k in range(len(group))],
                 "columns": {name: [float(e.columns[name]) for e in group] for name in names},
+                "length": max(len(e.transcript.ids) for e in group),
             }
         )
         sample += len(group)
@@ -128,12 +130,17 @@ class Collate:
 
     Gives input_ids, attention_mask and labels ``[batch, token]`` (labels unshifted, -100 where the weight is 0), token_weights ``[batch,
     token]``, sample ``[batch]`` (the sequence's number in the data: the same in every epoch), group ``[batch]`` (counted within the
-    batch), and each column ``[batch]``.
+    batch), and each column ``[batch]``. Raises ValueError for rows that are not, or not whole, those of `rows_of`.
     """
 
     pad_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if lacking := [name for name in ("input_ids", "token_weights", "sample", "columns") if name not in rows[0]]:
+            raise ValueError(
+                f"The rows lack {lacking[0]!r}; they have {', '.join(sorted(rows[0])) or 'nothing'}. Collate takes the rows of rows_of, and a "
+                "trainer drops columns that the model does not know: give its arguments remove_unused_columns=False."
+            )
         ids = [torch.tensor(i) for row in rows for i in row["input_ids"]]
         weights = [torch.tensor(w) for row in rows for w in row["token_weights"]]
         pad = torch.nn.utils.rnn.pad_sequence
@@ -151,3 +158,31 @@ class Collate:
         return batch | {
             name: torch.tensor([v for row in rows for v in row["columns"][name]]) for name in rows[0]["columns"]
         }
+
+
+def require_rows(batch: Any) -> None:
+    """Raises ValueError for what is no batch of labelled rows, one text each, padded on the right."""
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        found = ", ".join(sorted(batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise ValueError(
+            f"An objective looks at labelled tokens, and the trainer's batches have no labels: {found}. Leave objective out where the trainer "
+            "has a loss of its own (preferences, rewards), or give it the data of rows_of and the collator Collate."
+        )
+    if "attention_mask" not in batch or "position_ids" in batch:
+        raise ValueError(
+            f"An objective looks at one text a row, and the trainer's batches ({', '.join(sorted(batch))}) have several texts in one row, or no "
+            "attention_mask. Give the trainer packing=False and padding_free=False, or leave objective out."
+        )
+    if not bool(batch["attention_mask"][:, 0].all()):
+        raise ValueError(
+            "An objective looks at rows padded on the right, and these are padded on the left. Set the tokenizer's padding_side = 'right'."
+        )
+
+
+def require_numbers(who: str, numbered: bool) -> None:
+    """Raises ValueError where a batch does not say which sequences of the data it has."""
+    if not numbered:
+        raise ValueError(
+            f"{who} knows a sequence again by its number in the data, and the trainer's batches have none ('sample'). Give it the data of "
+            "rows_of and Collate as its collator."
+        )

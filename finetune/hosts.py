@@ -28,7 +28,7 @@ from transformers.integrations.integration_utils import default_logdir
 
 from finetune.checkpoints import checkpoints, is_complete, mark_complete
 from finetune.distributed import exempt_from_ddp, is_sharded, local_part, refuse_deepspeed
-from finetune.examples import IGNORED
+from finetune.examples import IGNORED, require_rows
 from finetune.lift import LIFT, lift_of
 from finetune.monitors import Recorder, reporters_last
 from finetune.objectives import Objective
@@ -62,11 +62,12 @@ class Corruption(Protocol):
 class Surgical(_Host):
     """A mixin for transformers.Trainer and TRL's trainers; write it before the trainer among the bases.
 
-    objective: what is minimised, by totals of the whole optimizer step; None leaves the trainer its own loss (as GRPO's must).
+    objective: what is minimised, by totals of the whole optimizer step; None leaves the trainer its own loss (as GRPO's must). It takes
+               labelled rows of one text each, padded on the right: of `Collate`, or of the trainer's own collator without packing.
     corrupt:   changes the inputs of a micro-batch. terms: losses added once an optimizer step (in every
                process the same one, of which the mean over processes is one).
-    reference: the frozen starting model, for an objective that asks for it; by default the adapter switched off where there is one, else
-               a copy made now. Nothing is copied for an objective that does not ask.
+    reference: the frozen starting model, for an objective that asks for it; by default the adapter switched off where nothing but one
+               trains, else a copy made now. Nothing is copied for an objective that does not ask.
     The loss of an evaluation is the objective too, of each batch by its own totals; the mean over batches counts their sequences.
     The shares that the objective names (`finetune.objectives.Objective`) are logged beside the loss, of the same steps; so is
     ``mask_overlap``, in [0, 1], where `LIFT` has chosen anew since: intersection over union of the old mask and the new one.
@@ -96,6 +97,8 @@ class Surgical(_Host):
         super().__init__(*args, **kwargs)
         if self._lift():
             refuse_deepspeed()
+        if objective is not None:
+            self._require_no_other_loss(objective)
         self._objective, self._corrupt, self._terms = objective, corrupt, tuple(terms)
         self._totals: Totals | None = None
         self._begun = -1  # the optimizer step whose terms were added
@@ -103,12 +106,24 @@ class Surgical(_Host):
         self._counted: dict[str, Tensor] = {}  # since the last log: the weight of what is learnt, and of each share
         if objective is not None:
             self.loss_is_scaled_for_ga = True  # it was divided by the totals of the whole step
-            if getattr(objective, "reference", False) and reference is None and not _adapted(self._bare()):
+            if getattr(objective, "reference", False) and reference is None and not _adapter_alone(self._bare()):
                 self._reference = copy.deepcopy(self._bare()).requires_grad_(False).eval()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Recorder):
                 callback.send_through(self)
         reporters_last(self)
+
+    def _require_no_other_loss(self, objective: Objective) -> None:
+        """Raises ValueError for settings of a loss that the objective takes the place of."""
+        given = {
+            "compute_loss_func": self.compute_loss_func is not None,
+            "label_smoothing_factor": self.args.label_smoothing_factor != 0,
+            "loss_type": getattr(self.args, "loss_type", "nll") == "dft",
+        }
+        if idle := [name for name, there in given.items() if there]:
+            raise ValueError(
+                f"{idle[0]} is of the trainer's own loss, and the objective {objective!r} is minimised in its place: give one of the two."
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if reset := getattr(self._objective, "reset", None):
@@ -122,6 +137,8 @@ class Surgical(_Host):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         if self._objective is not None and batch_samples:
+            for batch in batch_samples:
+                require_rows(batch)
             sums = functools.reduce(lambda a, b: a + b, map(Totals.of, batch_samples))
             if self.args.world_size > 1:
                 mine = torch.tensor([sums.tokens, sums.sequences, sums.groups], dtype=torch.float64, device=device)
@@ -392,7 +409,12 @@ def _within(wrapper: nn.Module, compute: Callable[[], Predictions]) -> Predictio
     return replace(found[0], raw=logits)
 
 
-def _adapted(module: nn.Module) -> bool:
-    return bool(getattr(module, "_hf_peft_config_loaded", False)) or any(
-        "lora_" in name or "shira_" in name for name, _ in module.named_parameters()
-    )
+_ADAPTED = ("lora_", "shira_")  # in the names of an adapter's parameters
+
+
+def _adapter_alone(module: nn.Module) -> bool:
+    """Whether what trains is an adapter, without which the module is the starting model."""
+    names = {name: p.requires_grad for name, p in module.named_parameters()}
+    adapted = getattr(module, "_hf_peft_config_loaded", False) or any(part in name for name in names for part in _ADAPTED)
+    others = (trains for name, trains in names.items() if not any(part in name for part in (*_ADAPTED, "modules_to_save")))
+    return adapted and not any(others)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 from torch.utils.checkpoint import checkpoint
 
-from finetune.examples import IGNORED
+from finetune.examples import IGNORED, require_numbers
 from finetune.predictions import Predictions
 
 IMPROBABLE = 0.01
@@ -361,6 +361,7 @@ class Glow(Additive):
 
     def __call__(self, p: Predictions, /) -> Tensor:
         means = _total(p) / p.per_row(p.weights)
+        require_numbers("Glow", p.numbered)
         weights = self.weights(p.sample, means.detach())
         if torch.is_grad_enabled():
             self._remember(p.sample, means.detach())
@@ -561,6 +562,7 @@ class MaskedThought:
         """The same batch with other `input_ids`; the batch given is left as it is."""
         import numpy as np
 
+        require_numbers("MaskedThought", "sample" in batch)
         ids, learnt = batch["input_ids"], (batch["labels"] != IGNORED).cpu()
         rate, hidden = self.rate_at(step, steps), torch.zeros(ids.shape, dtype=torch.bool)
         for i, sample in enumerate(batch["sample"].tolist()):

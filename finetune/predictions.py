@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finetune.examples import IGNORED, OWN
+from finetune.examples import IGNORED, OWN, require_rows
 from surgery.borrowing import text_positions
 from surgery.decoding import common_prefix, prefix_cache
 
@@ -58,6 +58,7 @@ class Predictions:
     rows:      how many sequences. sample, group: of each. columns: the other numbers that the data has, by name.
     totals:    of the whole optimizer step.
     reference: gives the logits of the frozen starting model at the same places, without gradient; None where nobody asked for it.
+    numbered:  whether `sample` is the sequence's number in the data; else it is that in the batch.
     """
 
     raw: Float[Tensor, "token vocab"]
@@ -70,6 +71,7 @@ class Predictions:
     totals: Totals
     columns: Mapping[str, Float[Tensor, " rows"]] = field(default_factory=dict)
     reference: Callable[[], Float[Tensor, "token vocab"]] | None = None
+    numbered: bool = True
 
     @cached_property
     def logits(self) -> Float[Tensor, "token vocab"]:
@@ -93,8 +95,10 @@ def predict(
     """The module's predictions at the labelled tokens of a batch padded on the right.
 
     totals: of the optimizer step; by default of this batch alone. Two savings leave the values as they are: only labelled positions
-    reach the vocabulary, and the prompt that all rows begin with is computed once (`share`), its gradient being the sum of theirs.
+    reach the vocabulary, and the prompt that all rows begin with is computed once (`share`), its gradient being the sum of theirs; not where
+    NEFTune's noise on the embeddings is drawn for each row. Raises ValueError for rows that are packed, or padded on the left.
     """
+    require_rows(batch)
     labels = batch["labels"]
     wanted = labels[:, 1:] != IGNORED
     row, column = wanted.nonzero(as_tuple=True)
@@ -113,6 +117,7 @@ def predict(
         totals or Totals.of(batch),
         {name: value for name, value in batch.items() if name not in OWN and value.shape == (rows,)},
         reference,
+        "sample" in batch,
     )
 
 
@@ -133,7 +138,9 @@ def _raw_logits_at(module: Any, batch: Mapping[str, Tensor], row: Tensor, column
     start, cache = 0, None
     # layers that are recomputed in the backward pass would drop the cache of the prompt
     recomputed = module.training and getattr(module, "is_activation_checkpointing", False)
-    if share and len(ids) > 1 and not recomputed and "pixel_values" not in batch:
+    # of the length of a row, too, by which it is scaled
+    noisy = module.training and hasattr(module.get_input_embeddings(), "neftune_noise_alpha")
+    if share and len(ids) > 1 and not recomputed and not noisy and "pixel_values" not in batch:
         start = min(common_prefix(ids.tolist()), int(column.min()))
         cache = prefix_cache(module, ids[0, :start].tolist(), len(ids)) if start else None
         start = 0 if cache is None else start

@@ -16,7 +16,7 @@ from analyses.tasks import chained_sums
 from finetune.examples import Collate, Example, examples, rows_of
 from finetune.hosts import Surgical
 from finetune.lift import LIFT
-from finetune.objectives import nll, objective
+from finetune.objectives import Glow, MaskedThought, nll, objective
 from finetune.predictions import Predictions, Totals, predict
 from finetune.retention import EWC, Kickstarting, Replay, fisher_diagonal
 from finetune.tune import tune
@@ -531,3 +531,147 @@ def test_a_gradient_that_is_not_finite_names_step_and_parameter(method: Any, tmp
             save_every=2,
             autocast=False,
         )
+
+
+# --- a trainer's own data and settings --------------------------------------------------------------------------------------
+
+
+def plain(m: Model, folder: Path, *, trl: bool = False, rows: Any = None, settings: Any = None, **options: Any) -> Any:
+    """A host with other data, another collator or other settings than ours."""
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+    from trl import SFTConfig, SFTTrainer
+
+    class Hosted(Surgical, SFTTrainer if trl else Trainer):  # type: ignore[misc]
+        pass
+
+    Arguments = SFTConfig if trl else TrainingArguments
+    own = {} if rows is not None else {"data_collator": Collate(m.pad_id)}
+    given: Any = {"objective": nll, "processing_class": m.tokenizer, **own, **options}
+    data = Dataset.from_list(rows or rows_of(examples(taught(m))))
+    args = Arguments(**arguments(str(folder), **({"bf16": False} if trl else {}), **(settings or {})))
+    return Hosted(model=given.pop("model", m.module), args=args, train_dataset=data, **given)
+
+
+def told_plainly(count: int = 8) -> list[dict[str, str]]:
+    return [{"prompt": q.question, "completion": f" {q.answer}"} for q in QUESTIONS[:count]]
+
+
+def test_noise_on_the_embeddings_is_drawn_for_whole_rows(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    seen: list[Tensor] = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            def look(embed: Any, given: Any, found: Tensor) -> None:
+                seen.append(found.detach() - torch.nn.functional.embedding(given[0], embed.weight.detach()))
+
+            model.get_input_embeddings().register_forward_hook(look)
+
+    m = model()
+    settings = {"neftune_noise_alpha": 5.0, "max_steps": 1}
+    plain(m, tmp_path, settings=settings, callbacks=[Look()]).train()
+    assert len(seen) == 2  # micro-batches
+    for noise in seen:
+        rows, tokens, width = noise.shape
+        bound = 5 / (tokens * width) ** 0.5
+        assert rows == 2 and 0.99 * bound < float(noise.abs().max()) <= bound * 1.001
+        assert not torch.equal(noise[0], noise[1])
+
+
+def test_the_reference_is_the_start_where_weights_train_beside_an_adapter(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    m = model()
+    wrapped: Any = get_peft_model(m.module, LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[arg-type]
+    beside = [(n, p) for n, p in wrapped.named_parameters() if "down_proj" in n]
+    for _, p in beside:
+        p.requires_grad_(True)
+    data = taught(m, 4)
+    with torch.no_grad():
+        start = float(predict(m.module, batch(m, data)).nll.mean())
+    means: list[float] = []
+
+    @objective(reference=True)
+    def watched(p: Predictions) -> Tensor:
+        assert p.reference is not None
+        means.append(float(torch.nn.functional.cross_entropy(p.reference(), p.targets)))
+        return nll(p)
+
+    plain(
+        m,
+        tmp_path,
+        model=wrapped,
+        objective=watched,
+        rows=rows_of(examples(data)),
+        data_collator=Collate(m.pad_id),
+        optimizers=(LIFT(beside, lr=1e-2, density=0.5), None),
+        settings={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+    ).train()
+    assert means == [pytest.approx(start, rel=1e-5)] * 3
+
+
+@pytest.mark.parametrize("what", ["glow", "masked thought"])
+def test_what_knows_sequences_again_needs_their_numbers(what: str, tmp_path: Path) -> None:
+    m = model()
+    options: Any = {"objective": Glow()} if what == "glow" else {"corrupt": MaskedThought(m.pad_id)}
+    with pytest.raises(ValueError, match=r"number in the data.*'sample'.*rows_of and Collate"):
+        plain(m, tmp_path, trl=True, rows=told_plainly(), **options).train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"packing": True, "max_length": 64}, r"several texts in one row.*packing=False.*padding_free=False"),
+        ({"padding_free": True, "max_length": None}, r"several texts in one row"),
+    ],
+)
+def test_an_objective_refuses_packed_rows(settings: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        plain(model(), tmp_path, trl=True, rows=told_plainly(), settings=settings).train()
+
+
+def test_an_objective_refuses_rows_padded_on_the_left(tmp_path: Path) -> None:
+    from transformers import DataCollatorForSeq2Seq
+
+    m = model("gpt2")
+    m.tokenizer.padding_side = "left"
+    rows = [{"input_ids": list(t.ids), "labels": list(t.ids)} for t in taught(m)]
+    collator = DataCollatorForSeq2Seq(m.tokenizer)
+    with pytest.raises(ValueError, match=r"padded on the left.*padding_side = 'right'"):
+        plain(m, tmp_path, rows=rows, data_collator=collator).train()
+
+
+def test_an_objective_needs_labels(tmp_path: Path) -> None:
+    m = model()
+    rows = [{"input_ids": list(t.ids)} for t in taught(m)]
+    with pytest.raises(ValueError, match=r"no labels.*attention_mask, input_ids.*Leave objective out"):
+        plain(m, tmp_path, rows=rows, data_collator=lambda r: dict(m.tokenizer.pad(r, return_tensors="pt"))).train()
+
+
+def test_columns_that_a_trainer_drops_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lack 'token_weights'.*remove_unused_columns=False"):
+        plain(model(), tmp_path, settings={"remove_unused_columns": True}).train()
+
+
+@pytest.mark.parametrize("what", ["label_smoothing_factor", "compute_loss_func", "loss_type"])
+def test_a_loss_that_the_objective_would_replace_is_refused(what: str, tmp_path: Path) -> None:
+    m = model()
+    own: Any = {"compute_loss_func": lambda *_, **__: 0.0} if what == "compute_loss_func" else {}
+    settings: Any = {"label_smoothing_factor": 0.1} if what == "label_smoothing_factor" else {}
+    if what == "loss_type":
+        settings = {"loss_type": "dft"}
+    with pytest.raises(ValueError, match=rf"{what} .*objective"):
+        plain(m, tmp_path, trl=what == "loss_type", rows=told_plainly(), settings=settings, **own)
+
+
+def test_rows_of_like_length_go_together(tmp_path: Path) -> None:
+    m = model()
+    rows = rows_of(examples([(t, taught(m)[0]) for t in taught(m)]))
+    assert [row["length"] for row in rows] == [max(len(i) for i in row["input_ids"]) for row in rows]
+    trainer = plain(
+        m, tmp_path, rows=rows, data_collator=Collate(m.pad_id), settings={"train_sampling_strategy": "group_by_length"}
+    )
+    sampler = trainer._get_train_sampler()
+    assert sampler.lengths == [row["length"] for row in rows]
