@@ -31,6 +31,7 @@ from finetune.learner import (
     check_budget,
     learner,
     one_device,
+    require_norm,
     require_one_process,
     require_versions,
 )
@@ -170,6 +171,7 @@ def grpo(
     """
     require_versions("trl", "peft")
     _check(trains, steps, groups, samples, accumulate, beta, loss, scale_rewards, temperature, max_new_tokens, patience)
+    require_norm(max_grad_norm)
     more = {
         name: value
         for name, value in {"filter_rank": filter_rank, "refresh": refresh, "select": select}.items()

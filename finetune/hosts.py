@@ -68,7 +68,8 @@ class Surgical(_Host):
                process the same one, of which the mean over processes is one).
     reference: the frozen starting model, for an objective that asks for it; by default the adapter switched off where nothing but one
                trains, else a copy made now. Nothing is copied for an objective that does not ask.
-    The loss of an evaluation is the objective too, of each batch by its own totals; the mean over batches counts their sequences.
+    The loss of an evaluation is the objective too, of each batch by its own totals; the mean over batches counts their sequences. What an
+    objective remembers of training sequences has no part in it.
     The shares that the objective names (`finetune.objectives.Objective`) are logged beside the loss, of the same steps; so is
     ``mask_overlap``, in [0, 1], where `LIFT` has chosen anew since: intersection over union of the old mask and the new one.
     A `Recorder` among the callbacks sends its headline numbers through this trainer's log, and so to what its ``report_to`` names.
@@ -230,7 +231,9 @@ class Surgical(_Host):
         with self.accelerator.autocast():
             if reduced:
                 return _within(model, lambda: predict(through, batch, totals=totals, reference=reference))
-            return predict(through, batch, totals=totals, reference=reference)
+            found = predict(through, batch, totals=totals, reference=reference)
+            # an evaluation's numbers are those of other data
+            return found if model.training else replace(found, numbered=False)
 
     @torch.no_grad()
     def _reference_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -415,6 +418,10 @@ _ADAPTED = ("lora_", "shira_")  # in the names of an adapter's parameters
 def _adapter_alone(module: nn.Module) -> bool:
     """Whether what trains is an adapter, without which the module is the starting model."""
     names = {name: p.requires_grad for name, p in module.named_parameters()}
-    adapted = getattr(module, "_hf_peft_config_loaded", False) or any(part in name for name in names for part in _ADAPTED)
-    others = (trains for name, trains in names.items() if not any(part in name for part in (*_ADAPTED, "modules_to_save")))
+    adapted = getattr(module, "_hf_peft_config_loaded", False) or any(
+        part in name for name in names for part in _ADAPTED
+    )
+    others = (
+        trains for name, trains in names.items() if not any(part in name for part in (*_ADAPTED, "modules_to_save"))
+    )
     return adapted and not any(others)

@@ -137,6 +137,12 @@ def require_one_process(who: str) -> None:
         )
 
 
+def require_norm(max_grad_norm: float) -> None:
+    """Raises ValueError for what gradients cannot be clipped to: a trainer would go on without clipping."""
+    if not max_grad_norm >= 0:
+        raise ValueError(f"max_grad_norm={max_grad_norm}: the joint norm that gradients are clipped to is above 0; 0 does not clip.")
+
+
 def require_versions(*names: str) -> None:
     """Raises ValueError where a library is not of the versions that this distribution asks for, and says how to get one that is."""
     from packaging.requirements import Requirement

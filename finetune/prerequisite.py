@@ -24,7 +24,7 @@ from torch import nn
 from finetune.checkpoints import digest, discard, last_complete, require_same_run, require_somewhere
 from finetune.examples import Collate, Example, Item, Over, examples, rows_of
 from finetune.hosts import Surgical
-from finetune.learner import adapted_layers, as_before, one_device, require_one_process, require_versions
+from finetune.learner import adapted_layers, as_before, one_device, require_norm, require_one_process, require_versions
 from finetune.objectives import nll
 from surgery.lowrank import Factored
 from surgery.model import Model
@@ -104,6 +104,7 @@ def prereq_tune(
     require_somewhere(save_every, checkpoints)
     if low := [f"{name}={value}" for name, value in counts.items() if value < 1]:
         raise ValueError(f"{', '.join(low)}: each is at least 1.")
+    require_norm(max_grad_norm)
     require_one_process("prereq_tune")
     names = {version: f"knowledge{k}" for k, version in enumerate(knowledge)}  # PEFT's names take no dots
     facts = {version: [e for (e,) in _alone(data, knowledge_over)] for version, data in knowledge.items()}

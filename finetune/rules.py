@@ -48,6 +48,7 @@ Control = Literal["random", "permuted", "flipped"]
 Store = Literal["memory", "pinned", "lazy"]
 Form = Literal["gradient", "update"]
 Where = str | Site | Sequence[str | Site]
+Schedule = Callable[[int, int], float]
 PRESETS = ("default", "attn", "mlp", "norm", "bias", "full")
 _ALL = "all"
 
@@ -291,6 +292,8 @@ class DRIFT(TrainerCallback):
     at:     where: patterns of sites, or presets: "default" the attention and MLP matrices, "attn", "mlp", "norm" the layers' norms,
             "bias" the matrices' biases, "full" every tensor of the language model; "embed" and "head" are sites themselves.
     layers: one layer, a range, a slice or any integers: only there; what is outside the layers is then left out.
+    schedule: ``(steps done, steps in all) -> number``, by which every strength is multiplied in the coming step: ``lambda step, steps: 1 - step
+            / steps`` lets the pull fade. Asked once an optimizer step; a run that resumes goes on with the one it is given, of the same name.
     form:   "gradient" bends the gradient. "update" is the decoupled form: it bends the optimizer's own step by the same rule,
             after it was taken, so that the strength is in units of that step whatever the optimizer makes of gradients; it keeps a
             copy of the tensors over the step.
@@ -320,6 +323,7 @@ class DRIFT(TrainerCallback):
         at: Where = "default",
         *,
         layers: Indices | None = None,
+        schedule: Schedule | None = None,
         form: Form = "gradient",
         normalise: bool = True,
         control: Control | None = None,
@@ -343,7 +347,7 @@ class DRIFT(TrainerCallback):
             prior = controlled(prior, control, seed)
         self.rule: Rule = rule
         self.form, self.legacy, self._least, self._every = form, legacy, least, log_every
-        self._model, self._asked = model, list(strengths)
+        self._model, self._asked, self._schedule = model, list(strengths), schedule
         self._parts, self.errors, digest = _parts(
             prior, strengths, weights, store, rank, normalise and rule == "absolute"
         )
@@ -352,6 +356,8 @@ class DRIFT(TrainerCallback):
             "prior": digest, "rule": rule, "form": form, "normalise": normalise, "control": control, "seed": seed, "rank": rank,
             "legacy": legacy, "alpha": {str(part.site): part.alpha for part in self._parts},
         }  # fmt: skip
+        if schedule is not None:
+            self.settings["schedule"] = getattr(schedule, "__name__", type(schedule).__name__)
         self._lines: list[Reading] = []
         self._handles: list[Any] = []
         self._fresh: Reading | None = None
@@ -370,9 +376,14 @@ class DRIFT(TrainerCallback):
         if self.legacy:
             self._hook()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.legacy:
+            self._strengthen(state)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if self.legacy:
             return
+        self._strengthen(state)
         lift = lift_of(given.get("optimizer"))
         gathered = {g.parameter: (g.indices, g.grad) for g in lift.gathered()} if lift else {}
         act = _Part.remember if self.form == "update" else _Part.bend
@@ -467,6 +478,17 @@ class DRIFT(TrainerCallback):
         self._starts = {Site.parse(s): value for s, value in saved["starts"].items()}
         self._lines = [Reading(*line) for line in saved["lines"]]
 
+    def _strengthen(self, state: Any) -> None:
+        if self._schedule is None:
+            return
+        factor = float(self._schedule(state.global_step, state.max_steps))
+        if not math.isfinite(factor):
+            raise ValueError(
+                f"The schedule gave {factor} at step {state.global_step + 1}: what strengths are multiplied by is a finite number."
+            )
+        for part in self._parts:
+            part.factor = factor
+
     def _hook(self) -> None:
         by_parameter: dict[nn.Parameter, list[_Part]] = {}
         for part in self._parts:
@@ -557,9 +579,14 @@ class _Part:
     scale: float  # of the prior, where it is normalised
     length: float  # ‖D‖
     prior: _Held
+    factor: float = 1.0  # of the schedule, in this step
     seen: _Bend | None = None
     before: Any = None  # what the form "update" keeps over a step
     chosen: _Chosen | None = None
+
+    @property
+    def strength(self) -> float:
+        return self.alpha * self.scale * self.factor
 
     def delta(self) -> Tensor:
         return self.prior(self.parameter.device)
@@ -579,7 +606,7 @@ class _Part:
             indices, grad = gathered[self.parameter]
             chosen = self._among(indices)
             mine = chosen.of(grad)
-            self.seen = _bend_(mine, chosen.delta, chosen.length, self.alpha * self.scale, rule)
+            self.seen = _bend_(mine, chosen.delta, chosen.length, self.strength, rule)
             chosen.put_(grad, mine)
         elif self.parameter.grad is not None:
             self.bend_(self.parameter.grad, rule)
@@ -588,7 +615,7 @@ class _Part:
     def bend_(self, grad: Tensor, rule: Rule) -> None:
         """Bend this tensor's piece of a parameter's gradient in place."""
         mine = self.place.take(grad).float()
-        self.seen = _bend_(mine, self.delta(), self.length, self.alpha * self.scale, rule)
+        self.seen = _bend_(mine, self.delta(), self.length, self.strength, rule)
         if mine is not grad:
             _put_(self.place, grad, mine)
 
@@ -607,7 +634,7 @@ class _Part:
         """Bend the step that the optimizer has taken since `remember`: minus the step stands for the gradient."""
         before, self.before, self.seen = self.before, None, None
         if isinstance(before, Tensor):
-            now, delta, strength = self._value().to(torch.float32, copy=True), self.delta(), self.alpha * self.scale
+            now, delta, strength = self._value().to(torch.float32, copy=True), self.delta(), self.strength
             self.seen = _measure(before.sub_(now), delta, self.length, strength, rule)
             if strength:
                 _put_(self.place, self.parameter.data, now.addcmul_(delta, self.seen.factor))
@@ -625,7 +652,7 @@ class _Part:
         values = lift.values(self.parameter)
         now = flat.index_select(0, indices).float()
         now[stays] = values[at[stays]]
-        strength = self.alpha * self.scale
+        strength = self.strength
         self.seen = _measure(chosen.of(old - now), chosen.delta, chosen.length, strength, rule)
         if strength:
             move = torch.zeros_like(now)
@@ -812,14 +839,38 @@ def _leaves(thing: Any, seen: set[int]) -> Iterator[Any]:
 def _other_run(saved: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> str:
     if not saved:
         return "The checkpoint was written by a run without DRIFT: go on without it, or begin anew in another folder."
-    differing = [key for key, value in now.items() if saved[0].get(key) != value]
+    then, here = saved[0]["alpha"], now["alpha"]
+    if then.keys() != here.keys():
+        return (
+            f"The checkpoint was written by a DRIFT that acted on {len(then)} tensors ({_first(then)}), now on {len(here)} ({_first(here)}). Give "
+            "the at= and layers= of that run, and an expert with the same tensors."
+        )
+    differing = [key for key in {**now, **saved[0]} if saved[0].get(key) != now.get(key)]
     if "prior" in differing:
         return (
             "The prior differs from the one this run began with. It is of the weights before training: measure it from those, not from "
             "a checkpoint's, or keep it in a file with save_delta and read it back."
         )
-    told = "; ".join(f"{key} was {saved[0].get(key)!r}, now {now[key]!r}" for key in differing[:3])
+    told = "; ".join(
+        f"{key} was {_in_words(saved[0].get(key))}, now {_in_words(now.get(key))}" for key in differing[:3]
+    )
     return f"The checkpoint was written by a DRIFT with other settings: {told}."
+
+
+def _in_words(setting: Any) -> str:
+    """A setting of a run; strengths that are all alike as one number, others by the first that there are."""
+    if not isinstance(setting, Mapping):
+        return "none" if setting is None else str(setting)
+    alike = set(setting.values())
+    return (
+        str(alike.pop())
+        if len(alike) == 1
+        else ", ".join(f"{alpha} at {site}" for site, alpha in [*setting.items()][:4]) + ", ..."
+    )
+
+
+def _first(names: Iterable[str]) -> str:
+    return _some(map(Site.parse, names))
 
 
 def _some(sites: Iterable[Site]) -> str:

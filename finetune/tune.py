@@ -17,7 +17,7 @@ from typing import Any, Literal, cast, get_args
 from finetune.checkpoints import digest, last_complete, require_somewhere
 from finetune.examples import Collate, Item, Over, examples, rows_of
 from finetune.hosts import Corruption, Surgical, Term, reports_in_runs
-from finetune.learner import Trains, bar, check_budget, learner, one_device, require_versions
+from finetune.learner import Trains, bar, check_budget, learner, one_device, require_norm, require_versions
 from finetune.lift import Select
 from finetune.monitors import Recorder
 from finetune.objectives import Objective, nll
@@ -129,7 +129,7 @@ def tune(
     processes = int(os.environ.get("WORLD_SIZE", 1))
     shared = 1 if method == "grpo" else processes  # which says itself that it takes one
     batch = accumulate if method == "grpo" else batch_size  # whose batches are groups of samples
-    _check(method, steps, batch, accumulate, shared, save_every, checkpoints, watch, log, budget, page)
+    _check(method, steps, batch, accumulate, shared, save_every, checkpoints, watch, log, budget, page, max_grad_norm)
     chosen = {"filter_rank": filter_rank, "refresh": refresh, "select": select}
     more = {name: value for name, value in chosen.items() if value != DEFAULTS[name]} | dict(options or {})
     recorders = [Recorder(model, watch, log, budget=budget, page=page)] if watch and log else []
@@ -247,7 +247,7 @@ def _reinforced(
 
 def _check(
     method: str, steps: int, batch_size: int, accumulate: int, processes: int, save_every: int | None, checkpoints: object,
-    watch: Sequence[Any], log: object, budget: float, page: object,
+    watch: Sequence[Any], log: object, budget: float, page: object, max_grad_norm: float,
 ) -> None:  # fmt: skip
     if method not in get_args(Method):
         raise ValueError(f"There is no method {method!r}. Choose {', '.join(get_args(Method))}.")
@@ -260,6 +260,7 @@ def _check(
             f"batch_size={batch_size} is what all processes learn in a step together: {accumulate} micro-batches in each of {processes} "
             f"processes need a multiple of {accumulate * processes}."
         )
+    require_norm(max_grad_norm)
     require_somewhere(save_every, checkpoints)
     if bool(watch) != bool(log):
         raise ValueError("watch and log go together: the monitors, and the file their lines are written to.")

@@ -528,6 +528,7 @@ def test_every_option_changes_something(option: dict[str, Any], plain: Model) ->
         ({"samples": 1}, ValueError, "samples=1"),
         ({"accumulate": 3}, ValueError, "8 completions.*accumulate=3"),
         ({"temperature": 0.0}, ValueError, "temperature=0.0"),
+        ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm=-1.0.*0 does not clip"),
         ({"beta": -1.0}, ValueError, "beta=-1.0"),
         ({"groups": 9}, ValueError, "8 questions, and groups=9"),
         ({"questions": [1, 2, 3]}, ValueError, "1 is no question"),

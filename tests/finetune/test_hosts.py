@@ -576,7 +576,8 @@ def test_noise_on_the_embeddings_is_drawn_for_whole_rows(tmp_path: Path) -> None
     for noise in seen:
         rows, tokens, width = noise.shape
         bound = 5 / (tokens * width) ** 0.5
-        assert rows == 2 and 0.99 * bound < float(noise.abs().max()) <= bound * 1.001
+        assert rows == 2
+        assert 0.99 * bound < float(noise.abs().max()) <= bound * 1.001
         assert not torch.equal(noise[0], noise[1])
 
 
@@ -618,6 +619,28 @@ def test_what_knows_sequences_again_needs_their_numbers(what: str, tmp_path: Pat
     options: Any = {"objective": Glow()} if what == "glow" else {"corrupt": MaskedThought(m.pad_id)}
     with pytest.raises(ValueError, match=r"number in the data.*'sample'.*rows_of and Collate"):
         plain(m, tmp_path, trl=True, rows=told_plainly(), **options).train()
+
+
+def test_an_evaluation_by_glow_knows_nothing_of_the_training_sequences(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    m = model()
+    data, others = taught(m)[:4], taught(m)[6:10]  # numbered from 0, both
+    trainer = plain(
+        m,
+        tmp_path,
+        rows=rows_of(examples(data)),
+        data_collator=Collate(m.pad_id),
+        eval_dataset=Dataset.from_list(rows_of(examples(others))),
+        objective=Glow(),
+        settings={"max_steps": 4, "learning_rate": 1e-2},
+    )
+    trainer.train()
+    means = []
+    for t in others:
+        own, begin = log_probabilities(m, t), t.spans["completion"][0]
+        means.append(-sum(float(own[k - 1, t.ids[k]]) for k in range(begin, len(t.ids))) / (len(t.ids) - begin))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(means) / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -687,6 +687,52 @@ def test_a_trainers_accumulation_is_one_large_batch(method: Any) -> None:
         torch.testing.assert_close(ends[4][0][name], tensor, rtol=1e-3, atol=1e-4)
 
 
+FORMS: list[dict[str, Any]] = [{}, {"form": "update"}, {"legacy": True}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["gradient", "update", "legacy"])
+def test_a_schedule_multiplies_the_strength(form: dict[str, Any], tmp_path: Path) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def half(step: int, steps: int) -> float:
+        asked.append((step, steps))
+        return 0.5
+
+    found = {}
+    for name, alpha, schedule in (
+        ("half", 0.8, half),
+        ("constant", 0.4, None),
+        ("off", 0.8, lambda *_: 0.0),
+        ("none", None, None),
+    ):
+        m = model()
+        pulls = [] if alpha is None else [DRIFT(expert(m), m, alpha, schedule=schedule, **form)]
+        trainer_of(m, str(tmp_path), pulls, "plain").train()
+        found[name] = m
+    assert asked == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert same(found["half"], found["constant"])
+    assert same(found["off"], found["none"])
+    assert not same(found["constant"], found["none"])
+
+
+def test_a_schedule_is_asked_at_every_step_and_its_answer_is_a_number() -> None:
+    ours, theirs = model(), model()
+    prior = expert(ours)
+    fading = DRIFT(prior, ours, 0.9, schedule=lambda step, steps: 1 - step / 3, log_every=1)
+    walk(ours, fading)
+    optimizer = torch.optim.AdamW(theirs.module.parameters(), lr=1e-3)
+    for step in range(3):
+        host = Host(theirs, DRIFT(prior, theirs, 0.9 * (1 - step / 3)), optimizer)
+        host.step(losses(theirs, 1))
+        host.finish()
+    assert same(ours, theirs)
+    injected = [reading.injected for reading in fading.readings.lines if reading.site == "all"]
+    assert injected == sorted(injected, reverse=True)
+    assert injected[0] > 2 * injected[2]
+    with pytest.raises(ValueError, match=r"schedule gave nan at step 1: .* a finite number"):
+        walk(ours, DRIFT(prior, ours, schedule=lambda step, steps: math.nan))
+
+
 def trainer_of(m: Model, folder: str, callbacks: list[Any], kind: str, **options: Any) -> Any:
     from datasets import Dataset
 
@@ -804,8 +850,10 @@ def test_a_checkpoint_of_another_prior_is_refused(tmp_path: Path) -> None:
     half = str(tmp_path / "checkpoint-2")
     for what, message in (
         (lambda m: DRIFT(expert(m, seed=8), m), "prior differs"),
-        (lambda m: DRIFT(expert(m), m, 0.5), r"alpha was .* now"),
-        (lambda m: DRIFT(expert(m), m, rule="norm"), "rule was 'adaptive', now 'norm'"),
+        (lambda m: DRIFT(expert(m), m, 0.5), r"alpha was 1\.0, now 0\.5"),
+        (lambda m: DRIFT(expert(m), m, at="mlp"), r"acted on 21 tensors \(0\.attn\.k.*now on 9 \(0\.mlp\.down"),
+        (lambda m: DRIFT(expert(m), m, schedule=math.hypot), r"schedule was none, now hypot"),
+        (lambda m: DRIFT(expert(m), m, rule="norm"), "rule was adaptive, now norm"),
     ):
         again = model()
         before = tensors(again)

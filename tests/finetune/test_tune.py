@@ -704,6 +704,8 @@ def test_half_a_checkpoint_is_not_called_good(tmp_path: Path) -> None:
         ({"method": "full", "refresh": 2}, "refresh.*full"),
         ({"method": "full", "filter_rank": 3}, "filter_rank.*full"),
         ({"method": "lora", "select": "random"}, "select.*lora"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0.*0 does not clip"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm=nan"),
         ({"steps": 0}, "steps=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"accumulate": 3}, "divisible"),
