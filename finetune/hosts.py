@@ -68,8 +68,9 @@ class Surgical(_Host):
                process the same one, of which the mean over processes is one).
     reference: the frozen starting model, for an objective that asks for it; by default the adapter switched off where nothing but one
                trains, else a copy made now. Nothing is copied for an objective that does not ask.
-    The loss of an evaluation is the objective too, of each batch by its own totals; the mean over batches counts their sequences. What an
-    objective remembers of training sequences has no part in it.
+    The loss of an evaluation is the objective too, by the totals of all its data, so that it does not matter how they are batched (with
+    several processes, the mean over batches by their items, each by its own totals). What an objective remembers of training sequences has
+    no part in it.
     The shares that the objective names (`finetune.objectives.Objective`) are logged beside the loss, of the same steps; so is
     ``mask_overlap``, in [0, 1], where `LIFT` has chosen anew since: intersection over union of the old mask and the new one.
     A `Recorder` among the callbacks sends its headline numbers through this trainer's log, and so to what its ``report_to`` names.
@@ -102,6 +103,9 @@ class Surgical(_Host):
             self._require_no_other_loss(objective)
         self._objective, self._corrupt, self._terms = objective, corrupt, tuple(terms)
         self._totals: Totals | None = None
+        self._evaluated: tuple[Totals, list[Tensor]] | None = (
+            None  # an evaluation's totals, and what each batch adds to its loss
+        )
         self._begun = -1  # the optimizer step whose terms were added
         self._reference, self._settings = reference, settings
         self._counted: dict[str, Tensor] = {}  # since the last log: the weight of what is learnt, and of each share
@@ -163,6 +167,9 @@ class Surgical(_Host):
             loss = self._objective(predictions)
             if model.training:
                 self._count(predictions)
+            elif self._evaluated is not None:
+                whole, shares = self._evaluated
+                shares.append(self._objective(replace(predictions, totals=whole)).detach().double())
             if model.training and self._objective_is_shared():
                 loss = loss * self.args.world_size  # the processes' gradients are averaged
         if self._terms and model.training and not return_outputs and self._begun != step:
@@ -179,6 +186,23 @@ class Surgical(_Host):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with torch.no_grad():  # without the host's pass over the whole vocabulary
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        if self._objective is None or self.args.world_size > 1:
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        whole = Totals(0, 0, 0)
+        for batch in dataloader:
+            require_rows(batch)
+            whole += Totals.of(batch)
+        shares: list[Tensor] = []
+        self._evaluated = whole, shares
+        try:
+            found: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self._evaluated = None
+        if shares:
+            found.metrics[f"{metric_key_prefix}_loss"] = float(torch.stack(shares).sum())
+        return found
 
     def _added(self, step: int) -> Any:
         """The sum of the terms, computed as the objective is."""

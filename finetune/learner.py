@@ -140,7 +140,9 @@ def require_one_process(who: str) -> None:
 def require_norm(max_grad_norm: float) -> None:
     """Raises ValueError for what gradients cannot be clipped to: a trainer would go on without clipping."""
     if not max_grad_norm >= 0:
-        raise ValueError(f"max_grad_norm={max_grad_norm}: the joint norm that gradients are clipped to is above 0; 0 does not clip.")
+        raise ValueError(
+            f"max_grad_norm={max_grad_norm}: the joint norm that gradients are clipped to is above 0; 0 does not clip."
+        )
 
 
 def require_versions(*names: str) -> None:

@@ -104,7 +104,9 @@ class LIFT(torch.optim.Optimizer):
     a compact float32 accumulator and frees `.grad`, so at most one layer's dense gradient exists at a time. Hence:
     clip with `clip_grad_norm_` of this object, not with torch's; `step` uses up what was gathered, so that a training
     loop that only calls `model.zero_grad()` is right too; `zero_grad` drops what was gathered. `close` (or the end of a
-    `with` block, or of the object's life) removes the hooks.
+    `with` block, or of the object's life) removes the hooks. A trainer clips with torch's: write ``class T(Surgical, Trainer)``
+    (`finetune.hosts`), with or without an objective, or its max_grad_norm does nothing to what is trained here, and the grad_norm that it
+    logs is that of other parameters.
 
     State of each parameter, `state[p]`: `indices` (int32), `exp_avg`, `exp_avg_sq` (float32) and `age` (int16, saturating where the
     bias correction has long become 1, else int32): 14 bytes for each chosen entry, as a float32 weight is its own master. A bfloat16

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from analyses.tasks import chained_sums
 from finetune.examples import Collate, Example, examples, rows_of
 from finetune.hosts import Surgical
 from finetune.lift import LIFT
-from finetune.objectives import Glow, MaskedThought, nll, objective
+from finetune.objectives import Glow, MaskedThought, aft, nll, objective
 from finetune.predictions import Predictions, Totals, predict
 from finetune.retention import EWC, Kickstarting, Replay, fisher_diagonal
 from finetune.tune import tune
@@ -413,6 +415,33 @@ def test_the_loss_of_an_evaluation_is_the_objective(trl: bool, measured: bool, t
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert not measured or found["eval_rows"] == 4
+
+
+@pytest.mark.parametrize("kind", ["tokens", "groups"])
+def test_the_loss_of_an_evaluation_is_that_of_all_its_data_however_it_is_batched(kind: str, tmp_path: Path) -> None:
+    m = model()
+    told = taught(m, 10)
+    nats, tokens, scores = 0.0, 0, []
+    for t in told:
+        own, begin = log_probabilities(m, t), t.spans["completion"][0]
+        mine = [-float(own[k - 1, t.ids[k]]) for k in range(begin, len(t.ids))]
+        nats, tokens = nats + sum(mine), tokens + len(mine)
+        scores.append(-sum(mine) / len(mine))
+    expected, data, loss = nats / tokens, told, nll
+    if kind == "groups":
+        pairs = [examples([a, b]) for a, b in zip(told[::2], told[1::2], strict=True)]
+        data = [[replace(e, columns={"positive": 1.0 - i}) for i, (e,) in enumerate(pair)] for pair in pairs]
+        gaps = [worse - better for better, worse in zip(scores[::2], scores[1::2], strict=True)]
+        expected = sum(math.log1p(math.exp(gap)) for gap in gaps) / 5 + nats / tokens
+        loss = nll + aft(likelihood=0.0)
+    found = {}
+    for size in (1, 2, 3, 8):
+        trainer = host_of(
+            m, data, False, str(tmp_path), objective=loss, eval_dataset=True, per_device_eval_batch_size=size,
+            compute_metrics=None if size < 8 else lambda p: {"rows": 0},
+        )  # fmt: skip
+        found[size] = trainer.evaluate()["eval_loss"]
+    assert found == {size: pytest.approx(expected, rel=1e-5) for size in found}
 
 
 @pytest.mark.parametrize("method", ["lift", "full", "lora"])

@@ -243,6 +243,8 @@ def test_what_does_not_fit_is_refused() -> None:
         prereq_tune(m, {}, {}, **SMALL)
     with pytest.raises(ValueError, match="skill_rank=0, batch_size=-1"):
         run(m, skill_rank=0, batch_size=-1)
+    with pytest.raises(ValueError, match=r"max_grad_norm=-1\.0.*0 does not clip"):
+        run(m, max_grad_norm=-1.0)
     with pytest.raises(ValueError, match="has a span thinking"):
         run(m, knowledge_over="thinking")
     with pytest.raises(ValueError, match="not groups"):
