@@ -77,7 +77,7 @@ class Surgical(_Host):
     settings:  of the run, written into each checkpoint when it is whole, for `finetune.checkpoints.last_complete`; none is then written at
                the last step, where nothing is left to resume.
 
-    Under DeepSpeed it is refused with `LIFT`; full tuning in one process was tried (ZeRO 0, 2 and 3), and nothing else.
+    Under DeepSpeed, and with fp16's scaled loss, it is refused with `LIFT`; full tuning in one process was tried (ZeRO 0, 2 and 3), and nothing else.
 
     With `LIFT` as the optimizer (``optimizers=(lift, None)``) gradients are clipped and measured through it. A loss or a gradient that is
     not finite raises FloatingPointError with the step and the site, and so do weights that are not when they would be saved; checkpoints
@@ -99,6 +99,10 @@ class Surgical(_Host):
         super().__init__(*args, **kwargs)
         if self._lift():
             refuse_deepspeed()
+            if self.accelerator.scaler is not None:
+                raise ValueError(
+                    "fp16 scales the loss, and its scaler looks for gradients where LIFT keeps none. Compute in bf16: bf16=True, fp16=False."
+                )
         if objective is not None:
             self._require_no_other_loss(objective)
         self._objective, self._corrupt, self._terms = objective, corrupt, tuple(terms)

@@ -727,3 +727,25 @@ def test_rows_of_like_length_go_together(tmp_path: Path) -> None:
     )
     sampler = trainer._get_train_sampler()
     assert sampler.lengths == [row["length"] for row in rows]
+
+
+def test_lift_and_a_scaler_of_the_loss_are_refused_together(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    class Scaling(Trainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")  # as fp16 has on an accelerator
+
+    class Hosted(Surgical, Scaling):
+        pass
+
+    m = model()
+    rows = Dataset.from_list(rows_of(examples(taught(m))))
+    lift = LIFT([(n, p) for n, p in m.module.named_parameters() if "proj" in n], density=0.1)
+    args = TrainingArguments(**arguments(str(tmp_path)))
+    with pytest.raises(ValueError, match=r"fp16 .* bf16=True"):
+        Hosted(
+            m.module, args, train_dataset=rows, data_collator=Collate(m.pad_id), objective=nll, optimizers=(lift, None)
+        )
