@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from surgery.checkpoint import Checkpoint
-from surgery.headers import UNTIE
+from surgery.headers import UNTIE, read_config
 from surgery.merging.recipe import Recipe, RecipeError, references, valid_seed
 from surgery.merging.rules import Rule, Source
 from surgery.sites import Site
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Road = Literal["stream", "executor"]
 _LAYER = re.compile(r"\.\d+\.")
 _HEAD = Site(None, "head")
+# what a configuration calls tokens that stand for what is seen
+_OF_SIGHT = ("image_", "video_", "vision_", "boi_", "eoi_")
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
         _require_heads(planned, sources, main, names, {})
         return Plan(recipe, config, "executor", why, Path(main.model.path), None, said, folders, (), {})
 
+    if (config.tokenizer or config.tokenizer_source) and main in sources:
+        _require_placeholders(config, sources[main].layout, names[main])
     if why:
         return executor(why)
     if any(weight.force_dtype for weight, _ in planned):
@@ -328,7 +332,9 @@ def _planning() -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        said = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"  # a whole configuration may be between
+        said = (
+            lines[0] if len(lines) == 1 else f"{lines[0]} [...] {lines[-1].strip()}"
+        )  # a whole configuration may be between
         raise RecipeError(f"mergekit cannot plan this recipe: {said}") from error
 
 
@@ -487,6 +493,51 @@ def _require_heads(
                     f"{names[ref]} has a head of its own ({found}), and {names[main]}, like which the result is laid out, ties its head to the "
                     f"embedding: the trained head would be lost. Make {names[ref]} the base_model, or untie {names[main]} first: {UNTIE}."
                 )
+
+
+def _require_placeholders(config: MergeConfiguration, layout: Checkpoint, name: str) -> None:
+    """Raise RecipeError where a new vocabulary would move or drop the tokens in whose places a vision-language model puts what it sees."""
+    if layout.anatomy.tower is None:
+        return
+    said = read_config(layout.folder)
+    places = {
+        key: value
+        for key, value in said.items()
+        if key.startswith(_OF_SIGHT) and key.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+    }
+    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    own = _vocabulary(str(layout.folder), name)
+    tokens = {i: token for token, i in own.items()}
+    lost = next((key for key, i in places.items() if i not in tokens), None)
+    if lost is not None:
+        raise RecipeError(
+            f"{name} says {lost} {places[lost]}, and of the {len(own)} tokens that its tokenizer has none has that id: an embedding built anew would "
+            "have no row for it. Leave the tokenizer out of the recipe, or add that token to the model's tokenizer first."
+        )
+    if isinstance(source, str):  # the base's ids, and others after them
+        return
+    its = _vocabulary(source.model.path, str(source))
+    moved = next((key for key, i in places.items() if its.get(tokens[i]) != i), None)
+    if moved is not None:
+        token = tokens[places[moved]]
+        there = f"is {its[token]} in" if token in its else "is not in"
+        raise RecipeError(
+            f"{name} says {moved} {places[moved]}, which is {token}, and that token {there} the tokenizer of {source}: what the model sees would be "
+            "put in the wrong place. Write tokenizer: {source: base}, or union."
+        )
+
+
+def _vocabulary(folder: str, name: str) -> dict[str, int]:
+    """Token -> id, as mergekit reads them."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder).get_vocab()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0].removesuffix(".")
+        raise RecipeError(
+            f"The tokenizer of {name} cannot be read: {said}. Leave the tokenizer out of the recipe."
+        ) from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -288,6 +289,9 @@ REFUSED = {
     "a tokenizer, where weights would be lost": (
         "qwen2-moe", tokens, "does not reach 24 weights.*the tokenizer",
     ),
+    "a tokenizer, where mergekit's table does not fit the configuration": (
+        "qwen2-vl (vision)", tokens, r"cannot plan this recipe: Config Qwen2VLConfig \{ \[\.\.\.\] has no attribute num_hidden_layers",
+    ),
 }  # fmt: skip
 
 
@@ -337,4 +341,86 @@ def test_other_models_are_refused_as_ever(homes, tmp_path):
         merge(recipe, tmp_path / "out")
     recipe["models"][1]["model"] = str(homes("qwen3-moe") / "a")
     with pytest.raises(RecipeError, match="mix different architectures"):
+        merge(recipe, tmp_path / "out")
+
+
+# --- tokenizers of vision-language models -------------------------------------------------------------------------------------
+
+
+def with_tokens(folder: Path, *tokens: str, swapped: tuple[int, int] | None = None) -> None:
+    """Give a model's tokenizer more tokens, and its embedding rows for them where it has none; swapped: two ids change places."""
+    said = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = said["model"]["vocab"]
+    vocabulary.update({token: len(vocabulary) + i for i, token in enumerate(tokens)})
+    config = json.loads((folder / "config.json").read_text())
+    (name,) = (n for n in tensors_of(folder) if n.endswith("embed_tokens.weight"))
+
+    def moved(tensors):
+        rows = tensors[name]
+        if swapped is not None:
+            one, other = (next(t for t, i in vocabulary.items() if i == at) for at in swapped)
+            vocabulary[one], vocabulary[other] = swapped[1], swapped[0]
+            rows[list(swapped)] = rows[list(swapped[::-1])]
+        more = torch.randn(len(vocabulary) - len(rows), rows.shape[1], generator=torch.Generator().manual_seed(7))
+        return {**tensors, name: torch.cat([rows, more])}
+
+    rewrite(folder, moved)
+    config["text_config"]["vocab_size"] = len(vocabulary)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+
+
+SEEN = ("<image>", "<video>", "<begin>", "<end>")
+
+
+@pytest.mark.parametrize("source", ["base", "union"])
+@pytest.mark.parametrize(
+    ("family", "layout"), [("llava", "module"), ("qwen2.5-vl", "old"), ("idefics3", "old"), ("smolvlm", "old")]
+)
+def test_tokens_are_lined_up_in_the_language_tower(family, layout, source, homes, tmp_path):
+    """One model numbers two tokens otherwise, and has a token of its own: rows are merged by token, and the config counts them."""
+    home = shutil.copytree(homes(f"{family} (vision)", layout=layout), tmp_path / "home")
+    for name in ("base", "a"):
+        with_tokens(home / name, *SEEN)
+    with_tokens(home / "b", *SEEN, "<own>", swapped=(20, 31))
+    recipe = of(home, "task_arithmetic", ("a", "b"), each=WEIGHTS, tokenizer={"source": source})
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    report = check_recipe(tmp_path / "recipe.yml")
+    assert report.ok, str(report)
+    done = merge(recipe, tmp_path / "out")
+    assert done.road == "executor"
+    base, a, b, out = (Checkpoint(f) for f in (home / "base", home / "a", home / "b", tmp_path / "out"))
+    rows = torch.arange(104)
+    rows[[20, 31]] = torch.tensor([31, 20])
+    for site in base:
+        theirs = b[site][rows] if str(site) == "embed" else b[site]
+        expected = base[site] + 0.5 * (a[site] - base[site]) + 0.3 * (theirs - base[site])
+        assert torch.allclose(out[site][:104] if str(site) == "embed" else out[site], expected, atol=1e-5), site
+    count = 104 if source == "base" else 105
+    assert out.anatomy.vocab == count == len(out["embed"])
+    before, after = (json.loads((f / "config.json").read_text()) for f in (home / "base", tmp_path / "out"))
+    assert after["text_config"]["vocab_size"] == count
+    assert ("vocab_size" in after) == ("vocab_size" in before)
+
+
+def test_a_placeholder_that_would_have_no_row_is_refused_at_once(homes, tmp_path):
+    """The model's tokenizer lacks the token of images, for which the embedding has a row: a vocabulary built anew would drop it."""
+    recipe = tokens(homes("qwen2.5-vl (vision)", layout="old"))
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError, match=r"image_token_id 100, .* 100 tokens.*Leave the tokenizer out") as error:
+        merge(recipe, tmp_path / "out")
+    (problem,) = (p for p in check_recipe(tmp_path / "recipe.yml").problems if p.severity == "error")
+    assert f"{problem.found.removeprefix('cannot be merged: ')}. {problem.fix}." == str(error.value)
+
+
+@pytest.mark.parametrize("source", ["a", "b"])
+def test_a_placeholder_that_another_tokenizer_numbers_otherwise(source, homes, tmp_path):
+    home = shutil.copytree(homes("qwen2.5-vl (vision)", layout="old"), tmp_path / "home")
+    for name in ("base", "a", "b", "c"):
+        with_tokens(home / name, *SEEN, swapped=(20, 100) if name == "b" else None)
+    recipe = of(home, "model_stock", tokenizer={"source": str(home / source)})
+    if source == "a":
+        merge(recipe, tmp_path / "out")
+        return
+    with pytest.raises(RecipeError, match=r"image_token_id 100, which is <image>.* is 20 in .*home/b"):
         merge(recipe, tmp_path / "out")
