@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from functools import cache, total_ordering
 
 _HEAD = re.compile(r"h(\d+)$")
-_UNNAMED = "file:"
+UNNAMED = "file:"
 
 
 @total_ordering
@@ -57,14 +57,14 @@ class Site:
     @property
     def is_unnamed(self) -> bool:
         """Whether the family's table does not name this tensor."""
-        return self.part.startswith(_UNNAMED)
+        return self.part.startswith(UNNAMED)
 
     @classmethod
     def parse(cls, text: str | Site) -> Site:
         """The inverse of ``str(site)``. Raises ValueError on text that is no site, a pattern for example."""
         if isinstance(text, Site):
             return text
-        if text.startswith(_UNNAMED):
+        if text.startswith(UNNAMED):
             return cls(None, text)
         segments = text.split(".")
         if not all(segments) or any(c in text for c in "*?[] "):
@@ -82,7 +82,7 @@ class Site:
     @classmethod
     def unnamed(cls, name: str) -> Site:
         """The site of a tensor that the family's table does not name: it is carried, never dropped."""
-        return cls(None, _UNNAMED + name)
+        return cls(None, UNNAMED + name)
 
 
 Patterns = str | Site | Iterable[str | Site]
@@ -114,15 +114,15 @@ def match(patterns: Patterns, sites: Iterable[Site]) -> list[Site]:
 def _split_head(pattern: str) -> tuple[str, int | None]:
     rest, _, last = pattern.rpartition(".")
     head = _HEAD.fullmatch(last)
-    return (rest, int(head[1])) if head and rest and not pattern.startswith(_UNNAMED) else (pattern, None)
+    return (rest, int(head[1])) if head and rest and not pattern.startswith(UNNAMED) else (pattern, None)
 
 
 @cache
 def _compiled(pattern: str):
-    if pattern.startswith(_UNNAMED):
+    if pattern.startswith(UNNAMED):
         return lambda text: fnmatchcase(text, pattern)
     wanted = pattern.split(".")
-    return lambda text: not text.startswith(_UNNAMED) and _segments_match(wanted, text.split("."))
+    return lambda text: not text.startswith(UNNAMED) and _segments_match(wanted, text.split("."))
 
 
 def _segments_match(wanted: list[str], found: list[str]) -> bool:

@@ -25,11 +25,12 @@ from surgery.weights import Weights
 if TYPE_CHECKING:
     from mergekit.architecture import ModelArchitecture, WeightInfo
     from mergekit.common import ModelPath, ModelReference
-    from mergekit.config import MergeConfiguration
+    from mergekit.config import MergeConfiguration, OutputSliceDefinition
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 Road = Literal["stream", "executor"]
 _LAYER = re.compile(r"\.\d+\.")
+_NUMBER = re.compile(r"(^|\.)\d+\.")  # of a layer, in a tensor's name or a site
 _HEAD = Site(None, "head")
 # what a configuration calls tokens that stand for what is seen
 _OF_SIGHT = ("image_", "video_", "vision_", "boi_", "eoi_")
@@ -46,6 +47,7 @@ class Plan:
     dtype:   in which the output is stored; None where each tensor keeps the layout's.
     sources: each model as written -> its folder, and its adapter's.
     carried: tensors that mergekit's table of the architecture does not list: they are the layout's own.
+    left:    each model as written -> its tensors that no family's table names and the layout lacks: the output is without them.
     rules:   how each output tensor is computed, by its name.
     """
 
@@ -58,6 +60,7 @@ class Plan:
     dtype: torch.dtype | None
     sources: Mapping[str, tuple[Path, Path | None]]
     carried: tuple[str, ...]
+    left: Mapping[str, tuple[str, ...]]
     rules: Mapping[str, Rule] = field(repr=False)
 
     @property
@@ -68,6 +71,14 @@ class Plan:
         except ValueError:
             return False
         return True
+
+    @property
+    def left_behind(self) -> list[str]:
+        """What the output lacks of a model, a line for each."""
+        return [
+            f"{len(tensors)} tensors of {name} are left behind, first {', '.join(tensors[:3])}"
+            for name, tensors in self.left.items()
+        ]
 
     def __str__(self) -> str:
         how = "tensor by tensor" if self.road == "stream" else f"by mergekit's executor, because {self.why}"
@@ -82,6 +93,7 @@ class Plan:
             lines.append(
                 f"{len(self.carried)} tensors that the rule does not reach stay the base's, first {self.carried[0]}"
             )
+        lines += self.left_behind
         if self.recipe.unused:
             lines.append(
                 f"{self.recipe.method} has no parameter {', '.join(self.recipe.unused)}: ignored, as by mergekit"
@@ -112,6 +124,7 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
         if torch.cuda.device_count() == 0:
             raise RecipeError("multi_gpu: there is no GPU here. Leave it out: the merge then runs on the processor.")
         why = "several GPUs are asked for"
+    left = _left(sources, main, names, layered=bool(_pieces(config)))
     with quiet(), loaders(order):
         architecture = _architecture(config)
         try:
@@ -128,7 +141,7 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
 
     def executor(why: str) -> Plan:
         _require_heads(planned, sources, main, names, {})
-        return Plan(recipe, config, "executor", why, Path(main.model.path), None, said, folders, (), {})
+        return Plan(recipe, config, "executor", why, Path(main.model.path), None, said, folders, (), left, {})
 
     if (config.tokenizer or config.tokenizer_source) and main in sources:
         _require_placeholders(config, sources[main].layout, names[main])
@@ -159,7 +172,7 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
         known = {_LAYER.sub(".", name) for name in layout.tensors}
         stacked = {_as_stored(rule.task.output_weight, known): rule for rule in rules.values()}
         out = said or _promoted_by_role(stacked)
-        return Plan(recipe, config, "stream", "", layout.folder, layers, out, folders, (), stacked)
+        return Plan(recipe, config, "stream", "", layout.folder, layers, out, folders, (), left, stacked)
     placed: dict[str, Rule] = {}
     for name, rule in rules.items():
         weight = rule.task.output_weight
@@ -172,7 +185,7 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
     reached = {*placed, *layout.anatomy.copies}
     carried = tuple(name for name in layout.tensors if name not in reached)
     out = said or _promoted(placed, layout)
-    return Plan(recipe, config, "stream", "", layout.folder, None, out, folders, carried, placed)
+    return Plan(recipe, config, "stream", "", layout.folder, None, out, folders, carried, left, placed)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -198,11 +211,16 @@ def _promoted_by_role(rules: Mapping[str, Rule]) -> torch.dtype | None:
 
 def _layers(config: MergeConfiguration, count: int) -> tuple[int, ...] | None:
     """For each layer of the output the layer of its first source; None where they are the layout's, in order."""
-    pieces = config.slices or [s for m in (config.modules or {}).values() for s in m.slices or ()]
+    pieces = _pieces(config)
     if not pieces:
         return None
     layers = tuple(layer for piece in pieces for layer in range(*piece.sources[0].layer_range))
     return None if layers == tuple(range(count)) else layers
+
+
+def _pieces(config: MergeConfiguration) -> list[OutputSliceDefinition]:
+    """The ranges of layers that a recipe stacks; none where it merges whole models."""
+    return config.slices or [piece for module in (config.modules or {}).values() for piece in module.slices or ()]
 
 
 def spans(layers: tuple[int, ...]) -> str:
@@ -270,6 +288,50 @@ def _open(
         except ValueError as error:
             refused = refused or str(error)
     return opened, refused
+
+
+def _left(
+    sources: Mapping[ModelReference, Source],
+    main: ModelReference,
+    names: Mapping[ModelReference, str],
+    *,
+    layered: bool,
+) -> dict[str, tuple[str, ...]]:
+    """Each model's tensors that no family's table names and the layout lacks; RecipeError for weights that it lacks, or more layers.
+
+    layered: whether ranges of layers are stacked, so that their numbers are not compared. A head is judged by `_require_heads`.
+    """
+    from surgery.merging.table import is_weight
+
+    def kind(site: Site) -> str:
+        return _NUMBER.sub(".", str(site)) if layered else str(site)
+
+    left: dict[str, tuple[str, ...]] = {}
+    layout = sources[main].layout if main in sources else None
+    for ref, source in sources.items():
+        its = source.layout
+        if layout is None or its.config.model_type != layout.config.model_type:  # mergekit says that
+            continue
+        if its.anatomy.n_layers != layout.anatomy.n_layers and not layered:
+            raise RecipeError(
+                f"{names[ref]} has {its.anatomy.n_layers} layers, and {names[main]} {layout.anatomy.n_layers}. Take ranges of layers (slices: with "
+                "layer_range:), or another model."
+            )
+        places = {kind(site) for site in layout.anatomy.places}
+        more = {
+            name: sites
+            for name, sites in its.anatomy.stored_in().items()
+            if name not in its.anatomy.copies and sites != [_HEAD] and not places.intersection(map(kind, sites))
+        }
+        lost = sorted(str(sites[0]) for name, sites in more.items() if is_weight(its, name, sites))
+        if lost:
+            raise RecipeError(
+                f"{names[ref]} has {len(lost)} weights that {names[main]}, like which the result is laid out, has no place for, first "
+                f"{', '.join(lost[:3])}: without them it is another model. Use models with the same tensors."
+            )
+        if more:
+            left[names[ref]] = tuple(sorted(more))
+    return left
 
 
 def _adapted(layout: Checkpoint, folder: str) -> Weights:
@@ -411,7 +473,7 @@ def _table(
     if any(source.layout.config.model_type != layout.config.model_type for source in sources.values()):
         raise misfit
     made = table(layout, [source.layout for ref, source in sources.items() if ref != main])
-    pieces = config.slices or [piece for module in (config.modules or {}).values() for piece in module.slices or ()]
+    pieces = _pieces(config)
     if pieces and len(made.modules) > 1:
         raise RecipeError(
             f"{layout.folder} is a model of several parts, and slices: are of one stack of layers. Name the models under models: instead."

@@ -143,7 +143,8 @@ def _in_words(made: Plan, seed: int) -> str:
     road = "streamed tensor by tensor" if made.road == "stream" else f"by mergekit's executor, because {made.why}"
     own = f"; {len(made.carried)} tensors outside the rule are the base's own" if made.carried else ""
     layers = f"; {len(made.layers)} layers from {spans(made.layers)}" if made.layers is not None else ""
-    return f"{rule}, {road}, seed {seed}{layers}{own}"
+    left = "".join(f"; {words}" for words in made.left_behind)
+    return f"{rule}, {road}, seed {seed}{layers}{own}{left}"
 
 
 def _lift(inner: Path, partial: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from surgery.headers import UNTIE
 from surgery.preflight.facts import SHORT, Facts, Problem
+from surgery.sites import UNNAMED, Site
 
 _GARBAGE = (
     "hidden_act",
@@ -207,14 +208,27 @@ def _tensors(a: Facts, b: Facts, layers: bool, rows_said: bool) -> Iterator[Prob
             f"differs from {a.ref} in {len(shapes)} shapes, first {rows}",
             "Use a model of the same size and architecture",
         )
-    for have, lack, absent in ((a, b, one.keys() - other.keys()), (b, a, other.keys() - one.keys())):
-        absent = sorted(absent)
-        if absent:
-            found = f"lacks {len(absent)} tensors that {have.ref} has, first {', '.join(absent[:3])}"
-            yield Problem(
-                "error",
-                "tensors",
-                lack.ref,
-                found,
-                f"Download {lack.ref} again if it should have them, or use models with the same tensors",
+    for have, lack, names in ((a, b, one.keys() - other.keys()), (b, a, other.keys() - one.keys())):
+        weights = sorted(name for name in names if _is_weight(have, name))
+        rest = sorted(name.removeprefix(UNNAMED) for name in names if not _is_weight(have, name))
+        if weights:
+            found = f"lacks {len(weights)} tensors that {have.ref} has, first {', '.join(weights[:3])}"
+            fix = f"Download {lack.ref} again if it should have them, or use models with the same tensors"
+            yield Problem("error", "tensors", lack.ref, found, fix)
+        if rest and have is b:
+            found = (
+                f"has {len(rest)} tensors that {a.ref} lacks, first {', '.join(rest[:3])}: the result is without them"
             )
+            fix = f"Nothing to do if that is meant; otherwise use models with the same tensors, or {b.ref} as base"
+            yield Problem("warning", "tensors", b.ref, found, fix)
+        elif rest:
+            found = f"lacks {len(rest)} tensors that {a.ref} has, first {', '.join(rest[:3])}: the result has those of {a.ref}"
+            yield Problem("note", "tensors", b.ref, found, "Nothing to do")
+
+
+def _is_weight(facts: Facts, name: str) -> bool:
+    """Whether a tensor, by its site or by its name in the files, belongs to the model as its family is known: as in a merge."""
+    if facts.anatomy is None or not name.startswith(UNNAMED):
+        return True
+    stored = facts.tensors[facts.anatomy.places[Site(None, name)].name]
+    return facts.anatomy.tower is not None and stored.code in SHORT

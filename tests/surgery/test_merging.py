@@ -416,6 +416,71 @@ def test_tensors_that_no_table_lists_are_carried(homes, tmp_path):
     assert torch.equal(kept, tensors_of(home / "base")["model.layers.1.self_attn.rotary_emb.inv_freq"])
 
 
+def changed(folder: Path, more, **config) -> None:
+    """Give a model more tensors, and a configuration that says so."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | more(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+WITHOUT_A_PLACE = {
+    "biases": (
+        lambda tensors: {n.replace("weight", "bias"): w[:, 0].clone() for n, w in tensors.items() if "self_attn" in n},
+        {"attention_bias": True},
+        "lacks 12 tensors that .*b has, first 0.attn.k.bias",
+        r"home/b has 12 weights that .*base, like which the result is laid out, has no place for, first 0\.attn\.k\.bias, 0\.attn\.o\.bias, 0\.attn\.q\.bias: "
+        r".* Use models with the same tensors\.",
+    ),
+    "a layer": (
+        lambda tensors: {n.replace("layers.2", "layers.3"): w.clone() for n, w in tensors.items() if "layers.2" in n},
+        {"num_hidden_layers": 4},
+        "has 4 layers, and .*base 3",
+        r"home/b has 4 layers, and .*base 3\. Take ranges of layers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITHOUT_A_PLACE)
+def test_weights_that_the_output_has_no_place_for(case, homes, tmp_path):
+    """A model without some of its weights is another model: refused, by the check and by the merge."""
+    more, config, found, said = WITHOUT_A_PLACE[case]
+    home = shutil.copytree(homes("llama"), tmp_path / "home")
+    changed(home / "b", more, **config)
+    recipe = of(home, "task_arithmetic", each=WEIGHTS)
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    (problem,) = (p for p in check_recipe(tmp_path / "recipe.yml").problems if p.severity == "error")
+    assert re.search(found, problem.found)
+    with pytest.raises(RecipeError, match=said):
+        merge(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("road", ["stream", "executor"])
+def test_tensors_that_the_output_leaves_behind_are_named(road, homes, tmp_path):
+    """What the family does not know of, as a head for scores: said before and after, by the check and in the record."""
+    home = shutil.copytree(homes("llama"), tmp_path / "home")
+    changed(home / "b", lambda _: {f"score.{i}.weight": torch.ones(2) for i in range(4)})
+    recipe = of(
+        home, "task_arithmetic", each=WEIGHTS, **({} if road == "stream" else {"tokenizer": {"source": "base"}})
+    )
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    report = check_recipe(tmp_path / "recipe.yml")
+    assert report.ok
+    (problem,) = report.problems
+    assert problem.severity == "warning"
+    first = "first score.0.weight, score.1.weight, score.2.weight"
+    assert f"has 4 tensors that {home / 'base'} lacks, {first}: the result is without them" in problem.found
+    assert f"4 tensors of {home / 'b'} are left behind, {first}" in str(plan(read_recipe(recipe)))
+    done = merge(recipe, tmp_path / "out")
+    assert done.road == road
+    assert f"4 tensors of {home / 'b'} are left behind, {first}" in done.checks[0]
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump({**recipe, "base_model": str(home / "b")}))
+    report = check_recipe(tmp_path / "recipe.yml")  # the other way round the base keeps its own
+    assert report.ok, str(report)
+    assert {p.severity for p in report.problems} == {"note"}
+
+
 def test_mixed_dtypes_are_promoted_as_by_mergekit(homes, tmp_path):
     home = shutil.copytree(homes("llama", torch.bfloat16), tmp_path / "home")
     shutil.rmtree(home / "a")
