@@ -33,19 +33,17 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no {CONFIG}: it is not a PEFT adapter.")
     if not (folder / WEIGHTS).is_file():
         pickle = next(folder.glob("adapter_model.*"), None)
+        if pickle is None:
+            raise CheckpointError(f"{folder} has no {WEIGHTS}. Download it again.")
         raise CheckpointError(
-            f"{folder} has no {WEIGHTS}."
-            + (
-                f" {pickle.name} can run code when opened and is refused. Convert it once, where you trust it: "
-                "PeftModel.from_pretrained(MODEL, FOLDER).save_pretrained(NEW_FOLDER)"
-                if pickle
-                else ""
-            )
+            f"{folder} has no {WEIGHTS} but a pickle ({pickle.name}), which can run code when opened and is refused. Convert it once, where you "
+            "trust it: PeftModel.from_pretrained(MODEL, FOLDER).save_pretrained(NEW_FOLDER)."
         )
     config = read_json(path)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"{path} describes {kind!r}; only LoRA is a difference of low rank. {MERGE}")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        found = f"is an adapter of type {reprlib.repr(kind)}" if kind else "does not say that it is a LoRA"
+        raise CheckpointError(f"{path} {found}, and only LoRA is a difference of low rank. {MERGE}")
     for name, value in config.items():
         if value and name not in _READ | _SAY_NOTHING:
             raise CheckpointError(f"{path} sets {name}, with which the tensors are not the change. {MERGE}")

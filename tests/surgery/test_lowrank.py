@@ -351,7 +351,7 @@ def test_damaged_tensors(train: Train, damage: Any, said: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"peft_type": "LOHA"}, r"describes 'LOHA'; only LoRA .*merge_and_unload"),
+        ({"peft_type": "LOHA"}, r"is an adapter of type 'LOHA', and only LoRA .*merge_and_unload"),
         ({"alora_invocation_tokens": [1, 2]}, r"sets alora_invocation_tokens, .*merge_and_unload"),
         ({"target_parameters": ["mlp.experts"]}, "sets target_parameters"),
         ({"trainable_token_indices": [3]}, "sets trainable_token_indices"),
@@ -391,7 +391,8 @@ def test_folders_that_hold_no_adapter(train: Train, tmp_path: Path) -> None:
     shutil.copy(done.folder / CONFIG, tmp_path / "x" / CONFIG)
     (tmp_path / "x" / WEIGHTS).rename(tmp_path / "x" / "adapter_model.bin")
     with pytest.raises(
-        CheckpointError, match=r"adapter_model\.bin can run code when opened and is refused.*save_pretrained"
+        CheckpointError,
+        match=r"a pickle \(adapter_model\.bin\), which can run code when opened and is refused.*save_pretrained",
     ):
         Adapter(tmp_path / "x", done.base)
 

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from surgery import Adapter, land, merge
+from surgery.adapter_config import read_adapter_config
 from surgery.adapter_names import without_wrappers
 from surgery.checkpoint import Checkpoint, CheckpointError
 from surgery.delta import StoredDelta, save_delta
@@ -530,12 +531,23 @@ def test_faults_of_apply(home: Path) -> None:
         ("base", lora("narrow", narrow), "error", "adapter", ["does not fit the base's shapes", "someone/else"]),
         ("base", lora("strange", strange), "error", "adapter", ["changes modules the base lacks", "c_proj"]),
         ("base", lora("unsaid", pairs, peft_type=None), "error", "adapter", ["does not say that it is a LoRA"]),
-        ("base", lora("ia3", pairs, peft_type="IA3"), "error", "adapter", ["is a IA3 adapter", "merge_and_unload"]),
+        (
+            "base",
+            lora("ia3", pairs, peft_type="IA3"),
+            "error",
+            "adapter",
+            ["is an adapter of type 'IA3'", "merge_and_unload"],
+        ),
         ("base", "pickled", "error", "adapter", ["pickle", "save_pretrained(NEW_FOLDER)"]),
         ("lora", "delta", "error", "adapter", ["is an adapter, not a model", "BASE+lora"]),
     ]
     for model, add, severity, kind, words in cases:
         found(check_apply(model, [add]), severity, kind, *words)
+    for name in ("unsaid", "ia3", "pickled"):  # in one place, and so in one set of words
+        with pytest.raises(CheckpointError) as refusal:
+            read_adapter_config(Path(name))
+        (problem,) = check_apply("base", [name]).problems
+        assert str(refusal.value).endswith(f"{problem.found}. {problem.fix}.")
     found(
         check_apply("base", ["delta"], to=home / "tuned"), "error", "output", "exists already", "Choose another folder"
     )
