@@ -38,6 +38,7 @@ windows      the same live weights in nnsight and TransformerLens, and what they
 record       Record, verify, replay
 card         the model card beside a written model
 preflight    surgery check: problems and their fixes, and a forecast, from headers alone
+hub_ids      what may be a model's name on the hub, and why the hub does not give it
 specimen     the default model
 """
 

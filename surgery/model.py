@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+_WHAT_FITS = "Give a folder, a hub id (owner/name) while the hub is reachable, or 'specimen' for the default model."
 
 
 class LiveWeights(Weights):
@@ -384,7 +385,8 @@ def swapped(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 def find(ref: str | os.PathLike[str]) -> Path:
     """The folder a reference means: ``specimen``, an existing folder, or a hub id (downloaded, or from the hub's cache when offline).
 
-    After an ``@`` a hub id may name a revision: ``owner/name@v1.0``.
+    After an ``@`` a hub id may name a revision: ``owner/name@v1.0``. Raises FileNotFoundError that says what is known: that the model is
+    gated, that there is none, or why the hub cannot be asked.
     """
     if str(ref) == "specimen":
         from surgery.specimen import specimen
@@ -400,15 +402,22 @@ def find(ref: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from surgery.specimen import hub_reachable
+    from surgery.hub_ids import refusal
+    from surgery.specimen import hub_silence
 
+    silence = hub_silence()
     try:
-        offline = not hub_reachable()
-        return Path(snapshot_download(name, revision=revision or None, **HUB_FILES, local_files_only=offline))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        return Path(
+            snapshot_download(name, revision=revision or None, **HUB_FILES, local_files_only=silence is not None)
+        )
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{ref!r} is neither a folder here nor a hub id. {_WHAT_FITS}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if silence is None:
+            found, fix = refusal(name, revision or "main", error)
+            raise FileNotFoundError(f"{ref!r} {found}. {fix}.") from error
         raise FileNotFoundError(
-            f"{ref!r} is neither a folder here nor a model that the hub or its local cache can give. "
-            "Give a folder, a hub id (owner/name) while the hub is reachable, or 'specimen' for the default model."
+            f"{ref!r} is neither a folder here nor a model that the hub's local cache has, and {silence}. {_WHAT_FITS}"
         ) from error
 
 

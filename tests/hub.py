@@ -19,7 +19,7 @@ class StandIn(http.server.ThreadingHTTPServer):
 
     served: bytes sent of each file, ``owner/name/file``. asked: lines of requests. tokens: what came with them, by host.
     refused: owner/name -> status and the hub's own word for it, of files; of everything where the word is ``RepoNotFound``.
-    ranges: whether parts of files are given.
+    ranges: whether parts of files are given. moved: an earlier name, without an owner -> owner/name, to which it is redirected.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,6 +30,7 @@ class StandIn(http.server.ThreadingHTTPServer):
         self.tokens: set[tuple[str, str]] = set()
         self.refused: dict[str, tuple[int, str]] = {}
         self.ranges = True
+        self.moved: dict[str, str] = {}
 
     @property
     def address(self) -> str:
@@ -66,6 +67,10 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path).strip("/")
         self.server.asked.append(f"{self.command} {path}")
         self.server.tokens.add((self.headers["Host"].split(":")[0], self.headers.get("Authorization", "")))
+        for old, new in self.server.moved.items():
+            first = path.removeprefix("api/models/").split("/")[0]
+            if first == old:
+                return self._reply(307, b"", {"Location": self.path.replace(f"/{old}", f"/{new}", 1)})
         if not path:
             return self._reply(404, b"")  # a mirror may have nothing to show here
         if path.startswith("blobs/"):

@@ -106,7 +106,7 @@ def apply(
         list[str],
         typer.Option(
             "--add",
-            help="VECTOR:STRENGTH, a delta's or a LoRA adapter's folder and a number (default 1); may be repeated.",
+            help="VECTOR:STRENGTH, a delta's or a LoRA adapter's folder or hub id and a number (default 1); may be repeated.",
         ),
     ],
     dtype: Dtype = None,
@@ -527,7 +527,7 @@ def vector_of(
     from surgery.lowrank import Adapter
 
     vector, entry = _change_in(ref, base)
-    landed = land(vector, base, base=_measured_from(Path(ref)))
+    landed = land(vector, base, base=_measured_from(_folder_of(ref)))
     foreign = "base" in entry and entry["base"] != (base_hash or base.hash)()
     notes = [f"note: {ref} was measured from another base than this model"] if foreign else []
     lines = [*(vector.notes if isinstance(vector, Adapter) else []), *landed.in_words()]
@@ -585,26 +585,34 @@ def _strength(entry: str) -> tuple[str, float]:
     return folder, strength
 
 
-def _change_in(ref: str, base: Checkpoint) -> tuple[Delta, dict[str, str]]:
-    """The vector in a folder, a delta's or a LoRA adapter's, and its entry in a record."""
+def _folder_of(ref: str) -> Path:
+    """Where a delta or an adapter is: in the folder of that name, else in the hub's cache, into which it is downloaded."""
+    from surgery.hub_ids import hub_id
+    from surgery.model import find
 
+    return find(ref) if hub_id(ref) is not None else Path(ref)
+
+
+def _change_in(ref: str, base: Checkpoint) -> tuple[Delta, dict[str, str]]:
+    """The vector in a folder or under a hub id, a delta's or a LoRA adapter's, and its entry in a record."""
     from surgery.adapter_names import CONFIG, WEIGHTS
     from surgery.delta import StoredDelta
     from surgery.hashing import hash_bytes
     from surgery.headers import DELTA
     from surgery.lowrank import Adapter
 
-    if (Path(ref) / CONFIG).is_file():
-        settings = (Path(ref) / CONFIG).read_bytes()  # alpha, for one
-        return Adapter(ref, base), {
+    folder = _folder_of(ref)
+    if (folder / CONFIG).is_file():
+        settings = (folder / CONFIG).read_bytes()  # alpha, for one
+        return Adapter(folder, base), {
             "ref": ref,
-            "hash": hash_bytes(settings + hash_of_tensors(Path(ref) / WEIGHTS).encode()),
-            **_recorded_base(Path(ref)),
+            "hash": hash_bytes(settings + hash_of_tensors(folder / WEIGHTS).encode()),
+            **_recorded_base(folder),
         }
-    vector = StoredDelta(ref)
+    vector = StoredDelta(folder)
     return vector, {
         "ref": ref,
-        "hash": hash_of_tensors(Path(ref) / DELTA),
+        "hash": hash_of_tensors(folder / DELTA),
         **({"base": vector.base_hash} if vector.base_hash else {}),
     }
 

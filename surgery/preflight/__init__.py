@@ -22,7 +22,6 @@ from surgery.preflight.compare import compare
 from surgery.preflight.facts import (
     SHORT,
     Facts,
-    Place,
     Problem,
     check_adapter,
     check_delta,
@@ -85,22 +84,24 @@ def check_apply(
 ) -> Report:
     """Whether MODEL plus deltas or adapters can be written, and what that takes.
 
-    adds: folders of deltas or adapters. to: the output folder, if it is known. dtype: what to store, as found by default.
+    adds: folders of deltas or adapters, or their hub ids. to: the output folder, if it is known. dtype: what to store, as found by default.
     """
     with Hub() as hub:
         facts, problems = examine(ref, hub.place(ref))
         problems += _output(to)
         moved = 0
         for add in adds:
-            folder, fix = locate(add)
-            if folder is None:
-                problems.append(Problem("error", "reference", str(add), "is not here", fix))
-            elif (folder / DELTA).is_file():
-                problems += check_delta(folder, facts) if facts else []
-                moved += moved_by(folder / DELTA)
+            place = hub.place(str(add))
+            if isinstance(place, Problem):
+                problems.append(place)
+                continue
+            folder = place.folder
+            if (folder / DELTA).is_file():
+                problems += check_delta(place, facts) if facts else []
+                moved += moved_by(folder / DELTA, place.sizes.get(DELTA))
             elif (folder / CONFIG).is_file():
-                problems += check_adapter(Place(folder), facts) if facts else []
-                moved += moved_by(folder / WEIGHTS)
+                problems += check_adapter(place, facts) if facts else []
+                moved += moved_by(folder / WEIGHTS, place.sizes.get(WEIGHTS))
             else:
                 there = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
                 found = f"holds neither a delta nor an adapter (there is: {there})"

@@ -32,11 +32,13 @@ from surgery.headers import (
     stray_links,
     two_heads,
 )
+from surgery.hub_ids import download_words, hub_id
 
 if TYPE_CHECKING:
     from surgery.anatomy import Anatomy
 
 Severity = Literal["error", "warning", "note"]
+MEANT = "Did you mean"
 SHORT = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _ALIASES = {  # GPT-2 and its kin keep the old names in config.json
@@ -200,21 +202,10 @@ def locate(ref: str | os.PathLike[str]) -> tuple[Path | None, str]:
         snapshot = _in_hub_cache(*named)
         if snapshot:
             return snapshot, ""
+        if "/" not in text:  # more often a folder's than a model's of before owners
+            return None, _nearby(path)
         return None, f"Download it first: {download_words(*named)}, or correct the name"
     return None, _nearby(path)
-
-
-def hub_id(ref: str) -> tuple[str, str] | None:
-    """``owner/name`` and the revision after its ``@``, ``main`` by default, of what may be a hub id; None for what cannot."""
-    hit = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?", ref)
-    if hit is None or ".." in ref:
-        return None
-    return hit[1], hit[2] or "main"
-
-
-def download_words(name: str, revision: str) -> str:
-    """The command that puts a hub id into the hub's local cache."""
-    return f"hf download {name}" + ("" if revision == "main" else f" --revision {revision}")
 
 
 def examine(ref: str, place: Place | Problem) -> tuple[Facts | None, list[Problem]]:
@@ -557,13 +548,14 @@ def _pairs(
             return
 
 
-def check_delta(folder: Path, base: Facts) -> list[Problem]:
+def check_delta(place: Place, base: Facts) -> list[Problem]:
     """What is wrong with a delta folder as an addition to `base`."""
     import json
 
+    folder = place.folder
     path = folder / DELTA
     try:
-        _, metadata = read_header(path)
+        _, metadata = read_header(path, place.sizes.get(DELTA))
         if not metadata.get("format", "").startswith("model-surgery delta"):
             raise CheckpointError(
                 f"{path} is no delta: its format is {metadata.get('format')!r}. `surgery diff TUNED BASE --to {folder}` writes one."
@@ -601,10 +593,13 @@ def check_delta(folder: Path, base: Facts) -> list[Problem]:
     return problems
 
 
-def moved_by(path: Path) -> int:
-    """How many numbers of a model a delta's or adapter's file moves: what it stores sparse or dense, and what its factors multiply to."""
+def moved_by(path: Path, size: int | None = None) -> int:
+    """How many numbers of a model a delta's or adapter's file moves: what it stores sparse or dense, and what its factors multiply to.
+
+    size: of the file in bytes, where no more than its header is here.
+    """
     try:
-        entries, _ = read_header(path)
+        entries, _ = read_header(path, size)
     except CheckpointError:
         return 0
     shapes = {e.name: e.shape for e in entries}
@@ -759,7 +754,7 @@ def _nearby(path: Path) -> str:
     names = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1)
     if close:
-        return f"Did you mean {parent / close[0]}?"
+        return f"{MEANT} {parent / close[0]}?"
     return "Give an existing folder, a hub id that is in the local cache, or 'specimen'"
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from surgery.headers import INDEX, MAX_HEADER, MAX_JSON, RECORD, SINGLE, CheckpointError, is_whole, read_index
-from surgery.preflight.facts import TOKENIZERS, Place, Problem, download_words, hub_id, locate
+from surgery.headers import DELTA, INDEX, MAX_HEADER, MAX_JSON, RECORD, SINGLE, CheckpointError, is_whole, read_index
+from surgery.hub_ids import download_words, hub_id, refusal
+from surgery.preflight.facts import MEANT, TOKENIZERS, Place, Problem, locate
 from surgery.side_files import HUB_FILES
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 16  # requests
 _AGAIN = "Download it again"
-_LOGIN = "log in as one who may read it (hf auth login, or HF_TOKEN)"
 
 
 class Hub:
@@ -79,9 +79,12 @@ class Hub:
         if named is None:
             return Problem("error", "reference", ref, "is not here", fix)
         if self._silence is None:
-            return self._from_afar(ref, *named)
+            found = self._from_afar(ref, *named)
+            return replace(found, fix=fix) if isinstance(found, Problem) and fix.startswith(MEANT) else found
         if here is not None:
             return Place(here)
+        if "/" not in ref:
+            return Problem("error", "reference", ref, "is not here", fix)
         fix = f"Let the hub be asked, which takes no more than its headers, or download it first: {download_words(*named)}"
         return Problem(
             "error", "reference", ref, f"is neither a folder nor in the hub's local cache, and {self._silence}", fix
@@ -100,7 +103,8 @@ class Hub:
         except _TooLargeError as error:
             return Problem("error", "file", f"{ref}/{error}", "is larger than any such file", "Correct the name")
         except (HTTPError, OSError, ValueError, TypeError, LookupError) as error:  # its answer may be of any shape
-            return _refusal(ref, name, revision, error)
+            found, fix = refusal(name, revision, error)
+            return Problem("error", "reference", ref, found, fix)
 
     def _fetch(self, told: ModelInfo, name: str, folder: Path) -> Place:
         """The files that a check reads, the headers of the weights, and of the others nothing but their names."""
@@ -159,7 +163,7 @@ def _read_whole(present: Iterable[str]) -> list[str]:
 
 def _weights(folder: Path) -> list[str]:
     """The files whose headers a check reads."""
-    wanted = {SINGLE, "adapter_model.safetensors"}
+    wanted = {SINGLE, "adapter_model.safetensors", DELTA}
     if (folder / INDEX).is_file():
         try:
             wanted = set(read_index(folder / INDEX).values())
@@ -212,35 +216,3 @@ def _no_bars() -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
-
-
-def _refusal(ref: str, name: str, revision: str, error: Exception) -> Problem:
-    """What the hub's client raised, as a problem in one line."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, GatedRepoError):
-        found = f"is gated: the hub gives it to those only who were granted access ({status})"
-        fix = f"Ask for access on its page on the hub, and {_LOGIN}"
-    elif isinstance(error, RevisionNotFoundError):
-        found, fix = f"has no revision {revision} on the hub", "Correct what follows the @, or leave it out"
-    elif isinstance(error, RepositoryNotFoundError):
-        found = f"is neither a folder here nor a model that the hub shows to everybody ({status})"
-        fix = f"Correct the name; if it is private, {_LOGIN}"
-    elif status in (401, 403):
-        found, fix = (
-            f"is refused by the hub ({status})",
-            f"Change the token that HF_TOKEN or `hf auth login` set: {_LOGIN}",
-        )
-    else:
-        why = f"it answers {status}" if status else str(error) or type(error).__name__
-        found = f"is not here, and cannot be read from the hub: {why}"
-        fix = f"Try again later, or download it first: {download_words(name, revision)}"
-    return Problem("error", "reference", ref, found, fix)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from surgery.headers import CheckpointError
-from surgery.preflight.facts import Problem, Severity, hub_id
+from surgery.hub_ids import hub_id
+from surgery.preflight.facts import Problem, Severity
 from surgery.yaml_text import load_yaml
 
 TABLED = "0.1.5"  # the mergekit that the table below describes; another is asked itself, which takes a second or two

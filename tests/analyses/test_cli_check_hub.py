@@ -17,6 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from surgery import Adapter
+from surgery.checkpoint import Checkpoint
+from surgery.delta import save_delta
 from tests.families import save_tiny
 from tests.hub import StandIn, commit, stand_in
 
@@ -244,6 +247,56 @@ def test_a_refusal_is_one_error_at_once(hub: StandIn, tmp_path: Path, status: in
     assert "127.0.0.1" not in done.stdout
 
 
+def test_find_says_what_is_known_of_a_model_that_it_cannot_give(hub: StandIn, tmp_path: Path) -> None:
+    """The words of the check, of a gated, a missing, a refused and a busy one, and of one that is in no cache while the hub is not asked."""
+    for name, answer in {
+        "gated": (403, "GatedRepo"), "none": (404, "RepoNotFound"), "closed": (403, ""), "busy": (503, "Busy"),
+    }.items():  # fmt: skip
+        shutil.copytree(hub.folder / "lab" / "tuned", hub.folder / "lab" / name, dirs_exist_ok=True)
+        hub.refused[f"lab/{name}"] = answer
+    refs = ["lab/gated", "lab/none", "lab/closed", "lab/busy", "lab/base@v9", "gpt0", "not a name!"]
+    code = (
+        "import sys\nfrom surgery.model import find\nfor ref in sys.argv[1:]:\n"
+        "  try: print(find(ref))\n  except FileNotFoundError as error: print(error)"
+    )
+    began = time.perf_counter()
+    gated, none, closed, busy, revision, legacy, strange = run(
+        tmp_path, hub.address, "-c", code, *refs
+    ).stdout.splitlines()
+    assert time.perf_counter() - began < 40
+    assert "'lab/gated' is gated: the hub gives it to those only who were granted access (403). Ask for access" in gated
+    assert (
+        "'lab/none' is neither a folder here nor a model that the hub shows to everybody (404). Correct the name"
+        in none
+    )
+    assert "'lab/closed' is refused by the hub (403). Change the token" in closed
+    assert "'lab/busy' is not here, and cannot be read from the hub: it answers 503. Try again later" in busy
+    assert "'lab/base@v9' has no revision v9 on the hub. Correct what follows the @" in revision
+    assert (
+        "'gpt0' is neither a folder here nor a model that the hub shows to everybody (404). Correct the name" in legacy
+    )
+    assert "'not a name!' is neither a folder here nor a hub id. Give a folder" in strange
+    offline = run(tmp_path, hub.address, "-c", code, "lab/base", HF_HUB_OFFLINE="1").stdout
+    assert (
+        "'lab/base' is neither a folder here nor a model that the hub's local cache has, and the hub is not asked, because HF_HUB_OFFLINE is set"
+        in offline
+    )
+
+
+def test_a_name_of_before_owners(hub: StandIn, tmp_path: Path) -> None:
+    """`gpt2` is a hub id to whatever loads a model, so that it is one to the check."""
+    hub.moved["gpt0"] = "lab/base"
+    for words in ({}, {"HF_HUB_OFFLINE": "1"}):
+        done = check(tmp_path, hub.address, "gpt0", **words)
+        assert (done.returncode, done.stdout.strip()) == (0, "gpt0: no problems found")
+        download(tmp_path, hub.address, "gpt0")
+    missing = check(tmp_path, hub.address, "gpt1")
+    assert "error    gpt1 is neither a folder here nor a model that the hub shows to everybody (404)" in missing.stdout
+    (tmp_path / "tuned").mkdir()
+    for words in ({}, {"HF_HUB_OFFLINE": "1"}):
+        assert "Did you mean tuned?" in check(tmp_path, hub.address, "tunde", **words).stdout
+
+
 @pytest.mark.parametrize("answer", ["offline", "refused", "silent"])
 def test_without_the_hub_one_error_says_both_ways(tmp_path: Path, answer: str) -> None:
     with socket.socket() as listener:
@@ -318,6 +371,33 @@ def test_an_adapter_on_the_hub_is_judged(hub: StandIn, tmp_path: Path) -> None:
     assert done.returncode == 1, done
     assert "error    lab/lora does not fit the base's shapes" in done.stdout
     assert hub.served["lab/lora/adapter_model.safetensors"] == header_bytes(adapter)
+
+
+def test_apply_takes_from_the_hub_what_its_check_takes(hub: StandIn, tmp_path: Path) -> None:
+    lora, delta = hub.folder / "lab" / "lora", hub.folder / "lab" / "delta"
+    lora.mkdir()
+    said = {"peft_type": "LORA", "base_model_name_or_path": "lab/base", "r": 2, "lora_alpha": 2}
+    (lora / "adapter_config.json").write_text(json.dumps(said))
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{module}.lora_A.weight": torch.ones(2, 32), f"{module}.lora_B.weight": torch.ones(48, 2)}
+    save_file(factors, lora / "adapter_model.safetensors")
+    save_delta(Checkpoint(hub.folder / "lab" / "tuned") - Checkpoint(hub.folder / "lab" / "base"), delta)
+    adds = ["--add", "lab/lora:0.5", "--add", "lab/delta:0.25"]
+    done = check(tmp_path, hub.address, "apply", "lab/base", *adds)
+    assert done.returncode == 0, done
+    assert "no problems found" in done.stdout
+    for name, file in (("lora", "adapter_model"), ("delta", "delta")):
+        weights = hub.served[f"lab/{name}/{file}.safetensors"]
+        assert 0 < weights < (hub.folder / "lab" / name / f"{file}.safetensors").stat().st_size
+    words = ["-m", "analyses", "apply", "lab/base", *adds, "--to", "out", "--allow-loops", "--quiet"]
+    made = run(tmp_path, hub.address, *words)
+    assert made.returncode == 0, made.stderr
+    base, tuned = (Checkpoint(hub.folder / "lab" / name) for name in ("base", "tuned"))
+    expected = base + 0.5 * Adapter(lora, base) + 0.25 * (tuned - base)
+    written = Checkpoint(tmp_path / "out")
+    assert all(torch.equal(written[site], expected[site].bfloat16().float()) for site in base)
+    inputs = json.loads((tmp_path / "out" / "record.json").read_text())["inputs"]
+    assert {entry["ref"] for entry in inputs.values()} >= {"lab/lora", "lab/delta"}
 
 
 def test_two_heads_are_not_compared_from_afar(hub: StandIn, tmp_path: Path) -> None:
