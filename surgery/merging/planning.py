@@ -143,6 +143,7 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
         _require_heads(planned, sources, main, names, {})
         return Plan(recipe, config, "executor", why, Path(main.model.path), None, said, folders, (), left, {})
 
+    _require_tokens(config, sources, {ref: names[ref] for ref in order})
     if (config.tokenizer or config.tokenizer_source) and main in sources:
         _require_placeholders(config, sources[main].layout, names[main])
     if why:
@@ -555,6 +556,35 @@ def _require_heads(
                     f"{names[ref]} has a head of its own ({found}), and {names[main]}, like which the result is laid out, ties its head to the "
                     f"embedding: the trained head would be lost. Make {names[ref]} the base_model, or untie {names[main]} first: {UNTIE}."
                 )
+
+
+def _require_tokens(
+    config: MergeConfiguration, sources: Mapping[ModelReference, Source], names: Mapping[ModelReference, str]
+) -> None:
+    """Raise RecipeError for a token of the recipe's own that is to come from a model or a row that is not there."""
+    from mergekit.tokenizer.config import ModelTokenEmbedding, ZeroEmbedding
+
+    for token, asked in ((config.tokenizer and config.tokenizer.tokens) or {}).items():
+        row = asked.source
+        if row is None or isinstance(row, ZeroEmbedding):
+            continue
+        ref = row.model if isinstance(row, ModelTokenEmbedding) else row
+        said = f"tokenizer: token {token!r} is to come from {names.get(ref, ref)}"
+        if ref not in names:
+            raise RecipeError(f"{said}, which is not among the merged models. Name one of {', '.join(names.values())}.")
+        if isinstance(row, ModelTokenEmbedding) and row.token_id is not None:
+            rows = sources[ref].layout.anatomy.vocab if ref in sources else None
+            if rows is not None and not 0 <= row.token_id < rows:
+                raise RecipeError(
+                    f"{said}, whose embedding has {rows} rows and none of id {row.token_id}. Write an id from 0 to {rows - 1}."
+                )
+            continue
+        wanted = row.token if isinstance(row, ModelTokenEmbedding) else token
+        if wanted not in _vocabulary(ref.model.path, names[ref]):
+            raise RecipeError(
+                f"{said}, whose tokenizer has no {wanted!r}. Name a model that has it, or another token: "
+                "{kind: model_token, model: MODEL, token: TOKEN}."
+            )
 
 
 def _require_placeholders(config: MergeConfiguration, layout: Checkpoint, name: str) -> None:

@@ -78,6 +78,7 @@ def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
             raise RecipeError(f"{where}: {key} {value!r} is not one of {', '.join(DTYPES)}.")
     groups = _groups(config)
     for label, inputs, base in groups:
+        _require_ranges(inputs, f"{where}: {label}")
         try:
             method.validate_inputs([source.model for source in inputs], base, group_name=label)
         except ValueError as error:
@@ -228,6 +229,15 @@ def _settings(config: MergeConfiguration) -> Iterator[Mapping[str, Any] | None]:
     for _, inputs, _ in _groups(config):
         for source in inputs:
             yield source.parameters
+
+
+def _require_ranges(inputs: Iterable[Any], where: str) -> None:
+    for source in inputs:
+        first, last = getattr(source, "layer_range", (0, 1))  # those of whole models have none
+        if not 0 <= first < last:
+            raise RecipeError(
+                f"{where}: model {source.model} has layer_range {[first, last]}. Write [FIRST, ONE_PAST_LAST], as in [0, 12]."
+            )
 
 
 def _require_parameters(config: MergeConfiguration, method: MergeMethod, where: str) -> None:

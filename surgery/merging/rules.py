@@ -135,7 +135,7 @@ class Rule:
                 raise RecipeError(f"The weights of {self.name} add up to zero; linear divides by their sum.")
             return {ref: weight / total for ref, weight in p["weight"].items()}
         if self.method.spec.name == "task_arithmetic" and base in self.inputs:
-            weights = p["weight"]
+            weights = p.get("weight", {})  # none where the base is merged alone
             total = sum(weights.values())
             share = p["lambda"] / (total if p["normalize"] and abs(total) >= 1e-8 else 1.0)
             return {base: 1.0 - share * total, **{ref: share * weight for ref, weight in weights.items()}}

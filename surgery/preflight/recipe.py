@@ -309,7 +309,7 @@ class _Lint:
                         "error", "recipe", here, "has no sources", "Write sources: [{model: ..., layer_range: [0, 12]}]"
                     )
                     continue
-                self.known_keys(entry, ("sources", "base_model", "residual_weight", "parameters"), here)
+                self.known_keys(entry, ("sources", "base_model", "parameters"), here)
                 sources = [
                     self.entry(e, f"{here}.sources[{j}]", ("model", "layer_range", "parameters"))
                     for j, e in enumerate(entry["sources"])
@@ -365,6 +365,12 @@ class _Lint:
         if recipe.get("tokenizer_source") and recipe.get("tokenizer"):
             self.say("error", "tokenizer", "", "has both tokenizer_source and tokenizer", "Keep one of the two")
         tokenizer = recipe.get("tokenizer")
+        if isinstance(tokenizer, dict):
+            self.known_keys(tokenizer, ("source", "tokens", "pad_to_multiple_of"), "tokenizer")
+            tokens = tokenizer.get("tokens")
+            for token, row in tokens.items() if isinstance(tokens, dict) else ():
+                if isinstance(row, dict):
+                    self.known_keys(row, ("source", "force"), f"tokenizer.tokens.{token}")
         source = recipe.get("tokenizer_source") or (tokenizer.get("source") if isinstance(tokenizer, dict) else None)
         if source == "base" and not recipe.get("base_model"):
             self.say(

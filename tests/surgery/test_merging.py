@@ -110,6 +110,13 @@ BAD = {
     ),
     "twice": (GOOD | {"models": GOOD["models"] * 2}, "Duplicate merge inputs"),
     "layer range": ({"merge_method": "passthrough", "slices": [{"sources": [{"model": "x", "layer_range": [0]}]}]}, "layer_range"),
+    **{
+        f"layer range {found}": (
+            {"merge_method": "passthrough", "slices": [{"sources": [{"model": "x", "layer_range": found}]}]},
+            rf"slices\[0\]: model x has layer_range {re.escape(str(found))}\. Write \[FIRST, ONE_PAST_LAST\]",
+        )
+        for found in ([-2, 3], [2, 1], [1, 1])
+    },
     "dtype": (GOOD | {"dtype": "int4"}, "dtype 'int4' is not one of float32, bfloat16, float16, float64"),
     "two revisions": (GOOD | {"base_model": "a@b@c"}, "multiple @"),
     "our key": (GOOD | {"surgery": {"sed": 1}}, "has no 'sed'; it has seed and compute"),
@@ -371,6 +378,39 @@ def test_heads(tied, tmp_path):
         assert "lm_head.weight" not in made.rules
         found = tensors_of(merge(made.recipe, tmp_path / "both").folder)
         assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties", "breadcrumbs", "sce", "linear", "karcher"])
+def test_the_base_alone_is_itself(method, homes, tmp_path):
+    recipe = of(homes("llama"), method, ("base",), parameters={"weight": 0.5, "density": 0.5})
+    assert furthest(by_mergekit(recipe, tmp_path / "theirs"), tensors_of(merge(recipe, tmp_path / "out").folder)) == 0
+
+
+TOKENS = {
+    "a model that is not merged": ({"!": {"source": "c", "force": True}}, r"'!' is to come from .*home/c, which is not among the merged models\."),
+    "a token that the model lacks": ({"<new>": {"source": "a"}}, r"'<new>' is to come from .*home/a, whose tokenizer has no '<new>'\."),
+    "another token that it lacks": (
+        {"!": {"source": {"kind": "model_token", "model": "a", "token": "<new>"}}}, r"'!' is to come from .*home/a, whose tokenizer has no '<new>'\.",
+    ),
+    "an id without a row": (
+        {"!": {"source": {"kind": "model_token", "model": "a", "token_id": 5000}}},
+        r"'!' is to come from .*home/a, whose embedding has 100 rows and none of id 5000\.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_tokens_that_come_from_nowhere(case, homes, tmp_path):
+    """Said before anything is computed, by the check too."""
+    home = homes("llama")
+    tokens, said = TOKENS[case]
+    wanted = yaml.safe_load(re.sub(r"\b(source|model): ([ac])\b", rf"\1: {home}/\2", yaml.safe_dump(tokens)))
+    recipe = of(home, "task_arithmetic", ("a", "b"), each=WEIGHTS, tokenizer={"source": "base", "tokens": wanted})
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError, match=rf"tokenizer: token {said}"):
+        plan(read_recipe(tmp_path / "recipe.yml"))
+    (problem,) = check_recipe(tmp_path / "recipe.yml").problems
+    assert re.search(said.removesuffix(r"\."), problem.found)
 
 
 def test_a_head_that_the_output_has_no_place_for(homes, tmp_path):

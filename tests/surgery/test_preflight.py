@@ -176,6 +176,14 @@ def test_faults_of_a_recipe(home: Path) -> None:
         "gives no weight for base",
         "Write weight: 1.0",
     )
+    misspelt = recipe(home, models=two, tokenizer={"sorce": "base", "tokens": {"!": {"forced": True}}})
+    case(misspelt, "warning", "key", "tokenizer has the key 'sorce', which mergekit does not know", "Write source")
+    case(misspelt, "warning", "key", "tokenizer.tokens.! has the key 'forced'", "Write force")
+    piece = {"sources": [{"model": "base", "layer_range": [0, 3]}], "residual_weight": 0.5}
+    stacked = recipe(home, merge_method="passthrough", models=None, slices=[piece])
+    case(
+        stacked, "warning", "key", "slices[0] has the key 'residual_weight', which mergekit does not know", "Remove it"
+    )
     case(based(home, "ties"), "error", "parameter", "gives no weight for third, tuned", "Write weight: 1.0")
     case(
         based(home, "ties", weight),
