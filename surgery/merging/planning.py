@@ -606,7 +606,7 @@ def _require_placeholders(config: MergeConfiguration, layout: Checkpoint, name: 
             f"{name} says {lost} {places[lost]}, and of the {len(own)} tokens that its tokenizer has none has that id: an embedding built anew would "
             "have no row for it. Leave the tokenizer out of the recipe, or add that token to the model's tokenizer first."
         )
-    if isinstance(source, str):  # the base's ids, and others after them
+    if source is None or isinstance(source, str):  # the base's ids, and others after them
         return
     its = _vocabulary(source.model.path, str(source))
     moved = next((key for key, i in places.items() if its.get(tokens[i]) != i), None)
