@@ -164,11 +164,6 @@ def _from_hub(folder: Path, refusals: list[str]) -> dict[str, str] | None:
     return {"source": "hub", "revision": revision}
 
 
-def hub_reachable() -> bool:
-    """Whether the hub answers within `PROBE_SECONDS`; False at once where HF_HUB_OFFLINE is set."""
-    return hub_silence() is None
-
-
 def hub_silence() -> str | None:
     """Why the hub cannot be asked, or None where it answers within `PROBE_SECONDS`; at once where HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
