@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 
+_LONGEST = 96  # characters of a name, by the hub's rules
 _LOGIN = "log in as one who may read it (hf auth login, or HF_TOKEN)"
 
 
@@ -14,7 +15,7 @@ def hub_id(ref: str) -> tuple[str, str] | None:
     A few models have a name of before owners, such as ``gpt2``.
     """
     hit = re.fullmatch(r"((?:[\w-][\w.-]*/)?[\w-][\w.-]*)(?:@([\w.-]+(?:/[\w.-]+)*))?", ref)
-    if hit is None or ".." in ref or Path(ref).is_file():
+    if hit is None or ".." in ref or len(hit[1]) > _LONGEST or os.path.isfile(ref):
         return None
     return hit[1], hit[2] or "main"
 
