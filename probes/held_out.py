@@ -50,6 +50,20 @@ def deal(
     return fold[groups]
 
 
+def require_two_a_fold(groups: Int[np.ndarray, " row"], folds: int, called: str = "questions") -> None:
+    """Raise ValueError where `deal` would give a fold one group only.
+
+    An AUC compares the rows of a fold with each other. In a fold of one question, where a prompt's activations are the same in all rows, all tie.
+    """
+    count = len(np.unique(groups))
+    if count >= 2 * folds:
+        return
+    fix = f"ask for at most {count // 2} folds, or give more" if count >= 4 else "give at least 4"
+    raise ValueError(
+        f"{folds} folds of {count} {called}: a fold would hold one, and rows are compared inside a fold; {fix}."
+    )
+
+
 def auc(scores: ArrayLike, labels: ArrayLike, strata: ArrayLike | None = None) -> float:
     """How often a positive row scores above a negative one of the same stratum, ties counted half: in [0, 1], 0.5 is chance.
 
@@ -82,7 +96,8 @@ def auc_score(
         bootstrap, which takes them for independent, gives intervals too short by up to a factor of about 1.4. They are widened by
         ``sqrt(1 + folds / (folds - 1))``, 1.5 for five, and end at 0 and 1.
 
-    Where all pairs are won, or none, every draw agrees: the interval then reaches as far as the exact one of as many groups all won.
+    Where all pairs are won, or none, every draw agrees: the interval then reaches as far as the exact one of as many groups all won. Where
+    they agree on anything else, all scores that are compared being equal, say, there is none.
     Source: Efron and Tibshirani (1993), section 13.3, with groups as units; Nadeau and Bengio (2003), "Inference for the generalization error",
     equation 8, for the widening; Clopper and Pearson (1934) for all or none.
     """
@@ -102,6 +117,8 @@ def auc_score(
         parts = [_won_and_asked(s, y, strata, times[i : i + step, unit].astype(float)) for i in range(0, draws, step)]
         won, asked = (np.concatenate(side) for side in zip(*parts, strict=True))
     low, high = _ends(value, won, asked, folds)
+    if low == high and 0 < value < 1:
+        return no_interval(value, count, f"{what}, no interval: all draws agree")
     perfect = 0.025 ** (1 / count)
     if value == 1:  # every draw says so too; as a share of `count` groups it is still no more than this
         low = min(low, perfect)

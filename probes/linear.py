@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from probes.activations import Activations, collect
 from probes.directions import Labels, per_row
 from probes.estimates import Estimate, no_interval
-from probes.held_out import auc, auc_score, deal, mean_score, shuffled, units
+from probes.held_out import auc, auc_score, deal, mean_score, require_two_a_fold, shuffled, units
 from surgery.borrowing import own_draws
 from surgery.linalg import each_matrix
 from surgery.model import Model
@@ -186,7 +186,7 @@ def probe(
     shuffles:   shuffled labellings (inside groups' structure) that are probed as a control, at the penalties of the real ones.
 
     A transcript without a span is missing there. Raises ValueError for a span no transcript has, for labels of one class only, for one
-    group only, and as `collect` does.
+    group only, for classes with fewer than two groups a fold, and as `collect` does.
     Source: protocol of Hewitt and Liang (2019), arXiv 1909.03368, and Alain and Bengio (2016), arXiv 1610.01644.
     Differs: groups are held out whole; controls are always there; the penalty is chosen inside the training folds.
     """
@@ -346,6 +346,8 @@ class _Task:
         if y.min() == y.max():
             raise ValueError(f"All {len(y)} rows over {span!r} have the same label: a probe needs rows that differ.")
         g = units([groups[i] for i in rows])
+        if kind == "classes" and g.max() > 0:  # else `deal` says what is missing
+            require_two_a_fold(g, folds)
         fold = deal(g, y, folds=folds, seed=seed)
         own = None if tokens is None else tokens[rows]
         cuts = None if own is None else np.unique(np.quantile(own, np.linspace(0, 1, BINS + 1)[1:-1]))

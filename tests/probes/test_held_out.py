@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from probes.held_out import auc, auc_score, deal, mean_score, shuffled, units
+from probes.held_out import auc, auc_score, deal, mean_score, require_two_a_fold, shuffled, units
 from tests.oracles import directions as oracle
 
 
@@ -71,6 +71,22 @@ def test_cross_fitted_intervals_hold_the_truth():
                 plain += found.low <= 0.5 <= found.high
     assert plain / 150 < 0.92
     assert 0.92 <= widened / 150 <= 1
+
+
+def test_scores_that_all_tie_have_no_interval():
+    """Every draw gives 0.5, which says nothing of how sure that is."""
+    y, g = np.arange(12) % 2 == 1, np.arange(12) // 2
+    found = auc_score(g.astype(float), y, g, g)
+    assert found.value == 0.5
+    assert np.isnan([found.low, found.high]).all()
+    assert found.n == 6
+
+
+@pytest.mark.parametrize(("questions", "folds", "said"), [(20, 20, "at most 10"), (7, 5, "at most 3"), (3, 2, "at least 4")])
+def test_a_fold_of_one_question_compares_nothing_between_questions(questions, folds, said):
+    with pytest.raises(ValueError, match=f"{folds} folds of {questions} questions.* {said}"):
+        require_two_a_fold(np.arange(questions), folds)
+    require_two_a_fold(np.arange(2 * folds), folds)
 
 
 def test_rows_without_a_score_are_left_out():

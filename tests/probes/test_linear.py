@@ -257,6 +257,8 @@ def test_what_cannot_be_probed():
         probe_rows(acts, y + 1, g)
     with pytest.raises(ValueError, match="one group"):
         probe_rows(acts, y, torch.zeros(120))
+    with pytest.raises(ValueError, match="40 folds of 40 questions.* at most 20"):
+        probe_rows(acts, y, g, folds=40)
     with pytest.raises(ValueError, match="No row over 'thinking' has a label"):
         probe_rows(acts, [None] * 120, g)
     with pytest.raises(ValueError, match="NaN or infinite"):
@@ -293,7 +295,7 @@ def test_one_pass_over_a_model(family):
 
 def test_several_spans():
     model = Model(*tiny("qwen3"))
-    runs, labels = runs_of(model, 16)
+    runs, labels = runs_of(model)
     spans = ("thinking", "answer[-1]")
     table = probe(model, runs, labels, over=spans, at="2.resid", **FAST)
     assert [(r.site, r.span) for r in table.rows] == [(site, span) for span in spans for site in ("0.resid", "2.resid")]
@@ -346,12 +348,12 @@ def test_what_a_model_cannot_be_probed_for():
 def test_as_many_rows_as_transcripts_but_not_one_each():
     """Labels and groups stay with their transcripts where half of these have two spans and the others none."""
     model = Model(*tiny("llama"))
-    runs, labels = runs_of(model, 8)
-    nothing = [model.transcript(f"q{i}", "") for i in range(8)]
+    runs, labels = runs_of(model, 16)
+    nothing = [model.transcript(f"q{i}", "") for i in range(16)]
     spans = ("thinking", "answer")
-    some = probe(model, [*nothing, *runs], [0, 1, 1, 0] * 2 + labels, over=spans, at="1.resid", folds=2, shuffles=0)
+    some = probe(model, [*nothing, *runs], [0, 1, 1, 0] * 4 + labels, over=spans, at="1.resid", folds=2, shuffles=0)
     once = probe(model, runs, labels, over=spans, at="1.resid", folds=2, shuffles=0)
-    assert [r.rows for r in some.rows] == [8] * 4
+    assert [r.rows for r in some.rows] == [16] * 4
     for span in spans:
         a, b = row(some, LOW, span), row(once, LOW, span)
         assert (a.value, a.low, a.length, a.untrained, a.n) == (b.value, b.low, b.length, b.untrained, b.n)
