@@ -14,7 +14,7 @@ from typing import Any
 
 from analyses.tasks import Question, grade
 from probes.directions import Length, span_lengths
-from probes.linear import Kind
+from probes.fitting import Kind
 from surgery.transcript import Transcript, nobody_has
 
 

@@ -154,12 +154,17 @@ def mean_score(
     return opposite(found) if flip else found
 
 
+def widening(folds: int | None) -> float:
+    """How much wider an interval of cross-fitted predictions is than the bootstrap's, see `auc_score`."""
+    return 1.0 if folds is None else math.sqrt(1 + folds / (folds - 1))
+
+
 def _ends(value: float, above: np.ndarray, below: np.ndarray, folds: int | None) -> tuple[float, float]:
     """The ends of the interval of a ratio that was drawn again and again; NaN where most draws have nothing below the line."""
     drawn = above[below > 0] / below[below > 0]
     if 2 * len(drawn) < len(above):
         return math.nan, math.nan
-    wider = 1.0 if folds is None else math.sqrt(1 + folds / (folds - 1))
+    wider = widening(folds)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(value - wider * (value - low)), float(value + wider * (high - value))
 

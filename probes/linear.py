@@ -15,15 +15,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from probes.activations import Activations, collect
+from probes.activations import Activations, Pool, collect
 from probes.directions import Labels, per_row
 from probes.estimates import Estimate, no_interval
+from probes.fitting import Kind, Settings, fit_path, length_bins, loss, of_length, select
 from probes.held_out import auc, auc_score, deal, mean_score, require_two_a_fold, shuffled, units
 from surgery.borrowing import own_draws
 from surgery.linalg import each_matrix
@@ -35,14 +36,8 @@ from surgery.whole import write_whole
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["classes", "number"]
-
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the logistic regression, 1 / alpha of the ridge
-INNER = 3  # folds inside the training folds on which the penalty is chosen
-_COARSE = 1e-3  # tolerance of fits that only choose a penalty
 CONTROLS = ("shuffled", "untrained", "embedding", "length")  # columns a probe is to be above
-BINS = 10  # of the span's length, inside which pairs are of about equal length
-_EMBEDDING = Site(0, "resid")
+EMBEDDING = Site(0, "resid")
 
 
 @dataclass(frozen=True)
@@ -190,6 +185,58 @@ def probe(
     Source: protocol of Hewitt and Liang (2019), arXiv 1909.03368, and Alain and Bengio (2016), arXiv 1610.01644.
     Differs: groups are held out whole; controls are always there; the penalty is chosen inside the training folds.
     """
+    spans = (over,) if isinstance(over, str) else tuple(over)
+    found = gathered(
+        model, transcripts, labels, groups, at=at, over=spans, seed=seed, batch_size=batch_size, progress=progress
+    )
+    return probe_rows(
+        found.acts,
+        found.labels,
+        found.groups,
+        lengths=found.lengths,
+        twin=found.twin,
+        kind=kind,
+        components=components,
+        folds=folds,
+        shuffles=shuffles,
+        draws=draws,
+        seed=seed,
+        progress=progress,
+        among=found.asked,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """The rows of labelled transcripts, of a model and its untrained twin, one a transcript and span.
+
+    index, labels, groups, lengths: of each row its transcript among those given, their label and group, and the tokens of the span.
+    asked: the sites that were asked for; the embedding is there besides.
+    """
+
+    acts: Activations
+    twin: Activations
+    index: list[int]
+    labels: list[Any]
+    groups: list[Any]
+    lengths: list[int]
+    asked: list[Site]
+
+
+def gathered(
+    model: Model,
+    transcripts: Sequence[Transcript],
+    labels: Sequence[Any] | np.ndarray,
+    groups: Sequence[Any] | np.ndarray | None,
+    *,
+    at: Patterns,
+    over: Sequence[str],
+    pool: Pool = "mean",
+    seed: int,
+    batch_size: int,
+    progress: bool,
+) -> Gathered:
+    """What `probe` reads, from one pass over the transcripts for each of the two models. Arguments and errors as there."""
     if len(labels) != len(transcripts) or (groups is not None and len(groups) != len(transcripts)):
         raise ValueError(
             f"{len(transcripts)} transcripts, {len(labels)} labels: give one label (and one group) a transcript."
@@ -198,35 +245,28 @@ def probe(
     if not kept:
         raise ValueError("No transcript has a label: there is nothing to probe for.")
     texts = [transcripts[i] for i in kept]
-    spans = (over,) if isinstance(over, str) else tuple(over)
-    for span in spans:
+    for span in over:
         if not any(positions(text, span) for text in texts):
             raise ValueError(nobody_has(texts, span, "labelled transcripts"))
     asked = match(at, model.anatomy.activation_sites())
     options: dict[str, Any] = {
-        "at": list(dict.fromkeys([_EMBEDDING, *asked])),
-        "over": spans,
-        "pool": "mean",
+        "at": list(dict.fromkeys([EMBEDDING, *asked])),
+        "over": over,
+        "pool": pool,
         "batch_size": batch_size,
         "progress": progress,
     }
     acts = collect(model, texts, **options)
     twin = collect(untrained(model, seed=seed), texts, **options)
     pairs = list(zip(acts.transcript.tolist(), acts.span.tolist(), strict=True))
-    return probe_rows(
+    return Gathered(
         acts,
+        twin,
+        [kept[i] for i, _ in pairs],
         [labels[kept[i]] for i, _ in pairs],
         [texts[i].question if groups is None else groups[kept[i]] for i, _ in pairs],
-        lengths=[len(positions(texts[i], spans[k])) for i, k in pairs],
-        twin=twin,
-        kind=kind,
-        components=components,
-        folds=folds,
-        shuffles=shuffles,
-        draws=draws,
-        seed=seed,
-        progress=progress,
-        among=asked,
+        [len(positions(texts[i], over[k])) for i, k in pairs],
+        asked,
     )
 
 
@@ -274,7 +314,7 @@ def probe_rows(
         for k, span in enumerate(acts.over)
         if (acts.span == k).any()
     ]
-    settings = _Settings(kind, components, shuffles, draws, seed)
+    settings = Settings(kind, components, shuffles, draws, seed)
     cells = [(task, site) for task in tasks for site in acts.values]
     bars = tqdm(total=len(cells), desc="probing", disable=not progress, leave=False)
     alone = {task.span: _length_alone(task, settings) for task in tasks}
@@ -282,7 +322,7 @@ def probe_rows(
     def one(cell: tuple[_Task, Site]) -> _Found:
         task, site = cell
         found = _probe_cell(
-            task, _rows_of(acts, site, task), None if twin is None else _rows_of(twin, site, task), settings
+            task, rows_at(acts, site, task.rows), None if twin is None else rows_at(twin, site, task.rows), settings
         )
         bars.update()
         return found
@@ -292,20 +332,40 @@ def probe_rows(
     rows, chosen = [], []
     for task in tasks:
         mine = {site: found[task, site] for site in acts.values}
-        embedding = mine[_EMBEDDING].score.value if _EMBEDDING in mine else math.nan
+        embedding = mine[EMBEDDING].score.value if EMBEDDING in mine else math.nan
         rows += [_row(task, site, cell, embedding, alone[task.span], kind) for site, cell in mine.items()]
         chosen.append(_choose(task, {site: mine[site] for site in (acts.values if among is None else among)}, settings))
     about = {"kind": kind, "components": components, "folds": folds, "shuffles": shuffles, "draws": draws, "seed": seed}
     return ProbeTable(tuple(rows), tuple(chosen), about)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    kind: Kind
-    components: int | None
-    shuffles: int
-    draws: int
-    seed: int
+def labelled(
+    labels: Sequence[Any], kind: Kind, span: str, among: Sequence[int] | np.ndarray | None = None
+) -> tuple[Int[np.ndarray, " row"], np.ndarray]:
+    """Which rows, of some or of all, have a label, and the labels: bool of classes, or numbers. Raises ValueError where a probe can learn nothing."""
+    asked = range(len(labels)) if among is None else among
+    rows = [int(i) for i in asked if labels[i] is not None and labels[i] == labels[i]]
+    if not rows:
+        raise ValueError(f"No row over {span!r} has a label: there is nothing to probe for.")
+    y = np.array([float(labels[i]) for i in rows])
+    if kind == "classes":
+        if wrong := sorted(set(y) - {0.0, 1.0}):
+            raise ValueError(
+                f"Two classes are labelled 1 and 0; these labels hold {wrong[0]:g}. For a number, say kind='number'."
+            )
+        y = y.astype(bool)
+    if y.min() == y.max():
+        raise ValueError(f"All {len(y)} rows over {span!r} have the same label: a probe needs rows that differ.")
+    return np.array(rows), y
+
+
+def rows_at(acts: Activations, site: Site, rows: Int[np.ndarray, " row"]) -> Float[np.ndarray, "row d"]:
+    """Rows at a site, to fit on. Raises ValueError where they are not finite."""
+    # fp64: in fp32 the optimizer's line search can fail near the optimum, and is no faster
+    X = acts[site][torch.from_numpy(rows)].double().numpy()
+    if not np.isfinite(X).all():
+        raise ValueError(f"The activations at {site} hold NaN or infinite values: they cannot be probed.")
+    return X
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,25 +393,13 @@ class _Task:
         folds: int,
         seed: int,
     ) -> _Task:
-        rows = [i for i in np.flatnonzero(mine).tolist() if labels[i] is not None and labels[i] == labels[i]]
-        if not rows:
-            raise ValueError(f"No row over {span!r} has a label: there is nothing to probe for.")
-        y = np.array([float(labels[i]) for i in rows])
-        if kind == "classes":
-            if wrong := sorted(set(y) - {0.0, 1.0}):
-                raise ValueError(
-                    f"Two classes are labelled 1 and 0; these labels hold {wrong[0]:g}. For a number, say kind='number'."
-                )
-            y = y.astype(bool)
-        if y.min() == y.max():
-            raise ValueError(f"All {len(y)} rows over {span!r} have the same label: a probe needs rows that differ.")
+        rows, y = labelled(labels, kind, span, np.flatnonzero(mine))
         g = units([groups[i] for i in rows])
         if kind == "classes" and g.max() > 0:  # else `deal` says what is missing
             require_two_a_fold(g, folds)
         fold = deal(g, y, folds=folds, seed=seed)
         own = None if tokens is None else tokens[rows]
-        cuts = None if own is None else np.unique(np.quantile(own, np.linspace(0, 1, BINS + 1)[1:-1]))
-        bins = None if own is None or cuts is None else np.searchsorted(cuts, own, side="right")
+        bins = None if own is None else length_bins(own)
         return cls(span, np.array(rows), y, g, fold, own, bins)
 
 
@@ -368,14 +416,7 @@ class _Found:
     untrained: float
 
 
-def _rows_of(acts: Activations, site: Site, task: _Task) -> Float[np.ndarray, "row d"]:
-    # fp64: in fp32 the optimizer's line search can fail near the optimum, and is no faster
-    return acts.values[site][torch.from_numpy(task.rows)].double().numpy()
-
-
-def _probe_cell(task: _Task, X: np.ndarray, twin: np.ndarray | None, settings: _Settings) -> _Found:
-    if not np.isfinite(X).all():
-        raise ValueError(f"The activations over {task.span!r} hold NaN or infinite values: they cannot be probed.")
+def _probe_cell(task: _Task, X: np.ndarray, twin: np.ndarray | None, settings: Settings) -> _Found:
     predicted, inner, penalties = _predict(X, task, settings)
     null = []
     for i in range(settings.shuffles):
@@ -388,18 +429,18 @@ def _probe_cell(task: _Task, X: np.ndarray, twin: np.ndarray | None, settings: _
     return _Found(predicted, inner, penalties, _judge(predicted, task, settings), same, np.array(null), other)
 
 
-def _length_alone(task: _Task, settings: _Settings) -> float:
+def _length_alone(task: _Task, settings: Settings) -> float:
     if task.tokens is None:
         return math.nan
-    X = np.stack([task.tokens, np.log1p(task.tokens)], axis=1)
-    plain = _Settings(settings.kind, None, 0, settings.draws, settings.seed)
+    X = of_length(task.tokens)
+    plain = Settings(settings.kind, None, 0, settings.draws, settings.seed)
     return _value(_predict(X, task, plain)[0], task.y, task, settings)
 
 
 def _predict(
     X: Float[np.ndarray, "row d"],
     task: _Task,
-    settings: _Settings,
+    settings: Settings,
     labels: np.ndarray | None = None,
     penalties: np.ndarray | None = None,
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " fold"], Float[np.ndarray, " fold"]]:
@@ -416,84 +457,27 @@ def _predict(
             predicted[test] = y[train].mean()
             continue
         if penalties is None or math.isnan(penalties[k]):
-            inner[k], chosen[k] = _select(X[train], y[train], task.g[train], settings)
+            inner[k], chosen[k] = select(X[train], y[train], task.g[train], settings)
         else:
             chosen[k] = penalties[k]
-        (predicted[test],) = _fit_path(X, y, train, test, (chosen[k],), settings)
+        (predicted[test],) = fit_path(X, y, train, test, (chosen[k],), settings)
     return predicted, inner, chosen
 
 
-def _select(X: np.ndarray, y: np.ndarray, g: np.ndarray, settings: _Settings) -> tuple[float, float]:
-    """The smallest validation loss over the penalties, on folds inside these rows, and its penalty; the middle one where there are no folds."""
-    g = units(g)
-    if g.max() < 1:
-        return math.nan, PENALTIES[len(PENALTIES) // 2]
-    fold = deal(g, y, folds=INNER, seed=settings.seed)
-    total = np.zeros(len(PENALTIES))
-    for k in range(int(fold.max()) + 1):
-        train, test = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
-        if y[train].min() == y[train].max():
-            continue
-        for i, predicted in enumerate(_fit_path(X, y, train, test, PENALTIES, settings, _COARSE)):
-            total[i] += _loss(predicted, y[test], settings.kind).sum()
-    best = int(total.argmin())
-    return float(total[best] / len(y)), PENALTIES[best]
-
-
-def _fit_path(
-    X: np.ndarray,
-    y: np.ndarray,
-    train: np.ndarray,
-    test: np.ndarray,
-    penalties: Sequence[float],
-    settings: _Settings,
-    tolerance: float = 1e-4,
-) -> list[np.ndarray]:
-    """Predictions on `test` of probes fitted on `train`, one for each inverse strength, each begun where the one before ended.
-
-    tolerance: the gradient, of a mean loss in nats, at which a logistic regression is done.
-    """
-    from sklearn.decomposition import PCA
-    from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    steps: list[Any] = [StandardScaler()]
-    if settings.components is not None:
-        most = min(settings.components, len(train) - 1, X.shape[1])
-        steps.append(
-            PCA(most, svd_solver="covariance_eigh" if X.shape[1] < 2000 else "randomized", random_state=settings.seed)
-        )
-    prepare = make_pipeline(*steps)
-    rows, unseen = prepare.fit_transform(X[train]), prepare.transform(X[test])
-    if settings.kind == "number":
-        return [Ridge(alpha=1 / c).fit(rows, y[train]).predict(unseen) for c in penalties]
-    regression = LogisticRegression(warm_start=True, max_iter=2000, tol=tolerance)
-    return [regression.set_params(C=c).fit(rows, y[train]).predict_proba(unseen)[:, 1] for c in penalties]
-
-
-def _loss(predicted: np.ndarray, y: np.ndarray, kind: Kind) -> np.ndarray:
-    """Of each row: nats, or the squared error."""
-    if kind == "number":
-        return (predicted - y) ** 2
-    said = np.where(y, predicted, 1 - predicted)
-    return -np.log(np.clip(said, 1e-12, None))
-
-
-def _value(predicted: np.ndarray, y: np.ndarray, task: _Task, settings: _Settings) -> float:
+def _value(predicted: np.ndarray, y: np.ndarray, task: _Task, settings: Settings) -> float:
     if settings.kind == "classes":
         return auc(predicted, y, task.fold)
-    return float(1 - _loss(predicted, y, "number").sum() / ((y - _training_means(y, task.fold)) ** 2).sum())
+    return float(1 - loss(predicted, y, "number").sum() / ((y - _training_means(y, task.fold)) ** 2).sum())
 
 
-def _judge(predicted: np.ndarray, task: _Task, settings: _Settings, within: np.ndarray | None = None) -> Estimate:
+def _judge(predicted: np.ndarray, task: _Task, settings: Settings, within: np.ndarray | None = None) -> Estimate:
     """The probe's score with its interval, rows compared inside a fold and, where given, inside a bin."""
     options: dict[str, Any] = {"folds": int(task.fold.max()) + 1, "draws": settings.draws, "seed": settings.seed}
     if settings.kind == "classes":
         strata = task.fold if within is None else task.fold * (within.max() + 1) + within
         return auc_score(predicted, task.y, task.g, strata, what="held-out AUC", **options)
     spread = (task.y - _training_means(task.y, task.fold)) ** 2 if within is None else _spread(task.y, task.g, within)
-    errors = _loss(predicted, task.y, "number")
+    errors = loss(predicted, task.y, "number")
     return mean_score(errors, spread, task.g, flip=True, what="held-out R²", **options)
 
 
@@ -518,7 +502,7 @@ def _spread(y: np.ndarray, g: np.ndarray, within: np.ndarray) -> Float[np.ndarra
     return (y - sums / sizes) ** 2 * sizes / (sizes + 1)
 
 
-def _choose(task: _Task, mine: Mapping[Site, _Found], settings: _Settings) -> Chosen:
+def _choose(task: _Task, mine: Mapping[Site, _Found], settings: Settings) -> Chosen:
     sites = list(mine)
     losses = np.stack([np.where(np.isnan(f.inner), math.inf, f.inner) for f in mine.values()])
     best: list[int] = losses.argmin(axis=0).tolist()
@@ -547,7 +531,7 @@ def _row(task: _Task, site: Site, found: _Found, embedding: float, length: float
         rows=len(task.y),
         accuracy=float((said == task.y).mean()) if classes else math.nan,
         majority=float((majority == task.y).mean()) if classes else math.nan,
-        log_loss=float(_loss(found.predicted, task.y, kind).mean()) if classes else math.nan,
+        log_loss=float(loss(found.predicted, task.y, kind).mean()) if classes else math.nan,
         same_length=found.same_length.value,
         same_length_low=found.same_length.low,
         same_length_high=found.same_length.high,

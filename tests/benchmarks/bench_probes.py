@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from probes.activations import Activations
+from probes.fitting import INNER, PENALTIES
 from probes.held_out import auc, deal, units
-from probes.linear import INNER, PENALTIES, probe_rows
+from probes.linear import probe_rows
 from surgery.sites import Site
 from tests.benchmarks.measure import Row
 

@@ -82,7 +82,9 @@ def test_scores_that_all_tie_have_no_interval():
     assert found.n == 6
 
 
-@pytest.mark.parametrize(("questions", "folds", "said"), [(20, 20, "at most 10"), (7, 5, "at most 3"), (3, 2, "at least 4")])
+@pytest.mark.parametrize(
+    ("questions", "folds", "said"), [(20, 20, "at most 10"), (7, 5, "at most 3"), (3, 2, "at least 4")]
+)
 def test_a_fold_of_one_question_compares_nothing_between_questions(questions, folds, said):
     with pytest.raises(ValueError, match=f"{folds} folds of {questions} questions.* {said}"):
         require_two_a_fold(np.arange(questions), folds)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from probes.activations import Activations, collect
+from probes.fitting import BINS, PENALTIES, Settings
 from probes.held_out import deal, units
-from probes.linear import BINS, PENALTIES, ProbeTable, _judge, _Settings, _spread, _Task, probe, probe_rows, untrained
+from probes.linear import ProbeTable, _judge, _spread, _Task, probe, probe_rows, untrained
 from surgery.model import Model
 from surgery.sites import Site
 from surgery.transcript import positions
@@ -179,7 +180,7 @@ def test_a_number_is_ridge_regression():
 @pytest.mark.parametrize(("signal", "of_length"), [(0.5, 0.0), (0.5, 1.0), (0.0, 0.0), (0.0, 1.0)])
 def test_a_number_among_rows_of_one_length_is_neither_shrunk_nor_flattered(signal, of_length):
     """Few rows of each length, predictions that know a planted share of what varies among them: over many draws it is told right on average."""
-    settings, found = _Settings("number", None, 0, 1, 0), []
+    settings, found = Settings("number", None, 0, 1, 0), []
     for seed in range(200):
         draw = np.random.default_rng(seed)
         known, tokens = draw.standard_normal(50), draw.permutation(50) // 5 + 1.0
@@ -257,7 +258,7 @@ def test_what_cannot_be_probed():
         probe_rows(acts, y + 1, g)
     with pytest.raises(ValueError, match="one group"):
         probe_rows(acts, y, torch.zeros(120))
-    with pytest.raises(ValueError, match="40 folds of 40 questions.* at most 20"):
+    with pytest.raises(ValueError, match=r"40 folds of 40 questions.* at most 20"):
         probe_rows(acts, y, g, folds=40)
     with pytest.raises(ValueError, match="No row over 'thinking' has a label"):
         probe_rows(acts, [None] * 120, g)
