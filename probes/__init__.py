@@ -12,7 +12,10 @@ recorder     recording(): activations while generating
 showing      show_spans() colours the tokens that are meant
 held_out     folds that keep a question whole, the AUC, and its interval over questions
 directions   Direction: mean difference, pairs, PCA, logistic, mass-mean; arithmetic; length_direction()
+fitting      the fits inside: penalty, and site, chosen on folds inside the training rows
 linear       probe(): linear probes over layers and spans, beside their controls
+calibration  calibration(): are a probe's probabilities what they say, before and after scaling: ``from probes.calibration import calibration``
+transfer     transfer(): trained in one set, judged in another; along(): before, during and after the thinking: ``from probes.transfer import transfer``
 erasure      LEACE: leace(), leace_streamed(), and check() of what is left
 passes       a forward pass of a batch, read at some places while it runs
 lens         what each stream says of the next token: ``from probes.lens import lens``
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from probes.attribution import writers_of as writers_of
     from probes.baking import agreement as agreement
     from probes.baking import bake as bake
+    from probes.calibration import Calibration as Calibration
     from probes.directions import Direction as Direction
     from probes.directions import contrast_pairs as contrast_pairs
     from probes.directions import length_direction as length_direction
@@ -68,12 +72,17 @@ if TYPE_CHECKING:
     from probes.steering import Steering as Steering
     from probes.steering import steered as steered
     from probes.steering import stream_norms as stream_norms
+    from probes.transfer import TransferTable as TransferTable
+    from probes.transfer import along as along
 
 _HOMES = {
     "Direction": "directions",
     "Eraser": "erasure",
     "Erasers": "erasure",
     "ProbeTable": "linear",
+    "Calibration": "calibration",
+    "TransferTable": "transfer",
+    "along": "transfer",
     "contrast_pairs": "directions",
     "leace": "erasure",
     "leace_streamed": "erasure",
