@@ -625,6 +625,97 @@ def probes(frame: Any, ax: Axes | None = None, *, measure: str = "value") -> Axe
     return ax
 
 
+def reliability(curve: Any, ax: Axes | None = None) -> Axes:
+    """What was said against what was, a line a scaling (and arm) with intervals over questions; on the dotted line they are the same.
+
+    curve: columns scaling, said, was, low, high and rows, as `Calibration.curve` gives them, and perhaps arm. Points are of equally many rows.
+    Source: the reliability diagram of Murphy and Winkler (1977).
+    """
+    ax = _axes(ax)
+    ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=0.9)
+    scalings = list(dict.fromkeys(curve["scaling"]))
+    for i, (arm, lines) in enumerate(_arms(curve)):
+        for scaling, line in lines.groupby("scaling", sort=False):
+            place = scalings.index(scaling)
+            name = {"none": "as it is", "temperature": "by a temperature", "platt": "by Platt's line"}.get(
+                scaling, scaling
+            )
+            ends = (line["low"].astype(float), line["high"].astype(float))
+            off = [np.clip(line["was"] - ends[0], 0, None), np.clip(ends[1] - line["was"], 0, None)]
+            ax.errorbar(
+                line["said"],
+                line["was"],
+                yerr=off,
+                color=colour(arm, i) if arm else colour("", place),
+                linestyle=["-", "--", "-."][place % 3],
+                marker="o",
+                markersize=3,
+                elinewidth=0.7,
+                label=f"{arm + ', ' if arm else ''}{name}",
+            )
+    ax.set(xlabel="probability that the probe says", ylabel="share that is so", xlim=(0, 1), ylim=(-0.03, 1.03))
+    ax.legend()
+    return ax
+
+
+def probe_transfer(frame: Any, ax: Axes | None = None) -> Axes:
+    """AUCs of probes trained in one set (down) and judged in another (across), with their intervals, in colours symmetric about chance.
+
+    frame: columns trained, tested, value, low, high, as `TransferTable.frame` gives them. The diagonal, framed, is held out too.
+    """
+    ax = _axes(ax)
+    sides = [[str(name) for name in dict.fromkeys(frame[side])] for side in ("trained", "tested")]
+    values = np.full((len(sides[0]), len(sides[1])), np.nan)
+    for row in frame.to_dict("records"):
+        i, j = sides[0].index(str(row["trained"])), sides[1].index(str(row["tested"]))
+        values[i, j] = row["value"]
+        strong = "white" if abs(row["value"] - 0.5) > 0.33 else "black"
+        said = f"{row['value']:.2f}\n[{row['low']:.2f}, {row['high']:.2f}]"
+        ax.text(j, i, said, ha="center", va="center", color=strong, fontsize=7)
+        if str(row["trained"]) == str(row["tested"]):
+            ax.add_patch(_frame_of(i, j))
+    image = ax.imshow(values, cmap="RdBu_r", vmin=0, vmax=1, interpolation="none", aspect="auto")
+    ax.set_xticks(range(len(sides[1])), sides[1])
+    ax.set_yticks(range(len(sides[0])), sides[0])
+    ax.figure.colorbar(image, ax=ax, label="held-out AUC")
+    ax.grid(visible=False)
+    ax.set(xlabel="judged in", ylabel="trained in")
+    return ax
+
+
+def _frame_of(row: int, column: int) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, edgecolor="black", linewidth=1)
+
+
+def probe_along(frame: Any, ax: Axes | None = None) -> Axes:
+    """What is known after each fraction: a probe of each place's own, and one shared by all, with intervals; dotted: the best of the own's controls.
+
+    frame: columns trained, tested, value, low, high and the controls, as `probes.transfer.along` gives them, and perhaps arm.
+    """
+    ax = _axes(ax)
+    controls = ["shuffled", "untrained", "embedding", "length"]
+    for i, (arm, table) in enumerate(_arms(frame)):
+        shared = table["trained"].astype(str) == "all"
+        own = ~shared & (table["trained"].astype(str) == table["tested"].astype(str))
+        kinds = (("a probe for each place", own, "-"), ("one probe for all", shared, "--"))
+        for place, (name, mine, style) in enumerate(kinds):
+            line = table[mine].assign(tested=lambda t: t["tested"].astype(float)).sort_values("tested")
+            shade = colour(arm, i) if arm else colour("", place)
+            label = f"{arm + ', ' if arm else ''}{name} (n={line['n'].max()})"
+            ax.plot(line["tested"], line["value"], color=shade, linestyle=style, marker="o", markersize=3, label=label)
+            low, high = (line[end].astype(float) for end in ("low", "high"))
+            ax.fill_between(line["tested"], low, high, color=shade, alpha=0.15, linewidth=0)
+            if name == kinds[0][0]:
+                best = line[controls].astype(float).max(axis=1)
+                ax.plot(line["tested"], best, color=shade, linestyle=":", linewidth=0.9)
+    ax.axhline(0.5, color="black", linewidth=0.5)
+    ax.set(xlabel="share of the span that is written", ylabel="held-out AUC", xlim=(-0.02, 1.02), ylim=(None, 1.02))
+    ax.legend()
+    return ax
+
+
 def _by_place(frame: Any) -> tuple[Any, bool]:
     """The places in a layer as arms, where there are several, and whether there is but the stream that enters it. The embedding, which is
     in the table as a control, is no place by itself."""
@@ -665,6 +756,9 @@ FIGURES: dict[str, Callable[..., Axes]] = {
     "trade-off": trade_off,
     "paired": paired,
     "probes": probes,
+    "reliability": reliability,
+    "probe-transfer": probe_transfer,
+    "probe-along": probe_along,
     "lengths": lengths,
     "accuracy-under-length": accuracy_under_length,
     "edit": edit_sweep,

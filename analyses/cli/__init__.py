@@ -12,7 +12,7 @@ arms       arms
 look       inspect, check, measure, figure
 dose       sweep
 think      generate, direction, heads, judge, thinkedit
-probing    probe
+probing    probe, probe-calibration, probe-transfer, probe-along
 seeing     seeing
 receipts   verify, replay, undo
 """

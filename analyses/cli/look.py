@@ -412,6 +412,8 @@ def _table_in(table: Path, figure: str) -> Path:
         "early-answers": ["curve.csv", "early-answers.csv"],
         "accuracy-under-length": ["answers.csv"],
         "frontier": ["sweep.csv"],
+        "probe-transfer": ["transfer.csv"],
+        "probe-along": ["along.csv"],
         "trade-off": ["arms.csv"],
         "paired": ["differences.csv"],
     }

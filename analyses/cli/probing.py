@@ -1,13 +1,47 @@
-"""The command that asks what can be read off a model's activations, and where."""
+"""The commands that ask what can be read off a model's activations: where, how surely, from what data, and when."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analyses.cli.given import RunsRef, load_runs, model_input, runs_input, spans_in
+from analyses.cli.given import RunsRef, load_runs, model_input, runs_input, spans_in, words_in
 from analyses.cli.options import LOOK, Device, DryRun, ModelRef, Quiet, Seed, To, app, begin_record, require_new
+
+if TYPE_CHECKING:
+    from analyses.labels import Labels
+    from surgery.runs import Runs
+
+Of = Annotated[
+    str,
+    typer.Option(
+        help="What is read: right (whether the answer is), length (whether --length is long), or a key of the answers' meta."
+    ),
+]
+At = Annotated[
+    str, typer.Option(help="Where: a pattern of activation sites such as '*.resid', '0-7.mid' or '14.attn.z'.")
+]
+Chosen = Annotated[
+    str,
+    typer.Option(
+        help="Where: a pattern of activation sites such as '14.resid'; of several one is chosen inside the training folds."
+    ),
+]
+Over = Annotated[str, typer.Option(help="Over which span the activations are averaged.")]
+OfLength = Annotated[
+    str | None,
+    typer.Option("--length", help="--of length: the span whose length counts; default thinking.", show_default=False),
+]
+Components = Annotated[
+    int | None,
+    typer.Option(
+        help="Principal components kept; by default all. Wanted where answers are few.", min=1, show_default=False
+    ),
+]
+Folds = Annotated[int, typer.Option(help="Parts of the questions, each held out once.", min=2)]
+Shuffles = Annotated[int, typer.Option(help="Labellings at random, probed as a control.", min=0)]
 
 
 @app.command(rich_help_panel=LOOK)
@@ -15,31 +49,16 @@ def probe(
     model: ModelRef,
     runs: RunsRef,
     to: To,
-    of: Annotated[
-        str,
-        typer.Option(
-            help="What is read: right (whether the answer is), length (whether --length is long), or a key of the answers' meta."
-        ),
-    ] = "right",
+    of: Of = "right",
     over: Annotated[
         str,
         typer.Option(help="Over which span the activations are averaged; several with commas: prompt,thinking[:16]."),
     ] = "thinking",
-    at: Annotated[
-        str, typer.Option(help="Where: a pattern of activation sites such as '*.resid', '0-7.mid' or '14.attn.z'.")
-    ] = "*.resid",
-    length: Annotated[
-        str | None,
-        typer.Option(help="--of length: the span whose length counts; default thinking.", show_default=False),
-    ] = None,
-    components: Annotated[
-        int | None,
-        typer.Option(
-            help="Principal components kept; by default all. Wanted where answers are few.", min=1, show_default=False
-        ),
-    ] = None,
-    folds: Annotated[int, typer.Option(help="Parts of the questions, each held out once.", min=2)] = 5,
-    shuffles: Annotated[int, typer.Option(help="Labellings at random, probed as a control.", min=0)] = 3,
+    at: At = "*.resid",
+    length: OfLength = None,
+    components: Components = None,
+    folds: Folds = 5,
+    shuffles: Shuffles = 3,
     device: Device = "auto",
     seed: Seed = 0,
     dry_run: DryRun = False,
@@ -90,6 +109,248 @@ def probe(
     for line in _in_words(summary):
         typer.echo(line)
     typer.echo(to)
+
+
+@app.command(rich_help_panel=LOOK)
+def probe_calibration(
+    model: ModelRef,
+    runs: RunsRef,
+    to: To,
+    of: Of = "right",
+    over: Over = "thinking",
+    at: Chosen = "*.resid",
+    length: OfLength = None,
+    bins: Annotated[int, typer.Option(help="Of the reliability diagram and of the calibration error.", min=2)] = 10,
+    components: Components = None,
+    folds: Folds = 5,
+    device: Device = "auto",
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Whether a probe's probabilities are what they say: reliability, ECE and Brier on held-out questions, before and after scaling."""
+    record = begin_record(
+        "probe-calibration", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")}
+    )
+    require_new(to)
+    from analyses import figures
+    from probes.calibration import calibration
+    from surgery.model import Model
+    from surgery.whole import new_folder
+
+    read, labels = _two_classes(runs, of, length)
+    if dry_run:
+        typer.echo(f"{len(read.questions)} questions in {folds} folds; {at} over {over}; would go to {to}")
+        return
+    loaded = Model.load(model, device=device, dtype="float32")
+    read.require(loaded)
+    found = calibration(
+        loaded,
+        read,
+        labels.values,
+        at=at,
+        over=over,
+        bins=bins,
+        components=components,
+        folds=folds,
+        seed=seed,
+        progress=not quiet,
+    )
+    table, curve = found.frame(), found.curve()
+    record.inputs = model_input(loaded, model) | runs_input(runs)
+    record.results = {"labels": str(labels), "scalings": table.to_dict("records"), "about": dict(found.about)}
+    with new_folder(to) as folder:
+        found.save(folder / "calibration.json")
+        table.to_csv(folder / "calibration.csv", index=False)
+        curve.to_csv(folder / "reliability.csv", index=False)
+        figures.save(figures.draw(figures.reliability, curve, width=4, ratio=0.9), folder / "reliability.png")
+        record.save(folder)
+    for row in found.rows:
+        chance = "above chance" if row.ece > row.ece_floor else "within chance"
+        typer.echo(
+            f"{row.scaling}: Brier {row.brier:.3f} [{row.brier_low:.3f}, {row.brier_high:.3f}] (always the share {row.base:.3f}, length alone "
+            f"{row.length:.3f}), ECE {row.ece:.3f} [{row.ece_low:.3f}, {row.ece_high:.3f}], {chance} ({row.ece_floor:.3f}); {row.n} questions, mostly at {row.site}"
+        )
+    typer.echo(to)
+
+
+@app.command(rich_help_panel=LOOK)
+def probe_transfer(
+    model: ModelRef,
+    runs: Annotated[
+        list[str],
+        typer.Option(
+            "--runs",
+            help="Answers, twice or more: NAME=PATH, or a path that names them; a file of `surgery generate`, or its folder.",
+            show_default=False,
+        ),
+    ],
+    to: To,
+    of: Of = "right",
+    over: Over = "thinking",
+    at: Chosen = "*.resid",
+    length: OfLength = None,
+    components: Components = None,
+    folds: Folds = 5,
+    shuffles: Shuffles = 3,
+    device: Device = "auto",
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Whether what a probe learned from some answers holds for others: all pairs of --runs, on questions that were not learned from."""
+    record = begin_record("probe-transfer", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
+    require_new(to)
+    from analyses import figures
+    from probes.transfer import transfer
+    from surgery.model import Model
+    from surgery.whole import new_folder
+
+    refs = _named(runs)
+    sets = {name: _two_classes(ref, of, length, f"{name}, ") for name, ref in refs.items()}
+    if dry_run:
+        asked = ", ".join(f"{len(read.questions)} of {name}" for name, (read, _) in sets.items())
+        typer.echo(f"questions in {folds} folds: {asked}; {at} over {over}; would go to {to}")
+        return
+    loaded = Model.load(model, device=device, dtype="float32")
+    for read, _ in sets.values():
+        read.require(loaded)
+    found = transfer(
+        loaded,
+        {name: (read, labels.values) for name, (read, labels) in sets.items()},
+        at=at,
+        over=over,
+        components=components,
+        folds=folds,
+        shuffles=shuffles,
+        seed=seed,
+        progress=not quiet,
+    )
+    table = found.frame()
+    record.inputs = model_input(loaded, model)
+    for name, ref in refs.items():
+        record.inputs[f"runs {name}"] = runs_input(ref)["runs"]
+    record.results = {
+        "labels": {name: str(labels) for name, (_, labels) in sets.items()},
+        "pairs": table.to_dict("records"),
+        "about": dict(found.about),
+    }
+    with new_folder(to) as folder:
+        found.save(folder / "transfer.json")
+        table.to_csv(folder / "transfer.csv", index=False)
+        figures.save(figures.draw(figures.probe_transfer, table), folder / "transfer.png")
+        record.save(folder)
+    for row in found.rows:
+        where = "held out of it" if row.trained == row.tested else f"judged in {row.tested}"
+        typer.echo(_auc_in_words(f"trained in {row.trained}, {where}", row))
+    typer.echo(to)
+
+
+@app.command(rich_help_panel=LOOK)
+def probe_along(
+    model: ModelRef,
+    runs: RunsRef,
+    to: To,
+    of: Of = "right",
+    over: Annotated[str, typer.Option(help="The span along which is read: thinking or answer.")] = "thinking",
+    fractions: Annotated[
+        str, typer.Option(help="After which fractions of the span, with commas; 0 is before it.")
+    ] = "0,0.25,0.5,0.75,1",
+    at: Chosen = "*.resid",
+    length: OfLength = None,
+    components: Components = None,
+    folds: Folds = 5,
+    shuffles: Shuffles = 3,
+    device: Device = "auto",
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """What is known before the thinking and after each part of it: a probe for each place, and one shared by all."""
+    record = begin_record("probe-along", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
+    require_new(to)
+    from analyses import figures
+    from probes.transfer import along
+    from surgery.model import Model
+    from surgery.whole import new_folder
+
+    read, labels = _two_classes(runs, of, length)
+    try:
+        places = [float(word) for word in words_in(fractions)]
+    except ValueError as error:
+        raise ValueError(f"--fractions {fractions}: numbers from 0 to 1 with commas, as 0,0.5,1.") from error
+    if dry_run:
+        typer.echo(f"{len(read.questions)} questions in {folds} folds; {at} along {over}; would go to {to}")
+        return
+    loaded = Model.load(model, device=device, dtype="float32")
+    read.require(loaded)
+    found = along(
+        loaded,
+        read,
+        labels.values,
+        at=at,
+        over=over,
+        fractions=places,
+        components=components,
+        folds=folds,
+        shuffles=shuffles,
+        seed=seed,
+        progress=not quiet,
+    )
+    table = found.frame()
+    record.inputs = model_input(loaded, model) | runs_input(runs)
+    record.results = {"labels": str(labels), "pairs": table.to_dict("records"), "about": dict(found.about)}
+    with new_folder(to) as folder:
+        found.save(folder / "along.json")
+        table.to_csv(folder / "along.csv", index=False)
+        figures.save(figures.draw(figures.probe_along, table), folder / "along.png")
+        record.save(folder)
+    for row in found.rows:
+        if row.trained in (row.tested, "all"):
+            whose = "the shared probe" if row.trained == "all" else "its own probe"
+            typer.echo(_auc_in_words(f"after {row.tested} of the {over}, {whose}", row))
+    typer.echo(to)
+
+
+def _two_classes(ref: str, of: str, length: str | None, whose: str = "") -> tuple[Runs, Labels]:
+    """Answers and their labels, which it says. Raises ValueError for labels that are numbers."""
+    from analyses.labels import labels_of
+
+    if length is not None and of != "length":
+        raise ValueError(f"--length is of --of length; with --of {of} it does nothing.")
+    read = load_runs(ref)
+    labels = labels_of(read, of, length=length or "thinking")
+    if labels.kind != "classes":
+        raise ValueError(
+            f"--of {of} is of numbers ({labels.said}), and this is of two classes; `surgery probe` reads numbers."
+        )
+    typer.echo(f"{whose}{of}: {labels}")
+    return read, labels
+
+
+def _named(refs: list[str]) -> dict[str, str]:
+    """NAME=PATH, or a path that names itself, as name -> path. Raises ValueError for fewer than two, or two of one name."""
+    named: dict[str, str] = {}
+    for ref in refs:
+        name, mark, path = ref.partition("=")
+        if not mark:
+            name, path = Path(ref).stem, ref
+        if name in named:
+            raise ValueError(f"--runs {ref}: there is a {name} already; name them apart, as {name}2={path}.")
+        named[name] = path
+    if len(named) < 2:
+        raise ValueError(
+            f"A transfer is between sets of answers, and there is {', '.join(named)} only: give --runs twice or more."
+        )
+    return named
+
+
+def _auc_in_words(what: str, row: Any) -> str:
+    from probes.linear import CONTROLS
+
+    controls = {name: value for name in CONTROLS if (value := getattr(row, name)) == value}
+    near = max(controls, key=lambda name: controls[name])
+    return f"{what}: AUC {row.value:.3f} [{row.low:.3f}, {row.high:.3f}] over {row.n} questions (best control: {near} {controls[near]:.3f})"
 
 
 def _in_words(summary: Any) -> list[str]:

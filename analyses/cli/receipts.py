@@ -13,7 +13,7 @@ from analyses.cli.change import apply, diff, edit, merge, realign
 from analyses.cli.dose import sweep
 from analyses.cli.look import drift, early_answers, geometry
 from analyses.cli.options import RECEIPTS, Quiet, app
-from analyses.cli.probing import probe
+from analyses.cli.probing import probe, probe_along, probe_calibration, probe_transfer
 from analyses.cli.seeing import seeing
 from analyses.cli.start import study
 from analyses.cli.think import direction, generate, heads, judge, thinkedit
@@ -36,6 +36,9 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "heads": heads,
     "judge": judge,
     "probe": probe,
+    "probe-calibration": probe_calibration,
+    "probe-transfer": probe_transfer,
+    "probe-along": probe_along,
     "thinkedit": thinkedit,
     "seeing": seeing,
     "arms": arms,

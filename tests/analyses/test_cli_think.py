@@ -195,6 +195,49 @@ def test_a_probe_over_layers_and_spans(surgery, home: Path, tmp_path: Path) -> N
     assert drawn.code == 0, drawn
 
 
+PROBES = {
+    "probe-calibration": ({"calibration.json", "calibration.csv", "reliability.csv", "reliability.png"}, "reliability"),
+    "probe-transfer": ({"transfer.json", "transfer.csv", "transfer.png"}, "probe-transfer"),
+    "probe-along": ({"along.json", "along.csv", "along.png"}, "probe-along"),
+}
+
+
+@pytest.mark.parametrize("command", PROBES)
+def test_how_sure_a_probe_is_and_where_it_holds(surgery, home: Path, tmp_path: Path, command: str) -> None:
+    runs = {"first": home / "first-runs.jsonl"}
+    words = [command, home / "model", "--of", "length", "--at", "2.mid", "--components", 4, "--folds", 2, "-q"]
+    if command == "probe-transfer":
+        runs["second"] = home / "second-runs.jsonl"
+        words += [word for name, path in runs.items() for word in ("--runs", f"{name}={path}")]
+    else:
+        words += ["--runs", runs["first"], *(["--fractions", "0,0.5"] if command == "probe-along" else ["--bins", 4])]
+    if command != "probe-along":
+        words += ["--over", "thinking[:1]"]
+    said = surgery(*words, "--to", tmp_path / "p", "--dry-run")
+    assert said.code == 0, said
+    assert "length: 100 of 100 transcripts have a label" in said.out
+    assert not list(tmp_path.iterdir())
+    said = surgery(*words, "--to", tmp_path / "p")
+    assert said.code == 0, said
+    files, figure = PROBES[command]
+    assert {p.name for p in (tmp_path / "p").iterdir()} == files | {"record.json"}
+    assert surgery("figure", figure, tmp_path / "p", "--to", tmp_path / "p.png").code == 0
+    inputs = {"model", *([f"runs {name}" for name in runs] if command == "probe-transfer" else ["runs"])}
+    record = verified(surgery, tmp_path / "p", inputs)
+    if command == "probe-calibration":
+        assert [row["scaling"] for row in record["results"]["scalings"]] == ["none", "temperature", "platt"]
+        assert "platt: Brier 0." in said.out
+        return
+    # the mood is drawn with the first token of the thinking: whatever the questions, it is known then, and before it is not
+    at = {(row["trained"], row["tested"]): row for row in record["results"]["pairs"]}
+    if command == "probe-transfer":
+        assert at["first", "second"]["low"] > 0.5
+        assert "trained in first, judged in second: AUC " in said.out
+    else:
+        assert at["0.5", "0.5"]["low"] > 0.5 > at["0", "0"]["low"]
+        assert "after 0.5 of the thinking, the shared probe: AUC " in said.out
+
+
 def test_a_comma_in_a_pattern_does_not_end_a_span() -> None:
     assert spans_in("prompt, thinking[:2]") == ["prompt", "thinking[:2]"]
     assert spans_in("prompt~/a,b/,/c,/,answer") == ["prompt~/a,b/", "/c,/", "answer"]
@@ -315,6 +358,15 @@ def test_what_is_refused_is_one_line(surgery, home: Path, tmp_path: Path, unchec
         (["probe", model, "--runs", runs, "--over", "sentence[99]"], ["has a span sentence[99]", "thinking"]),
         (["probe", model, "--runs", runs, "--at", "9.resid"], ["9.resid"]),
         (["probe", home / "tiny", "--runs", runs], ["another model"]),
+        (
+            ["probe", model, "--runs", runs, "--of", "length", "--folds", 20, "-q"],
+            ["20 folds of 20 questions", "at most 10"],
+        ),
+        (["probe-calibration", model, "--runs", runs, "--length", "answer"], ["--length is of --of length"]),
+        (["probe-transfer", model, "--runs", runs, "--of", "length"], ["there is", "only", "--runs twice"]),
+        (["probe-transfer", model, "--runs", runs, "--runs", runs, "--of", "length"], ["already", "name them apart"]),
+        (["probe-along", model, "--runs", runs, "--of", "length", "--fractions", "half"], ["--fractions half"]),
+        (["probe-along", model, "--runs", runs, "--of", "length", "--fractions", "2"], ["lie in [0, 1]"]),
         (["edit", model, "--remove", home / "length", "--heads", 0.1], ["--heads", "--runs"]),
         (
             ["edit", model, "--remove", home / "length", "--heads", 0.1, "--at", "*.attn.o", "--runs", runs],

@@ -57,6 +57,17 @@ FRAMES: dict[str, pd.DataFrame] = {
         | {"value": [0.9, 0.6, 0.7, 0.7], "low": 0.5, "high": 0.95, "shuffled": [0.5, 0.5, 0.4, 0.6], "untrained": None}
         | {"embedding": [0.6, 0.6, 0.55, 0.55], "length": 0.58}
     ),
+    "reliability": pd.DataFrame(
+        {"scaling": ["none", "none", "platt", "platt"], "said": [0.2, 0.9, 0.3, 0.7], "was": [0.3, 0.7, 0.3, 0.7]}
+        | {"low": [0.1, 0.5, 0.1, 0.5], "high": [0.4, 0.8, 0.4, 0.8], "n": 5, "rows": 10}
+    ),
+    "probe-transfer": pd.DataFrame(
+        {"trained": ["a", "a", "b", "b"], "tested": ["a", "b"] * 2, "value": [0.9, 0.4, 0.6, 0.8], "low": 0.3, "high": 0.95}
+    ),
+    "probe-along": pd.DataFrame(
+        {"trained": ["1", "0", "0", "all", "all"], "tested": [1, 0, 1, 0, 1], "value": [0.9, 0.5, 0.4, 0.6, 0.7], "low": 0.3, "high": 0.95}
+        | {"n": 5, "shuffled": [0.5, 0.4, 0.9, 0.9, 0.9], "untrained": None, "embedding": 0.45, "length": 0.3}
+    ),
     "heads": pd.DataFrame({"layer": [0, 0, 1, 1], "head": [0, 1, 0, None], "score": [0.5, -1.0, 2.0, 9.0], "site": "0.attn.o.h0"}),
     "lens": pd.DataFrame({"position": [4, 4, 5, 5], "token": ["a", "a", " b", " b"], "site": ["0.resid", "1.resid"] * 2}
         | {"word": ["x", "$y", "\n", "w"], "probability": [0.1, 0.9, 0.2, 0.8]}),
@@ -71,7 +82,7 @@ FRAMES: dict[str, pd.DataFrame] = {
     },
 }  # fmt: skip
 
-MAPS = ("heads", "lens")  # of one arm
+MAPS = ("heads", "lens", "probe-transfer")  # of one arm
 
 
 def arms(frame: pd.DataFrame) -> pd.DataFrame:
@@ -241,6 +252,38 @@ def test_probes_are_drawn_above_the_best_of_their_controls() -> None:
     }
     ax = figures.probes(more, Figure().subplots(), measure="accuracy")
     assert [list(line.get_ydata()) for line in ax.lines] == [[0.8, 0.8], [0.7, 0.7]] * 2
+
+
+def test_what_was_said_is_drawn_against_what_was() -> None:
+    ax = figures.reliability(FRAMES["reliability"], Figure().subplots())
+    same, first, second = (line for line in ax.lines if len(line.get_xdata()) == 2)
+    assert same.get_xydata().tolist() == [[0, 0], [1, 1]]
+    assert first.get_xydata().tolist() == [[0.2, 0.3], [0.9, 0.7]]
+    assert first.get_color() != second.get_color()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["as it is", "by Platt's line"]
+    bars = [bar.get_segments() for bar in ax.collections]
+    assert bars[0][1].tolist() == [[0.9, 0.5], [0.9, 0.8]]
+
+
+def test_a_transfer_is_a_map_with_its_numbers() -> None:
+    ax = figures.probe_transfer(FRAMES["probe-transfer"], Figure().subplots())
+    (image,) = ax.images
+    assert image.get_array().tolist() == [[0.9, 0.4], [0.6, 0.8]]
+    assert image.get_clim() == (0, 1)
+    assert [text.get_text() for text in ax.texts][1] == "0.40\n[0.30, 0.95]"
+    assert len(ax.patches) == 2  # the diagonal
+
+
+def test_the_course_of_a_probe_is_its_own_and_the_shared_line() -> None:
+    ax = figures.probe_along(FRAMES["probe-along"], Figure().subplots())
+    own, best, shared, chance = ax.lines
+    assert own.get_xydata().tolist() == [
+        [0, 0.5],
+        [1, 0.9],
+    ]  # by place, whatever the table's order, and not what was trained elsewhere
+    assert list(best.get_ydata()) == [0.45, 0.5]
+    assert list(shared.get_ydata()) == [0.6, 0.7]
+    assert list(chance.get_ydata()) == [0.5, 0.5]
 
 
 def test_cosines_are_a_map_symmetric_about_nothing() -> None:
