@@ -7,15 +7,18 @@ there are. All processes then take the same step. `exempt_from_ddp` keeps DDP fr
 Sharded weights (FSDP2, ``fully_shard``): every process has some rows of each matrix, and gradients arrive reduced. No matrix is ever put
 together to choose its entries (`finetune.lift.shards`), and each process saves and loads a state of its own.
 
-DeepSpeed is neither: under it a Trainer drops the optimizer that it was given and lets an AdamW of its own step, for which LIFT's hooks
-leave no gradient, so that nothing would be learnt. It is refused.
+DeepSpeed at ZeRO stage 0 replicates the weights as DDP does, but a Trainer drops the optimizer that it was given there for an AdamW of its
+own, for which LIFT's hooks leave no gradient, and the engine steps inside backward, before anything is clipped or bent. A trainer with
+`finetune.hosts.Surgical` among its bases keeps the optimizer and has the engine step where other engines do (`step_apart_`). Stages 1 to 3, and
+DeepSpeed's own bf16 and fp16, step on flat pieces or copies of the weights: refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -127,9 +130,100 @@ def refuse_deepspeed() -> None:
     """Raises ValueError where LIFT would find its place taken by DeepSpeed's engine."""
     if under_deepspeed():
         raise ValueError(
-            "DeepSpeed steps by an optimizer of its own, for which LIFT leaves no gradient: this run would train nothing. Use DDP "
-            "(torchrun, without a DeepSpeed configuration) or FSDP2 (fully_shard) with LIFT."
+            "DeepSpeed steps by an optimizer of its own, for which LIFT leaves no gradient: this run would train nothing. Put "
+            "finetune.hosts.Surgical before the trainer among its bases, or use DDP (torchrun, without a DeepSpeed configuration) or FSDP2 "
+            "(fully_shard) with LIFT."
         )
+
+
+def deepspeed_config() -> Mapping[str, Any]:
+    """The configuration by which accelerate lets DeepSpeed train in this process; empty where it does not."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils.deepspeed import get_active_deepspeed_plugin
+
+    if not under_deepspeed() or AcceleratorState._shared_state.get("deepspeed_plugins") is None:
+        return {}
+    plugin: Any = get_active_deepspeed_plugin(AcceleratorState())
+    return plugin.deepspeed_config
+
+
+def require_whole_steps(config: Mapping[str, Any], who: Literal["LIFT", "DRIFT"]) -> None:
+    """Raises ValueError for a DeepSpeed configuration by which no optimizer meets the whole weights and their gradients, as `who` must."""
+    zero, instead = config.get("zero_optimization", {}), "DDP or FSDP2" if who == "LIFT" else "DDP"
+    if stage := int(zero.get("stage", 0)):
+        dealt = {
+            1: "the weights that the optimizer steps on",
+            2: "gradients, and the weights that the optimizer steps on,",
+        }
+        raise ValueError(
+            f"ZeRO stage {stage} deals {dealt.get(stage, 'weights and gradients')} out to the processes in flat pieces, and {who} works on "
+            f"whole matrices. Set zero_optimization.stage to 0, or use {instead}."
+        )
+    for low in ("bf16", "fp16"):
+        if config.get(low, {}).get("enabled", False):
+            raise ValueError(
+                f"DeepSpeed's {low} steps on flat fp32 copies of the weights, and {who} works on the weights. Turn {low} off in its "
+                "configuration and in the trainer's arguments, and load the model with dtype='bfloat16' (LIFT keeps what a step of 16-bit "
+                f"weights loses) or 'float32'. Or use {instead}."
+            )
+    if who == "LIFT" and "optimizer" in config:
+        raise ValueError(
+            "The DeepSpeed configuration names an optimizer of its own beside LIFT. Leave optimizer out of it."
+        )
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        raise ValueError(
+            f"offload_optimizer puts DeepSpeed's CPUAdam in the optimizer's place. Leave it out with {who}."
+        )
+
+
+def step_apart_(accelerator: Any, optimizer: Any, lift: LIFT | None) -> None:
+    """Changes a DeepSpeed engine that works on whole weights: it steps when the trainer calls `optimizer.step`, which accelerate leaves empty,
+    and no longer inside `accelerator.backward`; between the two lie the whole reduced gradients, which are then the trainer's to clip. With
+    LIFT nothing is reduced by the engine: `Peers` does, compact. An engine that steps on pieces or copies is left as it is.
+
+    lift: the optimizer that was given. Raises ValueError where the engine steps by another, or its processes do not all have the whole model,
+    and RuntimeError where accelerate has let go of the engine.
+    """
+    wrapper = accelerator.deepspeed_engine_wrapped
+    if wrapper is None:
+        raise RuntimeError(
+            "A trainer trains once under DeepSpeed: its engine is gone afterwards. Make another trainer to go on."
+        )
+    engine = wrapper.engine
+    whole = engine.optimizer is engine.basic_optimizer and engine.torch_autocast_z0_gradscaler is None
+    if lift is not None and not (
+        whole and engine.optimizer is lift and engine.dp_world_size == accelerator.num_processes
+    ):
+        raise ValueError(
+            f"DeepSpeed steps by {type(engine.optimizer).__name__} in LIFT's place, or deals the model out. Use a configuration of ZeRO stage 0 "
+            "alone, or DDP or FSDP2."
+        )
+    if not whole:
+        return
+
+    def backward(loss: Tensor, sync_gradients: bool = True, **options: Any) -> None:
+        engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        engine.backward(loss, **options)
+
+    def step(_: Any) -> None:
+        engine.step()
+
+    wrapper.backward, optimizer.step = backward, MethodType(step, optimizer)  # a scheduler looks for a method
+    engine._config.gradient_clipping = 0.0
+    engine.enable_backward_allreduce = lift is None
+    optimizer.steps_apart = True
+    if lift is not None:
+        lift.let_deepspeed_step()
+
+
+def steps_apart(optimizer: Any) -> bool:
+    """Whether the gradients of a step are there, and whole, before a trainer calls `optimizer.step`."""
+    return not under_deepspeed() or getattr(optimizer, "steps_apart", False)
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter under ZeRO stage 3, which is empty outside of a forward or backward pass."""
+    return hasattr(tensor, "ds_id")
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -22,12 +22,21 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import default_logdir
 
 from finetune.checkpoints import checkpoints, is_complete, mark_complete
-from finetune.distributed import exempt_from_ddp, is_sharded, local_part, refuse_deepspeed
+from finetune.distributed import (
+    deepspeed_config,
+    exempt_from_ddp,
+    is_sharded,
+    local_part,
+    require_whole_steps,
+    step_apart_,
+    steps_apart,
+    under_deepspeed,
+)
 from finetune.examples import IGNORED, require_rows
 from finetune.lift import LIFT, lift_of
 from finetune.monitors import Recorder, reporters_last
@@ -77,7 +86,9 @@ class Surgical(_Host):
     settings:  of the run, written into each checkpoint when it is whole, for `finetune.checkpoints.last_complete`; none is then written at
                the last step, where nothing is left to resume.
 
-    Under DeepSpeed, and with fp16's scaled loss, it is refused with `LIFT`; full tuning in one process was tried (ZeRO 0, 2 and 3), and nothing else.
+    Under DeepSpeed (tried with 0.19.8, on the CPU, one process and two) full tuning works at every ZeRO stage, `LIFT` and
+    `finetune.rules.DRIFT` at stage 0 and without DeepSpeed's own bf16 and fp16 (a bf16 model is welcome): all train as without it, clipped by
+    ``max_grad_norm``. What is not said here to work with `LIFT` or `DRIFT` is refused. fp16's scaled loss is refused with `LIFT` everywhere.
 
     With `LIFT` as the optimizer (``optimizers=(lift, None)``) gradients are clipped and measured through it. A loss or a gradient that is
     not finite raises FloatingPointError with the step and the site, and so do weights that are not when they would be saved; checkpoints
@@ -97,8 +108,9 @@ class Surgical(_Host):
         if objective is None and (corrupt or reference):
             raise ValueError("corrupt and reference need an objective: the trainer's own loss knows neither.")
         super().__init__(*args, **kwargs)
-        if self._lift():
-            refuse_deepspeed()
+        self._given = self._lift()
+        if self._given:
+            require_whole_steps(deepspeed_config(), "LIFT")
             if self.accelerator.scaler is not None:
                 raise ValueError(
                     "fp16 scales the loss, and its scaler looks for gradients where LIFT keeps none. Compute in bf16: bf16=True, fp16=False."
@@ -254,8 +266,9 @@ class Surgical(_Host):
         reference = None
         if getattr(self._objective, "reference", False):
             reference = functools.cache(lambda: self._reference_logits(original))
-        reduced = isinstance(model, DistributedDataParallel) and model.training and not self._lift()
-        through = module if self.args.world_size == 1 or self._lift() or reduced else model
+        engine = under_deepspeed() and model is not self.model
+        reduced = model.training and (engine or (isinstance(model, DistributedDataParallel) and not self._lift()))
+        through = module if self.args.world_size == 1 or self._lift() or reduced or engine else model
         with self.accelerator.autocast():
             if reduced:
                 return _within(model, lambda: predict(through, batch, totals=totals, reference=reference))
@@ -290,23 +303,34 @@ class Surgical(_Host):
         return lift_of(self.optimizer)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:  # a Trainer under DeepSpeed drops what it was given
+            self.optimizer = self._given
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.args.world_size > 1 and self.model is not None and (lift := self._lift()):
             exempt_from_ddp(self.model, lift)  # before it is wrapped
         return optimizer
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        if under_deepspeed() and self.optimizer is not None:
+            step_apart_(self.accelerator, self.optimizer, self._given)
+        return super().create_scheduler(*args, **kwargs)
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self._require_finite(model)  # clipping spreads one NaN over all
-        return (
-            lift.clip_grad_norm_(self.args.max_grad_norm) if (lift := self._lift()) else super()._clip_grad_norm(model)
-        )
+        norm = self._clipped(model, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if norm is None else norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None:
             self._require_finite(model)
-            if lift := self._lift():
-                grad_norm = lift.clip_grad_norm_(math.inf)  # measured, not clipped
+            grad_norm = self._clipped(model, math.inf)  # measured, not clipped
         return super()._get_grad_norm(model, grad_norm)
+
+    def _clipped(self, model: nn.Module, norm: float) -> Tensor | None:
+        """The norm that the gradients had, clipped to one, where that is not left to accelerate."""
+        if lift := self._lift():
+            return lift.clip_grad_norm_(norm)
+        return clip_grad_norm_(model.parameters(), norm) if under_deepspeed() and steps_apart(self.optimizer) else None
 
     def _require_finite(self, model: nn.Module) -> None:
         lift = self._lift()
@@ -420,7 +444,7 @@ def _own_names(model: Any) -> Iterator[None]:
 
 
 def _within(wrapper: nn.Module, compute: Callable[[], Predictions]) -> Predictions:
-    """`compute`, as the forward pass of a DistributedDataParallel, which there makes ready to reduce the gradients."""
+    """`compute`, as the forward pass of a DistributedDataParallel or a DeepSpeed engine, which there makes ready to reduce the gradients."""
     found: list[Predictions] = []
 
     def forward() -> Tensor:

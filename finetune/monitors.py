@@ -24,7 +24,7 @@ import torch
 from transformers import TrainerCallback
 
 from finetune.cadence import Account
-from finetune.distributed import is_sharded
+from finetune.distributed import is_partitioned, is_sharded
 from surgery.borrowing import evaluating, own_draws
 from surgery.model import Model
 from surgery.whole import write_whole
@@ -146,9 +146,9 @@ class Recorder(TrainerCallback):
     # --- the trainer's events -----------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        _refuse_sharded(self._model.module)
         if not _leads(state):
             return
-        _refuse_sharded(self._model.module)
         self._first = state.global_step
         kept = [line for line in read_log(self._path) if line["step"] <= self._first] if self._first else []
         write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -433,6 +433,11 @@ def _leads(state: Any) -> bool:
 
 
 def _refuse_sharded(module: torch.nn.Module) -> None:
+    if dealt := next((name for name, parameter in module.named_parameters() if is_partitioned(parameter)), None):
+        raise ValueError(
+            f"The recorder reads whole weights, and under ZeRO stage 3 {dealt} is empty between steps. Record at stage 0, 1 or 2, or under "
+            "DDP, or train without a recorder."
+        )
     if dealt := next((name for name, parameter in module.named_parameters() if is_sharded(parameter)), None):
         raise ValueError(
             f"The recorder reads whole weights, and {dealt} is sharded over processes. Record under DDP, or train without a recorder."

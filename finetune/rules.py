@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from finetune.distributed import is_sharded, under_deepspeed
+from finetune.distributed import deepspeed_config, is_sharded, require_whole_steps, steps_apart
 from finetune.lift import LIFT, lift_of
 from finetune.lift.ledger import held
 from surgery.across import EMBED, HEAD, land
@@ -367,8 +367,8 @@ class DRIFT(TrainerCallback):
 
     # what the trainer calls
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._require_trainable()
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self._require_trainable(optimizer)
         self._take_up(state)
         self._memory = {"settings": self.settings, "starts": {str(s): v for s, v in self._starts.items()}, "lines": []}
         self._memory["lines"] += map(_row, self._lines)
@@ -449,9 +449,13 @@ class DRIFT(TrainerCallback):
     def _key(self) -> str:
         return f"DRIFT {self.settings['prior']}"
 
-    def _require_trainable(self) -> None:
-        if under_deepspeed():
-            raise ValueError("DeepSpeed steps inside its own engine, where DRIFT cannot reach the gradient. Use DDP.")
+    def _require_trainable(self, optimizer: Any) -> None:
+        if not steps_apart(optimizer):
+            require_whole_steps(deepspeed_config(), "DRIFT")
+            raise ValueError(
+                "DeepSpeed steps inside its own engine, where DRIFT cannot reach the gradient. Put finetune.hosts.Surgical before the trainer "
+                "among its bases, or use DDP."
+            )
         if sharded := [p.site for p in self._parts if is_sharded(p.parameter)]:
             raise ValueError(
                 f"{sharded[0]} is sharded over processes, but norms and cosines are those of whole tensors. Use DDP."

@@ -84,6 +84,7 @@ class Ledger:
     )  # of the matrices' filters, to begin from at the next refresh, one above the other
     averaged: bool = False  # over processes, the gradients of the coming step
     waiting: bool = False  # for whole gradients to choose by: they stay in `.grad`
+    hosted: bool = False  # by a trainer that has DeepSpeed step by this optimizer
     params: list[Tensor] = field(init=False)
     names: list[str] = field(init=False)
     flat: dict[str, Tensor] = field(init=False)
@@ -117,7 +118,8 @@ class Ledger:
     def gather(self, i: int, p: Tensor) -> None:
         """Add the chosen entries of `.grad` to what is gathered already, and free it."""
         assert p.grad is not None
-        refuse_deepspeed()  # a host that knows nothing of LIFT has begun by now
+        if not self.hosted:
+            refuse_deepspeed()  # a host that knows nothing of LIFT has begun by now
         if self.averaged:
             raise RuntimeError(
                 f"a gradient of {self.names[i]} arrives after those of this step were averaged over the processes: call step (or zero_grad) "

@@ -368,6 +368,11 @@ class LIFT(torch.optim.Optimizer):
         self.refreshes[:] = [Refresh(**done) for done in state_dict.get("refreshes", ())]
         self._link_state()
 
+    def let_deepspeed_step(self) -> None:
+        """For a host whose DeepSpeed engine steps by this optimizer: gradients that arrive under DeepSpeed are refused otherwise."""
+        for ledger in chain(*self._ledgers):
+            ledger.hosted = True
+
     def close(self) -> None:
         """Removes the hooks from the parameters: gradients then stay in `.grad`, and `step` raises RuntimeError."""
         self._closed = True

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from analyses.tasks import chained_sums
+from finetune.distributed import require_whole_steps
 from finetune.examples import Collate, Example, examples, rows_of
 from finetune.hosts import Surgical
 from finetune.lift import LIFT
@@ -229,44 +230,36 @@ def test_lift_works_in_a_plain_trainer() -> None:
         assert (share > 0) == (p.ndim == 2 and "proj" in name), name
 
 
-def given_to_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What accelerate's state says where a launcher or ``TrainingArguments(deepspeed=...)`` has DeepSpeed train."""
-    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+STAGE_0 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
 
 
-@pytest.mark.parametrize("kind", ["lift", "full"])
-def test_deepspeed_would_drop_lift_and_is_refused_when_the_trainer_is_made(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from datasets import Dataset
-    from transformers import Trainer, TrainingArguments
-
-    class Deep(Trainer):
-        def create_accelerator_and_postprocess(self) -> None:
-            super().create_accelerator_and_postprocess()
-            given_to_deepspeed(monkeypatch)
-
-    class Hosted(Surgical, Deep):
-        pass
-
-    m = model()
-    rows = Dataset.from_list(rows_of(examples(taught(m))))
-    more = {"train_dataset": rows, "data_collator": Collate(m.pad_id), "objective": nll}
-    args = TrainingArguments(**arguments(str(tmp_path)))
-    if kind == "full":
-        Hosted(m.module, args, **more)  # its own AdamW is one that DeepSpeed can hold
-        return
-    lift = LIFT([(n, p) for n, p in m.module.named_parameters() if "proj" in n], density=0.1)
-    with pytest.raises(ValueError, match=r"DeepSpeed .* train nothing\. Use DDP .* or FSDP2"):
-        Hosted(m.module, args, optimizers=(lift, None), **more)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        *(({"zero_optimization": {"stage": n}}, rf"ZeRO stage {n} .*{{who}} works on.*stage to 0") for n in (1, 2, 3)),
+        ({"bf16": {"enabled": True}}, r"DeepSpeed's bf16 .* load the model with dtype='bfloat16'"),
+        ({"fp16": {"enabled": True}}, r"DeepSpeed's fp16 .* Turn fp16 off"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"offload_optimizer .* Leave it out with {who}"),
+        ({"optimizer": {"type": "AdamW"}}, r"an optimizer of its own beside LIFT\. Leave optimizer out"),
+    ],
+)  # fmt: skip
+def test_deepspeed_is_refused_where_it_steps_on_pieces_or_copies(config: dict[str, Any], message: str) -> None:
+    for who in ("LIFT", "DRIFT"):
+        require_whole_steps({}, who)  # no DeepSpeed
+        require_whole_steps(STAGE_0, who)
+        if "optimizer" in config and who == "DRIFT":
+            require_whole_steps(config, who)  # any optimizer will do
+            continue
+        with pytest.raises(ValueError, match=message.format(who=who)):
+            require_whole_steps(config, who)
 
 
 def test_lift_meets_deepspeed_in_a_trainer_that_knows_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     m = model()
     lift = LIFT([(n, p) for n, p in m.module.named_parameters() if "proj" in n], density=0.1)
     loss = m.module(**batch(m, taught(m, 2))).loss
-    given_to_deepspeed(monkeypatch)
-    with pytest.raises(ValueError, match=r"DeepSpeed .* train nothing\. Use DDP .* or FSDP2"):
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match=r"DeepSpeed .* train nothing\. Put .*Surgical .* DDP .* or FSDP2"):
         loss.backward()
     lift.close()
 

@@ -1057,7 +1057,7 @@ def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     m = model()
     monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
-    with pytest.raises(ValueError, match=r"DeepSpeed .* cannot reach the gradient\. Use DDP"):
+    with pytest.raises(ValueError, match=r"DeepSpeed .* cannot reach the gradient\. Put .*Surgical .* DDP"):
         DRIFT(expert(m), m).on_train_begin(None, TrainerState(), None)
 
 
