@@ -8,17 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from surgery.record import RECORD
-from surgery.whole import write_whole
+from surgery.whole import claim, hindrance, write_whole
 
 _PLAN = "plan.json"
 
 
 def require_unfinished(to: Path, kind: str) -> None:
-    """Raise FileExistsError where a folder holds finished work, which has its record: only what was interrupted goes on."""
+    """Raise where no work of this kind can begin or go on in a folder: FileExistsError where it holds finished work, which has its record, or something
+    else, or where another command is at work in it; OSError where it cannot be made or written to."""
     if (to / RECORD).exists():
         raise FileExistsError(
             f"{to} holds a finished {kind}; nothing is overwritten. Choose another --to, or remove it."
         )
+    _require_own(to, kind)
+    if reason := hindrance(to):
+        raise OSError(f"There can be no {kind} in {to}: {reason}. Choose another --to.")
+    claim(to)
+
+
+def _require_own(folder: Path, kind: str) -> None:
+    """Raise FileExistsError where there is something that is not unfinished work."""
+    if (folder / _PLAN).is_file() or not (folder.exists() or folder.is_symlink()):
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not a {kind}. Choose another --to, or remove it.")
 
 
 class Shelf:
@@ -38,8 +51,7 @@ class Shelf:
                 raise FileExistsError(
                     f"{folder} holds a {kind} with other {', '.join(unlike)} (see {path}). Choose another folder, or remove it."
                 )
-        elif self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
-            raise FileExistsError(f"{folder} exists and is not a {kind}. Choose another folder, or remove it.")
+        _require_own(self._folder, kind)
 
     def claim(self) -> None:
         """Write the plan, for work that leaves other files in the folder before its first part is finished."""

@@ -1,13 +1,17 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, and whether there can be one."""
 
 from __future__ import annotations
 
 import glob
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+
+from surgery.hashing import hash_bytes
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> Path:
@@ -28,8 +32,7 @@ def new_folder(to: Path) -> Iterator[Path]:
 
     All of it is on the disk before it has its name, so that a power cut leaves it whole or not at all too. Leftovers of processes that were killed are removed. Raises FileExistsError when `to` exists.
     """
-    if to.exists() or to.is_symlink():
-        raise FileExistsError(f"{to} exists already and is never overwritten. Choose another --to, or remove it.")
+    require_new(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     for stale in to.parent.glob(f".{glob.escape(to.name)}.partial-*"):
         pid = stale.name.rsplit("-", 1)[-1]
@@ -49,6 +52,53 @@ def new_folder(to: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def require_new(to: Path) -> None:
+    """Raise where no file or folder can be made at `to`: before long work, rather than after it.
+
+    FileExistsError where there is one, or a link to nowhere; OSError where a file is in the way, or its folder cannot be written to.
+    """
+    if to.exists() or to.is_symlink():
+        raise FileExistsError(f"{to} exists already and is never overwritten. Choose another --to, or remove it.")
+    if reason := hindrance(to):
+        raise OSError(f"{to} cannot be made: {reason}. Choose another --to.")
+
+
+def hindrance(to: Path) -> str | None:
+    """Why nothing new can be made at `to`, or within it where it is a folder: in words, None where it can. Tried, and taken back: permissions alone
+    do not tell of all that is read-only."""
+    to = to.absolute()
+    there = next(p for p in (to, *to.parents) if p.exists())
+    if not there.is_dir():
+        return f"{there} is a file"
+    missing = to.relative_to(there).parts
+    trial = there / f".{missing[0] if missing else to.name}.partial-{os.getpid()}-trial"
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        return f"{there} cannot be written to ({error.strerror})"
+    return None
+
+
+def claim(to: Path) -> None:
+    """Keep `to` for this process until it ends. Raises FileExistsError where another process of the user, on this machine, has it: of two that work
+    on one output, one would lose its hours, or both spoil what they keep to go on from."""
+    import fcntl
+
+    place = int(hash_bytes(str(to.resolve()).encode())[:14], 16)
+    try:
+        fcntl.lockf(_claims(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+    except OSError as error:
+        raise FileExistsError(f"Another command is at work on {to}. Wait for it, or choose another --to.") from error
+
+
+@cache
+def _claims() -> int:
+    """A file whose bytes stand for outputs: the system gives a lock back when its process ends, however it does."""
+    path = Path(tempfile.gettempdir()) / f"surgery-{os.getuid()}.claims"
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def flush(path: Path) -> None:

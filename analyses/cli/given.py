@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from analyses.tasks import Question
+    from surgery.checkpoint import Checkpoint
     from surgery.runs import Runs
 
 RUNS = "runs.jsonl"
@@ -98,6 +99,15 @@ def hash_of_tensors(path: Path) -> str:
     from surgery.tensorfile import hash_file_tensors
 
     return hash_bytes(json.dumps(hash_file_tensors(path), sort_keys=True).encode())
+
+
+def require_model(ref: str, device: str = "cpu") -> Checkpoint:
+    """The checkpoint that a run would load, and onto which device: for a dry run, which loads none. Raises as loading does."""
+    from surgery.checkpoint import Checkpoint
+    from surgery.model import find, pick_device
+
+    pick_device(device)
+    return Checkpoint(find(ref))
 
 
 def load_runs(ref: str) -> Runs:

@@ -366,8 +366,7 @@ def figure(
         raise ValueError(f"There is no figure {name!r}. Choose {', '.join(figures.FIGURES)}.")
     if to.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--to {to}: the name must end in .png, .pdf or .svg.")
-    if to.exists():
-        raise FileExistsError(f"{to} exists already and is never overwritten. Choose another --to, or remove it.")
+    require_new(to)
     path = _table_in(table, name)
     given = {"measure": measure, "x": x, "y": y}
     options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}

@@ -47,6 +47,8 @@ def begin_record(command: str, arguments: dict[str, Any]) -> Record:
 
 
 def require_new(to: Path) -> None:
-    """Raise FileExistsError where there is something at `to`: before long work, rather than after it."""
-    if to.exists():
-        raise FileExistsError(f"{to} exists already and is never overwritten. Choose another --to, or remove it.")
+    """Raise where nothing can be made at `to`, or another command is making it: before long work, rather than after it."""
+    from surgery import whole
+
+    whole.require_new(to)
+    whole.claim(to)

@@ -12,7 +12,7 @@ from analyses.cli.arms import arms
 from analyses.cli.change import apply, diff, edit, merge, realign
 from analyses.cli.dose import sweep
 from analyses.cli.look import drift, early_answers, geometry
-from analyses.cli.options import RECEIPTS, Quiet, app
+from analyses.cli.options import RECEIPTS, Quiet, app, require_new
 from analyses.cli.probing import probe, probe_along, probe_calibration, probe_transfer
 from analyses.cli.seeing import seeing
 from analyses.cli.start import study
@@ -91,6 +91,7 @@ def undo(
     from surgery.reverse import undo
 
     to = to or _beside(folder, "original")
+    require_new(to)
     base_hash = undo(folder, to, progress=not quiet)
     typer.echo(f"{to}: the original's bytes ({base_hash[:16]})")
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from analyses.cli.given import require_model
 from analyses.cli.options import START, Device, DryRun, Quiet, Seed, To, app
 from analyses.plan import Plan
 
@@ -46,7 +47,11 @@ def study(
     """The main job: tune two ways, take the task vectors, measure, and write one page. Interrupted, it resumes."""
     arguments = {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")}
     plan = Plan(**arguments)
+    from analyses.shelf import require_unfinished
+
+    require_unfinished(to, "study")
     if dry_run:
+        require_model(model, device)
         typer.echo(plan.in_words())
         return
     from analyses.study import study

@@ -29,7 +29,7 @@ from surgery.reverse import NO_UNDO
 from surgery.side_files import copy_file, side_files
 from surgery.sites import Site
 from surgery.tensorfile import TensorFile, header_bytes
-from surgery.whole import new_folder
+from surgery.whole import new_folder, require_new
 from surgery.writing import Written, write
 
 if TYPE_CHECKING:
@@ -94,8 +94,7 @@ def merge(
     """
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     to = Path(to)
-    if to.exists() or to.is_symlink():
-        raise FileExistsError(f"{to} exists already and is never overwritten. Choose another, or remove it.")
+    require_new(to)
     made = plan(read, seed=seed, dtype=dtype, multi_gpu=multi_gpu)
     chosen = read.seed if seed is None else seed
     how = _in_words(made, chosen)

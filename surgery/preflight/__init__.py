@@ -33,6 +33,7 @@ from surgery.preflight.facts import (
 from surgery.preflight.forecast import Forecast, forecast, in_bytes
 from surgery.preflight.hub import Hub
 from surgery.preflight.recipe import Plan, Source, lint
+from surgery.whole import hindrance
 
 __all__ = ["Forecast", "Problem", "Report", "check_apply", "check_model", "check_recipe"]
 
@@ -231,18 +232,10 @@ def _output(to: str | os.PathLike[str] | None) -> list[Problem]:
                 "Choose another folder, or remove it",
             )
         ]
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        return [
-            Problem(
-                "error",
-                "output",
-                str(path),
-                f"cannot be made: {parent} is not a folder that can be written to",
-                "Choose another folder",
-            )
-        ]
-    return []
+    reason = hindrance(path)
+    return (
+        [Problem("error", "output", str(path), f"cannot be made: {reason}", "Choose another folder")] if reason else []
+    )
 
 
 def _with_forecast(

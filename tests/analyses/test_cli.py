@@ -206,6 +206,84 @@ def test_what_exists_is_told_before_the_work(surgery, models: Path, vector: Path
         assert "exists already" in one_line(surgery(*words)), words
 
 
+NOWHERE = "there/is/no/model"
+WORDS = {  # of every command with --to, before anything it reads is found missing
+    "study": ["--model", NOWHERE],
+    "tune": [NOWHERE],
+    "diff": [NOWHERE, NOWHERE],
+    "apply": [NOWHERE, "--add", NOWHERE],
+    "edit": [NOWHERE, "--scale", "**:2"],
+    "realign": [NOWHERE, "--change", NOWHERE, "--base", NOWHERE, "--aligned", NOWHERE],
+    "arms": [NOWHERE],
+    "seeing": [],
+    "sweep": [NOWHERE, "--strengths", "1", "--add", NOWHERE],
+    "generate": [NOWHERE],
+    "direction": [NOWHERE, "--runs", NOWHERE],
+    "heads": [NOWHERE, "--direction", NOWHERE, "--runs", NOWHERE],
+    "judge": [NOWHERE, "--found", NOWHERE],
+    "probe": [NOWHERE, "--runs", NOWHERE],
+    "thinkedit": [NOWHERE],
+    "measure early-answers": [NOWHERE],
+    "measure drift": [NOWHERE, "--base", NOWHERE],
+    "measure geometry": [NOWHERE, "--base", NOWHERE],
+    "figure": ["sweep", NOWHERE],
+    "undo": [NOWHERE],
+}
+DRY = (
+    "study",
+    "tune",
+    "diff",
+    "apply",
+    "edit",
+    "realign",
+    "arms",
+    "seeing",
+    "sweep",
+    "generate",
+    "judge",
+    "probe",
+    "thinkedit",
+)
+
+
+def test_all_commands_with_an_output_are_asked() -> None:
+    from analyses.cli.receipts import COMMANDS
+
+    assert COMMANDS.keys() - {"merge"} <= WORDS.keys()  # whose output is a word of its own
+
+
+@pytest.mark.parametrize("verb", WORDS)
+def test_where_no_output_can_be_is_told_before_the_work(surgery, verb: str, tmp_path: Path) -> None:
+    (tmp_path / "file.png").write_text("")
+    (tmp_path / "astray.png").symlink_to(tmp_path / "nowhere")
+    asked = [*verb.split(), *WORDS[verb], *(["--dry-run"] if verb in DRY else [])]
+    for to, reason in (
+        (tmp_path / "file.png" / "deep" / "out.png", f"{tmp_path / 'file.png'} is a file"),
+        (Path("/proc/self/out.png"), "cannot be written to"),  # which no user may
+        (tmp_path / "file.png", "exists"),
+        (tmp_path / "astray.png", "exists"),
+    ):
+        said = one_line(surgery(*asked, "--to", to))
+        assert str(to) in said
+        assert reason in said
+        assert "Choose another --to" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"file.png", "astray.png"}
+
+
+@pytest.mark.parametrize("verb", ["thinkedit", "arms", "generate"])
+def test_two_commands_are_not_at_work_on_one_output(surgery, verb: str, tmp_path: Path) -> None:
+    first = f"from pathlib import Path; from surgery.whole import claim; claim(Path({str(tmp_path / 'out')!r})); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", first], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as other:
+        assert other.stdout
+        assert other.stdout.readline()
+        said = one_line(surgery(verb, *WORDS[verb], "--to", tmp_path / "x" / ".." / "out"))
+        other.communicate("\n")
+    assert "at work on" in said
+    assert "at work on" not in surgery(verb, *WORDS[verb], "--to", tmp_path / "out").err
+
+
 @pytest.mark.parametrize("strength", ["nan", "inf", "-1e999"])
 def test_a_strength_is_a_finite_number(surgery, models: Path, vector: Path, tmp_path: Path, strength: str) -> None:
     adds = ["--add", f"{vector}:{strength}"]
