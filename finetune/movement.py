@@ -261,11 +261,13 @@ class GradientCourse:
     def _gradient(
         self, model: Model, site: Site, entries: Mapping[Tensor, tuple[Tensor, Tensor]]
     ) -> Float[Tensor, "out in"] | None:
-        parameter, grad = model.weights.parameter(site), model.weights.parameter(site).grad
+        parameter, place = model.weights.parameter(site), model.anatomy.places[site]
         if parameter in entries:
             indices, values = entries[parameter]
-            grad = values.new_zeros(parameter.numel()).index_copy_(0, indices.long(), values).view(parameter.shape)
-        return None if grad is None else model.anatomy.places[site].take(grad).float()
+            members, where = place.find(indices, parameter.shape)
+            shape = model.weights.shape(site)
+            return values.new_zeros(shape.numel()).index_copy_(0, where.long(), values[members]).view(shape).float()
+        return None if parameter.grad is None else place.take(parameter.grad).float()
 
 
 def _largest(start: Start, sites: Sequence[Site]) -> tuple[Site, float]:

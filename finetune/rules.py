@@ -671,15 +671,8 @@ class _Part:
             if self.place.is_whole:
                 delta = delta.index_select(0, indices)
             else:
-                count = self.parameter.numel()
-                stored = torch.arange(count, device=indices.device).view(self.parameter.shape)
-                mine = torch.full(
-                    (count,), -1, device=indices.device
-                )  # stored position -> position in the site's tensor
-                mine[self.place.take(stored).reshape(-1)] = torch.arange(delta.numel(), device=indices.device)
-                at = mine.index_select(0, indices)
-                members = (at >= 0).nonzero().squeeze(1)
-                delta = delta.index_select(0, at[members])
+                members, where = self.place.find(indices, self.parameter.shape)
+                delta = delta.index_select(0, where)
             length = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
             self.chosen = _Chosen(indices, indices._version, members, delta, length)
         return self.chosen

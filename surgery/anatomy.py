@@ -6,9 +6,10 @@ Past this border a weight is always ``[out, in]``, whatever the family stores.
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -53,6 +54,30 @@ class Place:
             return replace(self, expert=None).take(stored[self.expert])
         tensor = stored.T if self.transposed and stored.ndim == 2 else stored
         return tensor if self.rows is None else tensor[self.rows]
+
+    def find(self, at: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of ascending flat positions in a stored tensor of `shape`, which are this site's, and where each is in the site's tensor, flat.
+
+        Of packed experts only the one's own entries are looked at.
+        """
+        import torch
+
+        if self.expert is not None:
+            count = math.prod(shape[1:])
+            ends = torch.tensor([self.expert * count, (self.expert + 1) * count - 1], dtype=at.dtype, device=at.device)
+            first, last = int(torch.searchsorted(at, ends[0])), int(torch.searchsorted(at, ends[1], right=True))
+            mine, where = replace(self, expert=None).find(at[first:last] - ends[0], shape[1:])
+            return first + mine, where
+        if self.is_whole:
+            return torch.arange(len(at), device=at.device), at
+        own = self.take(torch.arange(math.prod(shape), device=at.device).view(*shape)).reshape(-1)
+        where = torch.full(
+            (math.prod(shape),), -1, device=at.device
+        )  # stored position -> position in the site's tensor
+        where[own] = torch.arange(len(own), device=at.device)
+        where = where.index_select(0, at)
+        mine = (where >= 0).nonzero().squeeze(1)
+        return mine, where[mine]
 
     def put(self, stored: Tensor, value: Tensor) -> Tensor:
         """The stored tensor with the site's value in its place: new, in the stored orientation and dtype."""

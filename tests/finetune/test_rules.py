@@ -15,9 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from analyses.tasks import chained_sums
 from finetune.lift import LIFT, budget, matrices_of
+from finetune.movement import GradientCourse
 from finetune.rules import (
     DRIFT,
     Control,
@@ -394,6 +396,35 @@ def test_a_refresh_of_lift_takes_the_prior_along(family: str, rule: Any) -> None
             torch.testing.assert_close(bent[there].double(), expected, rtol=1e-3, atol=atol)
             assert len(expected) == budget(prior[site].shape, density=0.1)
         assert any(not torch.equal(g.indices, before[p]) for p, g in gathered.items())
+
+
+class Largest(TorchDispatchMode):
+    """The most entries that a tensor made within has, views of what there is aside."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and not made._is_view() and func is not torch.ops.aten.detach.default:
+            self.entries = max(self.entries, made.numel())
+        return made
+
+
+def test_one_of_many_packed_experts_costs_its_own_entries() -> None:
+    m = model("mixtral")
+    site = next(s for s in m.anatomy.linear_sites() if m.anatomy.places[s].expert is not None)
+    whole, own = m.weights.parameter(site).numel(), m.weights[site].numel()
+    assert whole >= 4 * own
+    prior, watch = expert(m), GradientCourse(m)
+    with LIFT(matrices_of(m.weights), density=0.1, filter_rank=4) as lift:
+        losses(m, 1)[0]().backward()
+        gathered = {g.parameter: (g.indices, g.grad) for g in lift.gathered()}
+        drift = DRIFT(prior, m, 0.7, "adaptive", normalise=False)
+        (part,) = (part for part in drift._parts if part.site == site)
+        for look in (lambda: part.bend("adaptive", lift, gathered), lambda: watch._gradient(m, site, gathered)):
+            with Largest() as largest:
+                look()
+            assert 0 < largest.entries <= own
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

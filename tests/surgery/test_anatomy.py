@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from surgery.anatomy import Anatomy
+from surgery.anatomy import Anatomy, Place
 from surgery.edits import Scale
 from surgery.model import Model
 from surgery.sites import Site
@@ -263,3 +263,29 @@ def test_a_family_without_a_table_and_a_tensor_that_is_not_there():
         ValueError, match=r"here is a 'bloom' model, a family without a table\. Known: gemma2, .*added as data"
     ):
         Anatomy.of(module.config, names, where="here")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "place",
+    [
+        Place("w"),
+        Place("w", transposed=True),
+        Place("w", rows=slice(2, 5)),
+        Place("w", rows=torch.tensor([4, 1, 3]), transposed=True),
+        Place("w", expert=2),
+        Place("w", expert=0, rows=slice(1, 4)),
+        Place("w", expert=3, rows=slice(2, 6), transposed=True),
+    ],
+)
+def test_positions_are_found_in_a_piece(place: Place, dtype: torch.dtype) -> None:
+    shape = (6, 7) if place.expert is None else (4, 6, 7)
+    stored = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    at = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.3).reshape(-1).nonzero().squeeze(1)
+    mine, where = place.find(at.to(dtype), shape)
+    own = place.take(stored)
+    assert torch.equal(stored.reshape(-1)[at][mine], own.reshape(-1)[where])
+    asked = torch.zeros(stored.numel(), dtype=torch.bool)
+    asked[at] = True
+    assert len(mine) == int(place.take(asked.view(shape)).sum())
+    assert (mine.diff() > 0).all()
