@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import partial
+from itertools import product
 from pathlib import PurePath
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ from surgery.model import Model
 from surgery.seeds import seed_from_words
 from surgery.sites import Site, match
 from surgery.tensorfile import raw_bytes
+from surgery.transcript import parse_span
 from surgery.weights import Delta, Weights, apply, pieces
 
 
@@ -62,7 +64,9 @@ def acting(change: Change, model: Model, strength: float) -> AbstractContextMana
     return steered(model, replace(change, strength=float(strength)))
 
 
-def confined(change: Change, model: Model, layers: Iterable[int] | None = None, span: str | None = None) -> Change:
+def confined(
+    change: Change, model: Model | Weights, layers: Iterable[int] | None = None, span: str | None = None
+) -> Change:
     """The part of a change in some layers; of a steering, over another span. Raises ValueError where nothing is left."""
     if span is not None:
         if not isinstance(change, Steering):
@@ -85,6 +89,20 @@ def confined(change: Change, model: Model, layers: Iterable[int] | None = None, 
             f"The change does nothing in layer {', '.join(map(str, sorted(wanted)))}; it acts in {', '.join(map(str, there))}."
         )
     return replace(change, at=left)
+
+
+def require_fit(
+    change: Change, weights: Weights, layers: Iterable[Iterable[int] | None], spans: Iterable[str | None]
+) -> None:
+    """Raise ValueError where a change does not fit weights, or nothing of it is in some of the layers or can be over a span: from headers alone."""
+    for group, span in product(layers, spans):
+        if span is not None:
+            parse_span(span)
+        part = confined(change, weights, layers=group, span=span)
+        if isinstance(part, Editing):
+            part.of(weights, 1.0)
+        elif isinstance(part, Steering):
+            _sites(part, weights)
 
 
 def settled(change: Change, model: Model) -> Change:
@@ -122,12 +140,12 @@ def stand_in(change: Change, model: Model, *, seed: int, draw: int) -> Change:
     return Noise(change, seed_from_words(seed, draw))
 
 
-def _sites(change: Steering | Editing, model: Model) -> list[Site]:
+def _sites(change: Steering | Editing, model: Model | Weights) -> list[Site]:
     """Where a steering or an edit acts."""
     if isinstance(change, Steering):
         return [placed.site for placed in place(replace(change, strength=1.0, units="raw"), model)]
     assert change.at is not None
-    return match(change.at, model.weights)
+    return match(change.at, model.weights if isinstance(model, Model) else model)
 
 
 def _random_directions(direction: Any, seed: int, draw: int) -> Any:

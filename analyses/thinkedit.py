@@ -49,7 +49,7 @@ from surgery.model import Model
 from surgery.runs import Runs, fingerprint
 from surgery.sites import Site
 from surgery.tensorfile import save_tensors
-from surgery.transcript import Transcript
+from surgery.transcript import Transcript, parse_span
 from surgery.weights import Weights, apply
 
 if TYPE_CHECKING:
@@ -103,6 +103,11 @@ class Recipe:
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} {getattr(self, name)!r}: choose {' or '.join(words)}.")
 
+        name, _, pattern = parse_span(self.over)
+        if name not in ("thinking", "answer", "completion") or pattern is not None:
+            raise ValueError(
+                f"over {self.over!r}: a length is that of thinking or of answer; choose one, or a part of it such as thinking[:16]."
+            )
         if self.how == "thresholds" and self.over != self.span:
             raise ValueError(f"over {self.over!r}: thresholds are read over a whole span, such as {self.span}.")
 

@@ -248,14 +248,7 @@ def watches(
     Make them before training: some read the model as it is. Raises ValueError for a name that is none of `WATCHES`, and for one that is
     measured on questions, on their worked solutions or on texts where there are none.
     """
-    lacking = {name: what for name, what in _ON.items() if not {"questions": questions, "texts": texts}[what]}
-    for name in names or ():
-        if name not in WATCHES:
-            raise ValueError(f"There is no monitor {name!r}. Choose from {', '.join(WATCHES)}.")
-        if name in lacking:
-            raise ValueError(
-                f"{name!r} is measured on {lacking[name]}, and there are none: give some, or leave it out."
-            )
+    lacking = check_names(names or (), questions, texts)
     teacher = worked(model, questions)
     compared = ("thinking", "answer")
     if names is None:
@@ -276,6 +269,19 @@ def watches(
     }
     made = [(makers[name](), name) for name in names]
     return [every(steps, monitor, name) if steps else sometimes(monitor, name) for monitor, name in made]
+
+
+def check_names(names: Sequence[str], questions: Sequence[Question], texts: Sequence[str]) -> dict[str, str]:
+    """Raise ValueError for names that `watches` refuses; gives those that have nothing to be measured on, and what that would be."""
+    lacking = {name: what for name, what in _ON.items() if not {"questions": questions, "texts": texts}[what]}
+    for name in names:
+        if name not in WATCHES:
+            raise ValueError(f"There is no monitor {name!r}. Choose from {', '.join(WATCHES)}.")
+        if name in lacking:
+            raise ValueError(
+                f"{name!r} is measured on {lacking[name]}, and there are none: give some, or leave it out."
+            )
+    return lacking
 
 
 def _count(transcripts: Sequence[Transcript], span: str) -> int:

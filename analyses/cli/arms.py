@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from analyses.cli.given import data_input, questions_of, words_in
+from analyses.cli.given import data_input, questions_of, require_model, words_in
 from analyses.cli.options import CHANGE, Device, DryRun, ModelRef, Questions, Quiet, To, app, begin_record
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -58,6 +58,8 @@ def arms(
     chosen = words_in(ways)
     if unknown := [way for way in chosen if way not in WAYS]:
         raise ValueError(f"There is no arm {unknown[0]!r}. Choose from {', '.join(WAYS)}.")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"--arms {ways}: each arm once; --seeds says how often each is run.")
     train = tasks.load(data, None if tasks.is_file(data) else steps * batch_size, seed=0, side="train")
     side = "all" if target else "test"
     held = questions_of(target or data, items, 100, seed=1, side=side, option="--items")
@@ -72,6 +74,7 @@ def arms(
     for path, stem in files.items():
         record.inputs |= data_input(path, f"keep {stem}")
     if dry_run:
+        require_model(model, device)
         typer.echo(
             f"{len(chosen)} arms x {seeds} seeds of {steps} steps; {len(train)} questions to learn, {len(held)} held out, kept: {', '.join(kept) or 'text only'}"
         )

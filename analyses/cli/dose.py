@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from analyses.cli.change import vector_of
-from analyses.cli.given import Side, data_input, hash_of, questions_to_judge_on, spans_in
+from analyses.cli.given import Side, data_input, hash_of, questions_to_judge_on, require_model, spans_in
 from analyses.cli.options import LOOK, Device, DryRun, ModelRef, Questions, Quiet, Seed, To, app, begin_record
 
 if TYPE_CHECKING:
     from analyses.changes import Change
+    from surgery.checkpoint import Checkpoint
 
 
 @app.command(rich_help_panel=LOOK)
@@ -99,6 +100,7 @@ def sweep(
             )
     steps, groups = _numbers(strengths), _groups(layers)
     from analyses import figures
+    from analyses.changes import require_fit
     from analyses.dose import sweep
     from analyses.general_text import GENERAL_TEXT
     from analyses.shelf import require_unfinished
@@ -108,6 +110,13 @@ def sweep(
     questions = questions_to_judge_on(data, count, 32, side, seed)
     ref = str(add or steer or remove)
     if dry_run:
+        there = require_model(model, device)
+        require_fit(
+            _change(there, add, steer, remove, at, how, units)[0],
+            there,
+            groups or [None],
+            spans_in(over) if over else [None],
+        )
         arms, levels = len(groups or [0]) * len(spans_in(over or "")), len({*steps} - {0.0})
         typer.echo(
             f"{ref}: {arms} arm{'s'[: arms > 1]} at {levels} strengths, each with {controls} random stand-ins: {len(questions)} questions "
@@ -117,14 +126,7 @@ def sweep(
     loaded = Model.load(model, device=device, dtype="float32")
     base = loaded.checkpoint
     assert base is not None  # loaded from a folder
-    notes: list[str] = []
-    if add:
-        change, entry, notes = vector_of(add, base)
-    else:
-        from surgery.edit_lists import direction_file
-
-        path = str(direction_file(ref))
-        change, entry = _steering(path, at, how, units) if steer else _removal(path, at), _input(path)
+    change, entry, notes = _change(base, add, steer, remove, at, how, units)
     for note in notes:
         typer.echo(note, err=True)
     record.inputs = {"model": {"ref": model, "hash": base.hash()}, "change": entry} | data_input(data)
@@ -167,6 +169,18 @@ def sweep(
             else f"no knee {row['side']} 0, up to {row['strength']:g}"
         )
         typer.echo(f"{row['arm']}: {where} (KL {row['kl']:.3g}, budget {budget:g})")
+
+
+def _change(
+    base: Checkpoint, add: str | None, steer: str | None, remove: str | None, at: list[str] | None, how: str | None, units: str | None
+) -> tuple[Change, dict[str, str], list[str]]:  # fmt: skip
+    """The change that is swept, its entry in the record, and what a reader should know of it."""
+    if add:
+        return vector_of(add, base)
+    from surgery.edit_lists import direction_file
+
+    path = str(direction_file(str(steer or remove)))
+    return _steering(path, at, how, units) if steer else _removal(path, at), _input(path), []
 
 
 def _numbers(text: str) -> list[float]:

@@ -52,3 +52,10 @@ def require_new(to: Path) -> None:
 
     whole.require_new(to)
     whole.claim(to)
+
+
+def require_dtype(dtype: str | None) -> None:
+    """Raise ValueError for a --dtype in which no weights are stored: before they are made, rather than after it."""
+    from surgery.rounding import as_dtype
+
+    as_dtype(dtype)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analyses.cli.given import RunsRef, load_runs, model_input, runs_input, spans_in, words_in
+from analyses.cli.given import RunsRef, load_runs, model_input, require_model, runs_input, spans_in, words_in
 from analyses.cli.options import LOOK, Device, DryRun, ModelRef, Quiet, Seed, To, app, begin_record, require_new
 
 if TYPE_CHECKING:
@@ -73,13 +73,18 @@ def probe(
     from analyses.labels import labels_of
     from probes.linear import probe
     from surgery.model import Model
+    from surgery.sites import match
+    from surgery.transcript import parse_span
     from surgery.whole import new_folder
 
     read = load_runs(runs)
     labels = labels_of(read, of, length=length or "thinking")
     spans = spans_in(over)
+    for span in spans:
+        parse_span(span)
     typer.echo(f"{of}: {labels}")
     if dry_run:
+        match(at, require_model(model, device).anatomy.activation_sites())
         typer.echo(f"{len(read.questions)} questions in {folds} folds; {at} over {', '.join(spans)}; would go to {to}")
         return
     loaded = Model.load(model, device=device, dtype="float32")

@@ -31,17 +31,19 @@ def seeing(
     from analyses import figures
     from analyses.seeing import Course
     from analyses.seeing import seeing as study
+    from analyses.seeing.study import check_settings
     from analyses.shelf import require_unfinished
 
     require_unfinished(to, "study")
     course, chosen = Course().shortened(share), words_in(arms)
+    check_settings(range(seeds), chosen, alpha, rule, items)
     if dry_run:
         typer.echo(
             f"{seeds} seeds: four models each, then {', '.join(chosen)}, {course.steps} steps of {course.batch_size} on {course.examples} "
             f"pictured sums; {items} held out; would go to {to}"
         )
         return
-    given: Any = {"arms": chosen, "alpha": alpha, "rule": rule}  # its own check names a word that is unknown
+    given: Any = {"arms": chosen, "alpha": alpha, "rule": rule}
     found = study(tuple(range(seeds)), course=course, items=items, to=to, progress=not quiet, **given)
     found.save(to / "seeing.json")
     table: Any = found.frame()

@@ -19,6 +19,7 @@ from analyses.cli.given import (
     load_runs,
     model_input,
     questions_to_judge_on,
+    require_model,
     runs_input,
 )
 from analyses.cli.options import (
@@ -34,6 +35,7 @@ from analyses.cli.options import (
     To,
     app,
     begin_record,
+    require_dtype,
     require_new,
 )
 from analyses.cli.written import AllowLoops, write_model
@@ -106,6 +108,7 @@ def generate(
 
     questions = questions_to_judge_on(data, count, None if is_file(data) else 64, side, seed)
     if dry_run:
+        require_model(model, device)
         typer.echo(
             f"{len(questions)} questions of {data}, {samples} answers each, would go to {to}; first:\n{questions[0].question}"
         )
@@ -162,7 +165,7 @@ def direction(
         raise ValueError(f"--of {of}: choose length or right.")
     if of == "right" and like_paper:
         raise ValueError("--like-paper is a recipe for --of length.")
-    recipe = _recipe(like_paper, short, long, over=over)
+    recipe = _recipe(like_paper, short, long, **({"over": over} if of == "length" else {}))
     require_new(to)
     read = load_runs(runs)
     from surgery.edit_lists import DIRECTION
@@ -327,6 +330,7 @@ def judge(
     questions = questions_to_judge_on(data, count, 24, side, seed)
     heads = known.heads()
     if dry_run:
+        require_model(model, device)
         typer.echo(
             f"{len(heads)} heads at strength {known.recipe.strength:g}, judged on {len(questions)} questions of {data}, {samples} answers each; "
             f"would go to {to}"
@@ -408,10 +412,13 @@ def thinkedit(
     require_new(to)
     from analyses.thinkedit import split, thinkedit
     from surgery.model import Model
+    from surgery.sites import match
 
     questions = questions_to_judge_on(data, count, 60, side, seed)
     parts = [len(part) for part in split(questions, seed=seed)]
+    require_dtype(dtype)
     if dry_run:
+        match(recipe.at, require_model(model, device).anatomy.activation_sites())
         typer.echo(
             f"{parts[0]} questions of {data} for the direction and {parts[1]} for the heads, {samples} answers each; {parts[2]} for judging; "
             f"{share:.1%} of the heads at strength {strength:g}; would go to {to}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analyses.cli.given import data_input, spans_in
+from analyses.cli.given import data_input, spans_in, words_in
 from analyses.cli.options import (
     CHANGE,
     Device,
@@ -24,6 +24,7 @@ from analyses.cli.options import (
     To,
     app,
     begin_record,
+    require_dtype,
     require_new,
 )  # fmt: skip
 from analyses.cli.written import write_model
@@ -46,6 +47,7 @@ _OBJECTIVES = tuple(f"{name} ({paper})" for name, paper in OBJECTIVES.items())
 SELECTS = (
     "largest", "smallest", "random", "magnitude", "gradient", "movement", "hybrid", "random-triplets", "smallest-triplets",
 )  # fmt: skip
+SCOPES = ("matrix", "global")
 RULES = ("absolute", "norm", "adaptive", "project", "aligned")
 
 
@@ -134,7 +136,7 @@ def tune(
     }
     for what, given, choices, told in (
         ("method", method, METHODS, METHODS), ("objective", objective, OBJECTIVES, _OBJECTIVES), ("select", select, SELECTS, SELECTS),
-        ("rule", rule or "adaptive", RULES, RULES),
+        ("rule", rule or "adaptive", RULES, RULES), ("scope", scope, SCOPES, SCOPES),
     ):  # fmt: skip
         if given not in choices:
             raise ValueError(f"There is no {what} {given!r}. Choose {', '.join(told)}.")
@@ -143,40 +145,53 @@ def tune(
         raise ValueError("--budget has no use with --watch-every, which says how often; leave one out.")
     from analyses import tasks
     from analyses.general_text import GENERAL_TEXT
-    from analyses.watch import watches
+    from analyses.watch import check_names, watches
     from finetune.grpo import Reinforced
-    from finetune.tune import tune
+    from finetune.learner import check_budget
+    from finetune.tune import DEFAULTS, tune
     from surgery.model import Model
 
     require_new(to)
+    require_dtype(dtype)
+    each = samples or 8
+    if method == "grpo" and batch_size % each:
+        raise ValueError(f"--batch-size {batch_size} is no multiple of the {each} samples of each question.")
+    learnt = _spans(over)
     loaded = Model.load(model, device=device, dtype="float32")
     base = loaded.checkpoint
     assert base is not None  # loaded from a folder
     questions = tasks.load(data, None if tasks.is_file(data) else steps * batch_size, seed=seed, side="train")
+    names, others = words_in(watch) if watch else [], words_in(report_to) if report_to else []
+    held = _held_out(data, seed + 1) if watch else []
+    corrupt = _hiding(mask_thought, loaded, seed)
+    options: dict[str, Any] = {
+        name: value for name, value, usual in (("block", block, 1), ("scope", scope, "matrix")) if value != usual
+    }
+    pulled = _drift(prior, loaded, base, record, alpha, rule) if prior else None
     if dry_run:
+        check_names(names, held, GENERAL_TEXT)
+        trains = "lift" if method == "grpo" else method
+        chosen = {"filter_rank": filter_rank, "refresh": refresh, "select": select}
+        more = {name: value for name, value in chosen.items() if value != DEFAULTS[name]} | options
+        check_budget(loaded, trains, density, lora_rank, more)
+        from transformers.integrations import get_reporting_integration_callbacks
+
+        get_reporting_integration_callbacks(others)  # raises for a name that it does not know
         typer.echo(
             f"{method}: {steps} steps of {batch_size} from {len(questions)} questions of {data}; first:\n{questions[0].question}\n{questions[0].completion(loaded.markers)}"
         )
         return
     workshop = to.with_name(f".{to.name}.tuning")  # logs and checkpoints until the model is written
-    held = _held_out(data, seed + 1) if watch else []
-    watched = watches(watch.split(","), loaded, held, GENERAL_TEXT[:12], watch_every) if watch else []
+    watched = watches(names, loaded, held, GENERAL_TEXT[:12], watch_every) if watch else []
     log = workshop / "log.jsonl"
-    pulled = _drift(prior, loaded, base, record, alpha, rule) if prior else None
     shared: dict[str, Any] = {
         "steps": steps, "lr": lr, "accumulate": accumulate, "density": density, "lora_rank": lora_rank, "filter_rank": filter_rank,
         "refresh": refresh, "weight_decay": weight_decay, "seed": seed, "save_every": save_every, "progress": not quiet,
         "checkpoints": workshop / "checkpoints" if save_every else None, "callbacks": [pulled] if pulled else [],
         "select": select, "watch": watched, "log": log if watched else None, "budget": 0.03 if budget is None else budget,
-        "report_to": [name.strip() for name in report_to.split(",") if name.strip()],
+        "report_to": others,
     }  # fmt: skip
-    options: dict[str, Any] = {
-        name: value for name, value, usual in (("block", block, 1), ("scope", scope, "matrix")) if value != usual
-    }
     if method == "grpo":
-        each = samples or 8
-        if batch_size % each:
-            raise ValueError(f"--batch-size {batch_size} is no multiple of the {each} samples of each question.")
         options |= {"groups": batch_size // each, "samples": each, "beta": beta or 0.0}
         done = tune(loaded, questions, method="grpo", reward=_reward(loaded, length_target), options=options, **shared)
     else:
@@ -185,9 +200,9 @@ def tune(
             tasks.worked(loaded, questions),
             method=method,  # type: ignore[arg-type]
             batch_size=batch_size,
-            over=_spans(over),
+            over=learnt,
             objective=_objective(objective),
-            corrupt=_hiding(mask_thought, loaded, seed),
+            corrupt=corrupt,
             options=options,
             **shared,
         )

@@ -128,21 +128,7 @@ def seeing(
     """
     from tqdm.auto import tqdm
 
-    from finetune.rules import Rule
-
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds {list(seeds)}: give one seed or more, each once.")
-    for arm in arms:
-        if arm not in get_args(Arm):
-            raise ValueError(_no_arm(arm))
-    if not arms or len(set(arms)) < len(arms):
-        raise ValueError(f"arms {list(arms)}: give one arm or more, each once.")
-    if rule not in get_args(Rule) or not math.isfinite(alpha):
-        raise ValueError(
-            f"rule {rule!r} at alpha {alpha}: choose of {', '.join(get_args(Rule))}, at a finite strength."
-        )
-    if items < 1:
-        raise ValueError(f"items {items}: ask for at least one held-out sum.")
+    check_settings(seeds, arms, alpha, rule, items)
     settings = {"course": asdict(course), "arms": list(arms), "alpha": alpha, "rule": rule, "items": items}
     shelf = Shelf(to, "study", settings) if to is not None else None
     found: list[dict[str, Any]] = []
@@ -159,6 +145,25 @@ def seeing(
         for kind in ("coefficients", "donors")
     ]
     return Seeing(Arms(runs, settings), *columns)
+
+
+def check_settings(seeds: Sequence[int], arms: Sequence[str], alpha: float, rule: str, items: int) -> None:
+    """Raise ValueError for what `seeing` refuses."""
+    from finetune.rules import Rule
+
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {list(seeds)}: give one seed or more, each once.")
+    for arm in arms:
+        if arm not in get_args(Arm):
+            raise ValueError(_no_arm(arm))
+    if not arms or len(set(arms)) < len(arms):
+        raise ValueError(f"arms {list(arms)}: give one arm or more, each once.")
+    if rule not in get_args(Rule) or not math.isfinite(alpha):
+        raise ValueError(
+            f"rule {rule!r} at alpha {alpha}: choose of {', '.join(get_args(Rule))}, at a finite strength."
+        )
+    if items < 1:
+        raise ValueError(f"items {items}: ask for at least one held-out sum.")
 
 
 def _one_seed(seed: int, course: Course, arms: Sequence[Arm], alpha: float, rule: Rule, items: int) -> dict[str, Any]:

@@ -284,6 +284,59 @@ def test_two_commands_are_not_at_work_on_one_output(surgery, verb: str, tmp_path
     assert "at work on" not in surgery(verb, *WORDS[verb], "--to", tmp_path / "out").err
 
 
+@pytest.mark.parametrize(
+    ("verb", "words", "reason"),
+    [
+        ("study", ["--device", "warp"], "warp"),
+        ("tune", ["--dtype", "int8"], "int8"),
+        ("tune", ["--watch", "nll, foo"], "no monitor 'foo'"),
+        ("tune", ["--over", "thinking["], "thinking["),
+        ("tune", ["--mask-thought", "2"], "2"),
+        ("tune", ["--prior", "foo"], "foo"),
+        ("tune", ["--density", "2"], "density"),
+        ("tune", ["--method", "lora", "--refresh", "2"], "refresh"),
+        ("tune", ["--scope", "world"], "world"),
+        ("tune", ["--report-to", "foo"], "foo"),
+        ("tune", ["--method", "grpo", "--batch-size", "12"], "12"),
+        ("arms", ["--device", "warp"], "warp"),
+        ("arms", ["--arms", "lift,lift"], "each arm once"),
+        ("sweep", ["--strengths", "1", "--add", "foo"], "foo"),
+        ("generate", ["--device", "warp"], "warp"),
+        ("thinkedit", ["--over", "foo"], "foo"),
+        ("thinkedit", ["--over", "/so/"], "thinking"),
+        ("thinkedit", ["--dtype", "int8"], "int8"),
+        ("thinkedit", ["--device", "warp"], "warp"),
+        ("seeing", ["--arms", "merge,foo"], "foo"),
+        ("seeing", ["--rule", "foo"], "foo"),
+    ],
+)
+def test_a_dry_run_looks_at_every_option(
+    surgery, models: Path, verb: str, words: list[str], reason: str, tmp_path: Path
+) -> None:
+    model = {"study": ["--model", models / "base"], "seeing": []}.get(verb, [models / "base"])
+    assert reason in one_line(surgery(verb, *model, *words, "--to", tmp_path / "out", "--dry-run"))
+
+
+@pytest.mark.parametrize("verb", ["study", "generate", "thinkedit", "arms"])
+def test_a_dry_run_needs_a_model(surgery, verb: str, tmp_path: Path) -> None:
+    model = ["--model", NOWHERE] if verb == "study" else [NOWHERE]
+    assert NOWHERE in one_line(surgery(verb, *model, "--to", tmp_path / "out", "--dry-run"))
+
+
+def test_a_dry_sweep_looks_for_its_sites(unchecked, surgery, models: Path, vector: Path, tmp_path: Path) -> None:
+    steered = tmp_path / "direction.safetensors"
+    save_file({"direction": torch.ones(Checkpoint(models / "base").anatomy.d_model)}, steered)
+    for words, reason in (
+        (["--steer", steered, "--at", "99.resid"], "99.resid"),
+        (["--steer", steered, "--at", "1.resid", "--how", "push"], "push"),
+        (["--steer", steered, "--at", "1.resid", "--over", "thinking["], "thinking["),
+        (["--remove", steered, "--at", "*.attn.foo"], "*.attn.foo"),
+        (["--remove", steered, "--at", "*.attn.o", "--layers", "99"], "99"),
+    ):
+        asked = ["sweep", models / "base", "--strengths", "1", *words, "--to", tmp_path / "out", "--dry-run"]
+        assert reason in one_line(surgery(*asked)), words
+
+
 @pytest.mark.parametrize("strength", ["nan", "inf", "-1e999"])
 def test_a_strength_is_a_finite_number(surgery, models: Path, vector: Path, tmp_path: Path, strength: str) -> None:
     adds = ["--add", f"{vector}:{strength}"]
