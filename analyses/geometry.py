@@ -177,13 +177,14 @@ def change(base: Decomposition, W: Float[Tensor, "out in"]) -> Change:
 
 @dataclass(frozen=True)
 class GeometryRow:
-    """The change of one matrix in one arm."""
+    """The change of one matrix in one arm. k: dimension of the subspaces compared, at most the matrix's short side."""
 
     arm: str
     site: str
     layer: int | None
     part: str
     change: Change
+    k: int
 
 
 @dataclass(frozen=True)
@@ -195,13 +196,26 @@ class Geometry:
     k: int
 
     def frame(self) -> "pd.DataFrame":
-        """One row a matrix and arm: arm, site, layer, part, every number of `Change`, and enrichments beside the overlaps."""
+        """One row a matrix and arm: arm, site, layer, part, every number of `Change`, and enrichments beside the overlaps, and
+        the k of the matrix."""
         import pandas as pd
 
         table = pd.DataFrame([{**asdict(row), **asdict(row.change)} for row in self.rows]).drop(columns="change")
         for name in [c for c in table.columns if c.startswith(("overlap_", "energy_"))]:
             table[f"enrichment_{name}"] = table[name] / table["density"]
-        return table.assign(filter_rank=self.filter_rank, k=self.k)
+        return table.assign(filter_rank=self.filter_rank)
+
+    def cut(self) -> str | None:
+        """Where fewer than k dimensions were compared, in words; None where all matrices have as many."""
+        rows = {row.site: row.k for row in self.rows}
+        short = [site for site, k in rows.items() if k < self.k]
+        if not short:
+            return None
+        least = min(short, key=lambda site: rows[site])
+        return (
+            f"k {self.k} is beyond the short side of {len(short)} of {len(rows)} matrices, first {short[0]} (least {rows[least]}, {least}): there "
+            "all directions of that side are compared, whose angles are 0 whatever moved"
+        )
 
     def summary(self, *, draws: int = 2000, seed: int = 0) -> "pd.DataFrame":
         """Means over matrices: columns arm, part ("all" is every part), measure, value, low, high, n, n_matrices, method, seed.
@@ -236,7 +250,9 @@ class Geometry:
     def load(cls, path: str | Path) -> "Geometry":
         """What `save` wrote."""
         found: dict[str, Any] = json.loads(Path(path).read_text())
-        rows = tuple(GeometryRow(**{**row, "change": Change(**row["change"])}) for row in found["rows"])
+        rows = tuple(
+            GeometryRow(**{"k": found["k"], **row, "change": Change(**row["change"])}) for row in found["rows"]
+        )
         return cls(**{**found, "rows": rows})
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
@@ -266,7 +282,7 @@ def geometry(
     at           matrices to look at; every attention and MLP matrix by default
     density      fraction of entries in the principal and the low set, in (0, 1]
     filter_rank  rank of the reduction behind the principal set
-    k            dimension of the principal subspaces
+    k            dimension of the principal subspaces; of a matrix with a shorter side, that side's (`Geometry.cut` says where)
 
     Errors: ValueError for a pattern that matches nothing or a site that is not a matrix, for a density out of range, for
     arms of another shape, and for weights that lack a site.
@@ -303,7 +319,9 @@ def geometry(
                     after = arm[site].detach().cpu()
                 else:
                     after = before.W + arm[site].cpu() if site in arm else before.W
-                rows.append(GeometryRow(name, str(site), site.layer, site.part, change(before, after)))
+                rows.append(
+                    GeometryRow(name, str(site), site.layer, site.part, change(before, after), before.V.shape[1])
+                )
             bar.update()
             return rows
 

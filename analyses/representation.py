@@ -318,12 +318,16 @@ def _span_rows(
     if not len(keep):
         raise ValueError(f"no activations in the span {span!r}: they were collected over {', '.join(acts.over)}")
     width = min(acts[site].shape[1] for site in acts.sites)
-    if len(keep) < 2 * (k + 1) or not 1 <= k <= width:
+    if not 1 <= k <= width:
+        raise ValueError(f"k {k}: principal components of rows of width {width} number 1 to {width}.")
+    texts, unit = acts.transcript[keep].long().unique(return_inverse=True)
+    if len(keep) < 2 * (k + 1):
+        fewer = f", or a k of at most {len(keep) // 2 - 1}" if len(keep) >= 4 else ""
         raise ValueError(
-            f"the span {span!r} has {len(keep)} rows of width {width}: {k} principal components of its halves need at "
-            f"least {2 * (k + 1)} rows of width {k}. Give more transcripts or another k."
+            f"{k} principal angles (k) of the span {span!r} need {2 * (k + 1)} of its tokens, {k + 1} in each half; the {len(texts)} transcripts that "
+            f"have it have {len(keep)}. Give about {math.ceil(2 * (k + 1) * len(texts) / len(keep))} transcripts (of `surgery measure`, --count){fewer}."
         )
-    return keep, acts.transcript[keep].long().unique(return_inverse=True)[1]
+    return keep, unit
 
 
 def rows_in(acts: Activations, transcripts: Sequence[Transcript], span: str) -> Int[Tensor, " kept"]:

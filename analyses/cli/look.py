@@ -257,6 +257,7 @@ def drift(
         int | None, typer.Option(help="Questions; by default 48, of a file at most.", min=4, show_default=False)
     ] = None,
     side: Side = None,
+    k: Annotated[int, typer.Option(help="Principal components whose span is compared, for the angles.", min=1)] = 8,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -272,7 +273,7 @@ def drift(
     questions = questions_to_judge_on(data, count, 48, side, seed)
     told = worked(before, questions)
     spans = [s for s in ("thinking", "answer") if any(s in t.spans for t in told)]
-    found = drift(before, after, told, over=spans, seed=seed, progress=not quiet)
+    found = drift(before, after, told, over=spans, k=k, seed=seed, progress=not quiet)
     _save_measure(
         record,
         to,
@@ -295,7 +296,9 @@ def geometry(
     ] = None,
     density: Annotated[float, typer.Option(help="Size of the principal set, a fraction in (0, 1].")] = 0.05,
     filter_rank: Annotated[int, typer.Option(help="Rank of the filter that decides what is principal.", min=1)] = 16,
-    k: Annotated[int, typer.Option(help="Dimension of the principal subspaces.", min=1)] = 8,
+    k: Annotated[
+        int, typer.Option(help="Dimension of the principal subspaces; at most a matrix's short side is taken.", min=1)
+    ] = 8,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -310,6 +313,8 @@ def geometry(
     after, before = Checkpoint(find(model)), Checkpoint(find(base))
     require_same_sites(after, before)
     found = geometry(before, after, at=at, density=density, filter_rank=filter_rank, k=k, progress=not quiet)
+    if cut := found.cut():
+        typer.echo(f"note: {cut}", err=True)
     summary = found.summary(seed=seed)
     _save_measure(
         record,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -427,6 +428,32 @@ def test_measures(surgery, models: Path, tmp_path: Path) -> None:
     replayed = surgery("replay", tmp_path / "geometry", "--to", tmp_path / "again")
     assert replayed.code == 0, replayed
     assert "0 differ" in replayed.out
+
+
+def test_measures_say_what_is_too_small(surgery, models: Path, tmp_path: Path) -> None:
+    asked = [models / "tuned", "--base", models / "base", "-q"]
+    few = one_line(surgery("measure", "drift", *asked, "--count", 4, "--to", tmp_path / "drift"))
+    assert "8 principal angles (k) of the span 'answer' need 18" in few
+    assert "the 4 transcripts" in few
+    assert "--count" in few
+    assert surgery("measure", "drift", *asked, "--count", 4, "--k", 1, "--to", tmp_path / "drift").code == 0
+    at = ["--at", "0.attn.k", "--to", tmp_path / "geometry"]
+    cut = one_line_note(surgery("measure", "geometry", *asked, "--k", 1000, *at))
+    assert "k 1000 is beyond the short side of 1 of 1 matrices" in cut
+    table = load_table(tmp_path / "geometry" / "geometry.csv")
+    assert [int(row["k"]) for row in table] == [min(Checkpoint(models / "base")["0.attn.k"].shape)]
+
+
+def one_line_note(said: Said) -> str:
+    assert said.code == 0, said
+    (line,) = said.err.strip().splitlines()
+    assert line.startswith("note: ")
+    return line
+
+
+def load_table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def test_figures_refuse(surgery, models: Path, tmp_path: Path) -> None:

@@ -312,8 +312,11 @@ def test_bad_input_is_named(unchecked):
         (lambda: drift(base, base, texts(20), over="nowhere"), "'nowhere' is not a span"),
         (lambda: drift(base, base, texts(20), over=()), "No span"),
         (lambda: drift(base, base, texts(20), layers=[7]), r"at 7.resid: the base's activations have"),
-        (lambda: drift(base.where(rows), base.where(rows), texts(20), over="thinking", k=12), "20 rows of width 12"),
-        (lambda: drift(base, base, texts(20), k=0), "another k"),
+        (
+            lambda: drift(base.where(rows), base.where(rows), texts(20), over="thinking", k=12),
+            r"need 26 of its tokens, 13 in each half; the 20 .* have 20\. Give about 26 transcripts .* at most 9",
+        ),
+        (lambda: drift(base, base, texts(20), k=0), "number 1 to"),
         (lambda: linear_cka(gaussian(4, 2), gaussian(5, 2)), "4 and 5"),
         (lambda: linear_cka(gaussian(3, 2), gaussian(3, 2)), "four rows"),
         (lambda: subspace_angles(gaussian(5, 9), gaussian(5, 9), 5), "ask for fewer"),
