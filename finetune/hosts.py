@@ -43,7 +43,7 @@ from finetune.monitors import Recorder, reporters_last
 from finetune.objectives import Objective
 from finetune.predictions import Predictions, Totals, logits_at, predict
 from surgery.anatomy import Anatomy
-from surgery.borrowing import evaluating
+from surgery.borrowing import evaluating, without_adapter
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -153,8 +153,7 @@ class Surgical(_Host):
 
     def _bare(self) -> Any:
         """The transformers module inside whatever wraps it."""
-        module = self.accelerator.unwrap_model(self.model)
-        return module.get_base_model() if hasattr(module, "get_base_model") else module
+        return without_adapter(self.accelerator.unwrap_model(self.model))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         if self._objective is not None and batch_samples:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetune.examples import IGNORED, OWN, require_rows
-from surgery.borrowing import text_positions
+from surgery.borrowing import text_positions, without_adapter
 from surgery.decoding import common_prefix, prefix_cache
 
 _STRIP = {"cpu": 1 << 21}  # logits in work at once: in float32 they stay in the cache
@@ -134,7 +134,7 @@ def logits_at(
 
 def _raw_logits_at(module: Any, batch: Mapping[str, Tensor], row: Tensor, column: Tensor, share: bool) -> Tensor:
     """`logits_at` in the precision of the computation; in float32 where they are capped."""
-    ids, mask = batch["input_ids"], batch["attention_mask"]
+    ids, mask, module = batch["input_ids"], batch["attention_mask"], without_adapter(module)
     start, cache = 0, None
     # layers that are recomputed in the backward pass would drop the cache of the prompt
     recomputed = module.training and getattr(module, "is_activation_checkpointing", False)

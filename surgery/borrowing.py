@@ -58,13 +58,18 @@ def no_generation_settings(module: nn.Module) -> Iterator[None]:
         held.generation_config = own
 
 
+def without_adapter(module: Any) -> Any:
+    """The transformers module inside a PEFT model, whose layers the adapter's are then still beside; another module as it is."""
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+
 @contextmanager
 def text_positions(module: nn.Module) -> Iterator[None]:
     """Passes inside are of texts: how far the images of the last batch moved its positions, which Qwen's vision-language models keep, is set aside.
 
     They would add it to those of any batch that goes on over a cache, whatever its rows.
     """
-    held: Any = module.base_model
+    held: Any = without_adapter(module).base_model
     if not hasattr(held, "rope_deltas"):
         yield
         return

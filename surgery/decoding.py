@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from surgery.borrowing import no_generation_settings, text_positions
+from surgery.borrowing import no_generation_settings, text_positions, without_adapter
 from surgery.rows import all_stay, are_apart, rows_are, rows_now, select_rows
 from surgery.seeds import seed_from_numbers
 from surgery.transcript import end_tokens
@@ -109,7 +109,7 @@ def prefix_cache(module: PreTrainedModel, prefix: Sequence[int], rows: int) -> A
         return None
     ids = torch.tensor([list(prefix)], device=next(module.parameters()).device)
     with text_positions(module):
-        module.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        without_adapter(module).base_model(input_ids=ids, past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(rows)
     return cache
 

@@ -100,6 +100,28 @@ def test_loss_and_gradients_are_the_modules_own(family: str, share: bool) -> Non
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=2e-5 * float(expected[name].abs().max()))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2-vl", "qwen2.5-vl"])
+def test_a_module_in_an_adapter_predicts_as_it_does_itself(family: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    m = Model(tiny_vlm(family), characters()) if "vl" in family else model(family)
+    inputs = batch(m)
+    with torch.no_grad():
+        plain = [predict(m.module, inputs, share=share).logits for share in (True, False)]
+        wrapped: Any = get_peft_model(m.module, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))  # type: ignore[arg-type]
+        kept = torch.tensor([[-3]])
+        m.module.base_model.rope_deltas = kept  # of an image that was seen before
+        shared, apart = (predict(wrapped, inputs, share=share).logits for share in (True, False))
+        torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-4)
+        assert m.module.base_model.rope_deltas is kept
+        assert not torch.allclose(apart, plain[1])
+        with wrapped.disable_adapter():
+            found = [predict(wrapped, inputs, share=share).logits for share in (True, False)]
+    assert all(map(torch.equal, found, plain))
+    with pytest.raises(ValueError, match=r"merge_and_unload"):
+        Model(wrapped, m.tokenizer)
+
+
 @pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl"])
 def test_images_seen_before_move_no_token_of_a_text(family: str) -> None:
     """Such a model keeps how far the last batch's images moved its positions, and adds it to what goes on over a cache."""
