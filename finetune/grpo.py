@@ -219,7 +219,7 @@ def grpo(
             router_aux_loss_coef=0.0,  # what balances experts has a gradient where rewards have none
         )  # fmt: skip
         one_device(args, model.device)
-        borrowed.enter_context(reports_in_runs())
+        borrowed.enter_context(reports_in_runs(report_to, folder, resume))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*rollout_func.*")  # TRL calls them experimental
             trainer = _trainer_class()(

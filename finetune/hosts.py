@@ -44,6 +44,7 @@ from finetune.objectives import Objective
 from finetune.predictions import Predictions, Totals, logits_at, predict
 from surgery.anatomy import Anatomy
 from surgery.borrowing import evaluating, without_adapter
+from surgery.whole import write_whole
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -52,6 +53,7 @@ else:
 
 _STATE = "objective.pt"
 _REPORTS = "TENSORBOARD_LOGGING_DIR"
+_TOLD = "tensorboard.txt"  # beside the checkpoints: the folder that the run's numbers are in
 
 
 @runtime_checkable
@@ -400,11 +402,18 @@ class Surgical(_Host):
 
 
 @contextmanager
-def reports_in_runs() -> Iterator[None]:
-    """A trainer made inside writes for TensorBoard to a new folder in ``runs``, not beside its checkpoints, unless the environment says where;
-    a run of W&B that it begins ends with it, while one that was there stays open."""
+def reports_in_runs(report_to: Sequence[str], checkpoints: Path, resume: Path | None) -> Iterator[None]:
+    """A trainer made inside writes for TensorBoard to a new folder in ``runs``, not beside its checkpoints, unless the environment says where, and
+    goes on in it where it is resumed: what it had told beyond the checkpoint is taken back. A run of W&B that it begins ends with it, while one
+    that was there stays open."""
     chosen, before = os.environ.get(_REPORTS), _wandb_run()
-    os.environ[_REPORTS] = chosen or _new_folder(default_logdir())
+    folder, told = chosen or os.path.abspath(_new_folder(default_logdir())), checkpoints / _TOLD
+    if "tensorboard" in report_to and int(os.environ.get("RANK", 0)) == 0:
+        if resume is not None:
+            folder = chosen or (told.read_text(encoding="utf-8") if told.is_file() else folder)
+            _take_back(folder, int(resume.name.rsplit("-", 1)[-1]))
+        write_whole(told, folder)
+    os.environ[_REPORTS] = folder
     failed = True
     try:
         yield
@@ -414,6 +423,15 @@ def reports_in_runs() -> Iterator[None]:
             del os.environ[_REPORTS]
         if (run := _wandb_run()) is not before:
             run.finish(exit_code=int(failed))
+
+
+def _take_back(folder: str, step: int) -> None:
+    """TensorBoard shows nothing of what was written to a folder so far of later steps."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # what is asked for is not installed, which the trainer says
+        return
+    SummaryWriter(folder, purge_step=step + 1).close()
 
 
 def _new_folder(path: str) -> str:

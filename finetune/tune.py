@@ -112,7 +112,7 @@ def tune(
                  makes the page with the run's story. (A recorder made before, as by ``analyses.flight_recorder``, is one of the callbacks.)
     report_to:   where else the loss and the headline numbers of every recorder go: "tensorboard", "wandb" and what else transformers
                  knows. TensorBoard's files are in ``runs`` of the working folder, or where TENSORBOARD_LOGGING_DIR says;
-                 a resumed run begins a folder of its own. A run of W&B that this begins is ended too.
+                 a resumed run goes on in the folder it began. A run of W&B that this begins is ended too.
     checkpoints, save_every: where to save, and how often, to be able to resume; a folder with a complete checkpoint is resumed from,
                  bit for bit. Incomplete ones, left by a kill, are discarded.
 
@@ -189,7 +189,7 @@ def tune(
                 model, trains, lr=peak, seed=seed, density=density, lora_rank=lora_rank, weight_decay=weight_decay, options=more
             )
         )  # fmt: skip
-        borrowed.enter_context(reports_in_runs())
+        borrowed.enter_context(reports_in_runs(report_to, folder, resume))
         trainer = Trainer(
             model=student.module,
             args=args,
