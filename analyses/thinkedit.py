@@ -108,6 +108,8 @@ class Recipe:
             raise ValueError(
                 f"over {self.over!r}: a length is that of thinking or of answer; choose one, or a part of it such as thinking[:16]."
             )
+        if self.how == "thresholds":
+            by_thresholds([], self.short, self.long)  # raises where they are no two lengths
         if self.how == "thresholds" and self.over != self.span:
             raise ValueError(f"over {self.over!r}: thresholds are read over a whole span, such as {self.span}.")
 

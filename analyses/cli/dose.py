@@ -31,13 +31,19 @@ def sweep(
     steer: Annotated[
         str | None,
         typer.Option(
-            "--steer", metavar="DIRECTION", help="A direction to steer along: a .safetensors file.", show_default=False
+            "--steer",
+            metavar="DIRECTION",
+            help="A direction to steer along: a .safetensors file, or the folder of `surgery direction`.",
+            show_default=False,
         ),
     ] = None,
     remove: Annotated[
         str | None,
         typer.Option(
-            "--remove", metavar="DIRECTION", help="A direction no longer to be written by --at.", show_default=False
+            "--remove",
+            metavar="DIRECTION",
+            help="A direction, likewise, no longer to be written by --at.",
+            show_default=False,
         ),
     ] = None,
     at: Annotated[

@@ -46,7 +46,9 @@ COMMANDS: dict[str, Callable[..., object]] = {
 
 
 @app.command(rich_help_panel=RECEIPTS)
-def verify(folder: Annotated[Path, typer.Argument(help="A folder that a surgery command made.")]) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that a surgery command made.")],
+) -> None:
     """Hash the outputs again; names the file or tensor that is not as recorded."""
     from surgery.record import verify
 
@@ -60,7 +62,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="A folder that a surgery 
 
 @app.command(rich_help_panel=RECEIPTS)
 def replay(
-    folder: Annotated[Path, typer.Argument(help="A folder that a surgery command made.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that a surgery command made.")],
     to: Annotated[
         Path | None, typer.Option("--to", help="New folder; by default FOLDER-again.", show_default=False)
     ] = None,
@@ -81,7 +83,7 @@ def replay(
 
 @app.command(rich_help_panel=RECEIPTS)
 def undo(
-    folder: Annotated[Path, typer.Argument(help="A model that a surgery command wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model that a surgery command wrote.")],
     to: Annotated[
         Path | None, typer.Option("--to", help="New folder; by default FOLDER-original.", show_default=False)
     ] = None,

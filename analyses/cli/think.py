@@ -57,7 +57,10 @@ Share = Annotated[float, typer.Option(help="Of all heads, those that are edited;
 Strength = Annotated[float, typer.Option(help="0 does nothing, 1 removes the direction, 2 reflects it.")]
 LikePaper = Annotated[
     bool,
-    typer.Option("--like-paper", help="The published recipe: absolute thresholds, one token early, short answers."),
+    typer.Option(
+        "--like-paper",
+        help="The published recipe: absolute thresholds, read one token early, heads ranked on short answers.",
+    ),
 ]
 Short = Annotated[
     int | None, typer.Option(help="--like-paper: short is under so many tokens; default 100.", show_default=False)
@@ -66,7 +69,8 @@ Long = Annotated[
     int | None, typer.Option(help="--like-paper: long is over so many tokens; default 1000.", show_default=False)
 ]
 Temperature = Annotated[
-    float | None, typer.Option(help="0 is greedy; by default 0 for one sample, 1 for several.", show_default=False)
+    float | None,
+    typer.Option(help="0 is greedy; by default 0 for one sample, 1 for several.", min=0, show_default=False),
 ]
 Controls = Annotated[int, typer.Option(help="Random heads, and random directions: how many of each.", min=0)]
 Sweeps = Annotated[bool, typer.Option("--sweeps/--no-sweeps", help="Other shares and strengths too.")]

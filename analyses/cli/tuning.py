@@ -74,14 +74,17 @@ def tune(
         float | None, typer.Option(help="lift, grpo: fraction of each matrix, in (0, 1]; default 0.05.", show_default=False)
     ] = None,
     lora_rank: Annotated[
-        int | None, typer.Option(help="lift, shira: as many entries as a LoRA of this rank; lora: its rank.", show_default=False)
+        int | None, typer.Option(help="lift, grpo, shira: as many entries as a LoRA of this rank; lora: its rank.", min=1, show_default=False)
     ] = None,
     filter_rank: Annotated[int, typer.Option(help="lift, grpo: rank of the filter that decides what is principal.", min=1)] = 16,
-    refresh: Annotated[int | None, typer.Option(help="lift, grpo: choose anew every so many steps.", show_default=False)] = None,
+    refresh: Annotated[
+        int | None, typer.Option(help="lift, grpo: choose anew every so many steps; by default never.", min=1, show_default=False)
+    ] = None,
     select: Annotated[
         str,
         typer.Option(
-            help="lift, grpo: largest, or a control: smallest (what the released code trains), random, magnitude, gradient, movement, hybrid."
+            help="lift, grpo: largest, or a control: smallest (what the released code trains), random, magnitude, gradient, movement, hybrid, "
+            "random-triplets, smallest-triplets."
         ),
     ] = "largest",
     block: Annotated[int, typer.Option(help="lift, grpo: choose blocks of so many rows and columns, as 4.", min=1)] = 1,
@@ -112,7 +115,7 @@ def tune(
         str, typer.Option(help="With commas: where else the log goes, as tensorboard (in runs/) or wandb.", show_default=False)
     ] = "",
     save_every: Annotated[
-        int | None, typer.Option(help="Checkpoint every so many steps; the same command then resumes.", show_default=False)
+        int | None, typer.Option(help="Checkpoint every so many steps, and the same command resumes; by default none.", min=1, show_default=False)
     ] = None,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -141,6 +144,8 @@ def tune(
         if given not in choices:
             raise ValueError(f"There is no {what} {given!r}. Choose {', '.join(told)}.")
     _refuse_idle(method, reinforced if method != "grpo" else taught, led)
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"--lr {lr:g}: a learning rate is a finite number above 0.")
     if budget is not None and watch_every is not None:
         raise ValueError("--budget has no use with --watch-every, which says how often; leave one out.")
     from analyses import tasks

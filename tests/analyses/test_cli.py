@@ -303,7 +303,10 @@ def test_two_commands_are_not_at_work_on_one_output(surgery, verb: str, tmp_path
         ("arms", ["--arms", "lift,lift"], "each arm once"),
         ("sweep", ["--strengths", "1", "--add", "foo"], "foo"),
         ("generate", ["--device", "warp"], "warp"),
+        ("tune", ["--lr", "nan"], "--lr nan"),
+        ("tune", ["--lr", "0"], "--lr 0"),
         ("thinkedit", ["--over", "foo"], "foo"),
+        ("thinkedit", ["--like-paper", "--short", "5", "--long", "3"], "short=5"),
         ("thinkedit", ["--over", "/so/"], "thinking"),
         ("thinkedit", ["--dtype", "int8"], "int8"),
         ("thinkedit", ["--device", "warp"], "warp"),
@@ -316,6 +319,18 @@ def test_a_dry_run_looks_at_every_option(
 ) -> None:
     model = {"study": ["--model", models / "base"], "seeing": []}.get(verb, [models / "base"])
     assert reason in one_line(surgery(verb, *model, *words, "--to", tmp_path / "out", "--dry-run"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "value"),
+    [("generate", "--temperature", "-1"), ("generate", "--temperature", "nan"), ("tune", "--save-every", "0"),
+     ("tune", "--refresh", "0"), ("tune", "--lora-rank", "0")],
+)  # fmt: skip
+def test_numbers_have_ranges(surgery, verb: str, option: str, value: str, tmp_path: Path) -> None:
+    said = surgery(verb, NOWHERE, option, value, "--to", tmp_path / "out", "--dry-run")
+    assert said.code == 2
+    assert "Usage" in said.err
+    assert option in said.err
 
 
 @pytest.mark.parametrize("verb", ["study", "generate", "thinkedit", "arms"])
