@@ -73,7 +73,6 @@ def probe(
     from analyses.labels import labels_of
     from probes.linear import probe
     from surgery.model import Model
-    from surgery.sites import match
     from surgery.transcript import parse_span
     from surgery.whole import new_folder
 
@@ -84,7 +83,7 @@ def probe(
         parse_span(span)
     typer.echo(f"{of}: {labels}")
     if dry_run:
-        match(at, require_model(model, device).anatomy.activation_sites())
+        _look(model, device, at)
         typer.echo(f"{len(read.questions)} questions in {folds} folds; {at} over {', '.join(spans)}; would go to {to}")
         return
     loaded = Model.load(model, device=device, dtype="float32")
@@ -141,10 +140,13 @@ def probe_calibration(
     from analyses import figures
     from probes.calibration import calibration
     from surgery.model import Model
+    from surgery.transcript import parse_span
     from surgery.whole import new_folder
 
+    parse_span(over)
     read, labels = _two_classes(runs, of, length)
     if dry_run:
+        _look(model, device, at)
         typer.echo(f"{len(read.questions)} questions in {folds} folds; {at} over {over}; would go to {to}")
         return
     loaded = Model.load(model, device=device, dtype="float32")
@@ -209,11 +211,14 @@ def probe_transfer(
     from analyses import figures
     from probes.transfer import transfer
     from surgery.model import Model
+    from surgery.transcript import parse_span
     from surgery.whole import new_folder
 
+    parse_span(over)
     refs = _named(runs)
     sets = {name: _two_classes(ref, of, length, f"{name}, ") for name, ref in refs.items()}
     if dry_run:
+        _look(model, device, at)
         asked = ", ".join(f"{len(read.questions)} of {name}" for name, (read, _) in sets.items())
         typer.echo(f"questions in {folds} folds: {asked}; {at} over {over}; would go to {to}")
         return
@@ -277,14 +282,17 @@ def probe_along(
     from analyses import figures
     from probes.transfer import along
     from surgery.model import Model
+    from surgery.transcript import parse_span
     from surgery.whole import new_folder
 
+    parse_span(over)
     read, labels = _two_classes(runs, of, length)
     try:
         places = [float(word) for word in words_in(fractions)]
     except ValueError as error:
         raise ValueError(f"--fractions {fractions}: numbers from 0 to 1 with commas, as 0,0.5,1.") from error
     if dry_run:
+        _look(model, device, at)
         typer.echo(f"{len(read.questions)} questions in {folds} folds; {at} along {over}; would go to {to}")
         return
     loaded = Model.load(model, device=device, dtype="float32")
@@ -315,6 +323,13 @@ def probe_along(
             whose = "the shared probe" if row.trained == "all" else "its own probe"
             typer.echo(_auc_in_words(f"after {row.tested} of the {over}, {whose}", row))
     typer.echo(to)
+
+
+def _look(model: str, device: str, at: str) -> None:
+    """For a dry run. Raises ValueError for a model, device or site that there is not."""
+    from surgery.sites import match
+
+    match(at, require_model(model, device).anatomy.activation_sites())
 
 
 def _two_classes(ref: str, of: str, length: str | None, whose: str = "") -> tuple[Runs, Labels]:

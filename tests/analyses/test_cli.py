@@ -208,6 +208,7 @@ def test_what_exists_is_told_before_the_work(surgery, models: Path, vector: Path
 
 
 NOWHERE = "there/is/no/model"
+PROBES = ("probe", "probe-calibration", "probe-transfer", "probe-along")
 WORDS = {  # of every command with --to, before anything it reads is found missing
     "study": ["--model", NOWHERE],
     "tune": [NOWHERE],
@@ -222,7 +223,7 @@ WORDS = {  # of every command with --to, before anything it reads is found missi
     "direction": [NOWHERE, "--runs", NOWHERE],
     "heads": [NOWHERE, "--direction", NOWHERE, "--runs", NOWHERE],
     "judge": [NOWHERE, "--found", NOWHERE],
-    "probe": [NOWHERE, "--runs", NOWHERE],
+    **{verb: [NOWHERE, "--runs", NOWHERE] for verb in PROBES},
     "thinkedit": [NOWHERE],
     "measure early-answers": [NOWHERE],
     "measure drift": [NOWHERE, "--base", NOWHERE],
@@ -242,7 +243,7 @@ DRY = (
     "sweep",
     "generate",
     "judge",
-    "probe",
+    *PROBES,
     "thinkedit",
 )
 

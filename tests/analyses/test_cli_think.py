@@ -357,6 +357,7 @@ def test_what_is_refused_is_one_line(surgery, home: Path, tmp_path: Path, unchec
         (["probe", model, "--runs", runs, "--over", "doubts"], ["doubts"]),
         (["probe", model, "--runs", runs, "--over", "sentence[99]"], ["has a span sentence[99]", "thinking"]),
         (["probe", model, "--runs", runs, "--at", "9.resid"], ["9.resid"]),
+        (["probe-along", model, "--runs", runs, "--of", "length", "--at", "9.resid", "--dry-run"], ["9.resid"]),
         (["probe", home / "tiny", "--runs", runs], ["another model"]),
         (
             ["probe", model, "--runs", runs, "--of", "length", "--folds", 20, "-q"],
