@@ -709,7 +709,8 @@ def probe_along(frame: Any, ax: Axes | None = None) -> Axes:
             ax.fill_between(line["tested"], low, high, color=shade, alpha=0.15, linewidth=0)
             if name == kinds[0][0]:
                 best = line[controls].astype(float).max(axis=1)
-                ax.plot(line["tested"], best, color=shade, linestyle=":", linewidth=0.9)
+                label = f"{arm + ', ' if arm else ''}the best control of the former"
+                ax.plot(line["tested"], best, color=shade, linestyle=":", linewidth=0.9, label=label)
     ax.axhline(0.5, color="black", linewidth=0.5)
     ax.set(xlabel="share of the span that is written", ylabel="held-out AUC", xlim=(-0.02, 1.02), ylim=(None, 1.02))
     ax.legend()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 _WHAT_FITS = "Give a folder, a hub id (owner/name) while the hub is reachable, or 'specimen' for the default model."
 
 

@@ -82,16 +82,7 @@ KNOWN = {
     "gemma3 (vision)": ({}, lambda home, to: other_layout("gemma3", home, to, "old")),
     "qwen2.5-vl (vision)": ({}, lambda home, to: other_layout("qwen2.5-vl", home, to, "old")),
 }
-CASES = (
-    "linear-gradient",
-    "task_arithmetic",
-    "slerp-gradient",
-    "ties",
-    "breadcrumbs",
-    "sce",
-    "model_stock",
-    "arcee_fusion",
-)
+CASES = ("linear-gradient", "slerp-gradient", "ties", "sce", "model_stock")  # entry by entry, and by all of a tensor
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +158,7 @@ def test_a_rule_is_called_on_each_tensor_of_the_files(method, family, homes, tmp
         assert torch.equal(found, by_hand), name
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt-neox", "qwen2-vl (vision)"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt-neox"])
 @pytest.mark.parametrize("method", sorted(RANDOM))
 def test_methods_that_throw_dice(method, family, homes, tmp_path):
     home = homes(family)
@@ -183,7 +174,7 @@ def test_methods_that_throw_dice(method, family, homes, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2-vl", "qwen2.5-vl"])
-@pytest.mark.parametrize("case", ["linear", "task_arithmetic-gradient", "ties"])
+@pytest.mark.parametrize("case", ["linear", "ties"])
 def test_models_in_several_layouts(case, family, homes, tmp_path):
     """Old files and new ones in one merge: the sites are the same, and the result has the names of the base."""
     home = homes(f"{family} (vision)")
