@@ -698,7 +698,9 @@ def probe_along(frame: Any, ax: Axes | None = None) -> Axes:
     controls = ["shuffled", "untrained", "embedding", "length"]
     for i, (arm, table) in enumerate(_arms(frame)):
         shared = table["trained"].astype(str) == "all"
-        own = ~shared & (table["trained"].astype(str) == table["tested"].astype(str))
+        own = table["trained"].where(~shared).astype(float) == table["tested"].astype(
+            float
+        )  # as read from a table: "1" and 1.0
         kinds = (("a probe for each place", own, "-"), ("one probe for all", shared, "--"))
         for place, (name, mine, style) in enumerate(kinds):
             line = table[mine].assign(tested=lambda t: t["tested"].astype(float)).sort_values("tested")

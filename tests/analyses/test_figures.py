@@ -65,7 +65,7 @@ FRAMES: dict[str, pd.DataFrame] = {
         {"trained": ["a", "a", "b", "b"], "tested": ["a", "b"] * 2, "value": [0.9, 0.4, 0.6, 0.8], "low": 0.3, "high": 0.95}
     ),
     "probe-along": pd.DataFrame(
-        {"trained": ["1", "0", "0", "all", "all"], "tested": [1, 0, 1, 0, 1], "value": [0.9, 0.5, 0.4, 0.6, 0.7], "low": 0.3, "high": 0.95}
+        {"trained": ["1", "0", "0", "all", "all"], "tested": [1.0, 0.0, 1.0, 0.0, 1.0], "value": [0.9, 0.5, 0.4, 0.6, 0.7], "low": 0.3, "high": 0.95}
         | {"n": 5, "shuffled": [0.5, 0.4, 0.9, 0.9, 0.9], "untrained": None, "embedding": 0.45, "length": 0.3}
     ),
     "heads": pd.DataFrame({"layer": [0, 0, 1, 1], "head": [0, 1, 0, None], "score": [0.5, -1.0, 2.0, 9.0], "site": "0.attn.o.h0"}),
