@@ -624,7 +624,7 @@ def _vocabulary(folder: str, name: str) -> dict[str, int]:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder).get_vocab()
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0].removesuffix(".")
         raise RecipeError(
