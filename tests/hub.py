@@ -52,7 +52,7 @@ def commit(folder: Path) -> str:
 @contextmanager
 def stand_in(folder: Path) -> Iterator[StandIn]:
     with StandIn(folder) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield server
         finally:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,6 +73,11 @@ def download(home: Path, address: str, ref: str) -> Path:
     return Path(done.stdout.strip())
 
 
+def most_asked(hub: StandIn) -> int:
+    """How often the same thing was asked for; whether the hub is there at all is asked for each model."""
+    return max(Counter(asked for asked in hub.asked if asked != "HEAD ").values())
+
+
 def header_bytes(folder: Path) -> int:
     return sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in folder.glob("*.safetensors"))
 
@@ -80,13 +86,10 @@ def test_headers_are_fetched_and_no_weights(hub: StandIn, tmp_path: Path) -> Non
     models = ["lab/base", "lab/tuned", "lab/third"]
     (hub.folder / "lab" / "base" / "pytorch_model.bin").write_bytes(bytes(50_000))  # what a merge does not download
     whole = sum(p.stat().st_size for p in hub.folder.rglob("*") if p.is_file() and p.suffix != ".bin")
-    began = time.perf_counter()
     done = check(tmp_path, hub.address, recipe(tmp_path, *models), "--json")
-    took = time.perf_counter() - began
     assert done.returncode == 0, done
     report = json.loads(done.stdout)
     assert report["problems"] == []
-    assert took < 20
     for model in models:
         weights = sum(n for file, n in hub.served.items() if file.startswith(model) and file.endswith(".safetensors"))
         assert weights == header_bytes(hub.folder / model)
@@ -238,9 +241,8 @@ def test_models_that_do_not_fit(hub: StandIn, tmp_path: Path, change: Callable, 
 )
 def test_a_refusal_is_one_error_at_once(hub: StandIn, tmp_path: Path, status: int, word: str, said: str) -> None:
     hub.refused["lab/tuned"] = status, word
-    began = time.perf_counter()
     done = check(tmp_path, hub.address, recipe(tmp_path, "lab/base", "lab/tuned"))
-    assert time.perf_counter() - began < 15
+    assert most_asked(hub) <= 2, hub.asked
     assert done.returncode == 1, done
     assert done.stdout.count("error  ") == 1, done.stdout
     assert f"error    {said}" in done.stdout
@@ -259,11 +261,10 @@ def test_find_says_what_is_known_of_a_model_that_it_cannot_give(hub: StandIn, tm
         "import sys\nfrom surgery.model import find\nfor ref in sys.argv[1:]:\n"
         "  try: print(find(ref))\n  except FileNotFoundError as error: print(error)"
     )
-    began = time.perf_counter()
     gated, none, closed, busy, revision, legacy, strange = run(
         tmp_path, hub.address, "-c", code, *refs
     ).stdout.splitlines()
-    assert time.perf_counter() - began < 40
+    assert most_asked(hub) <= 2, hub.asked
     assert "'lab/gated' is gated: the hub gives it to those only who were granted access (403). Ask for access" in gated
     assert (
         "'lab/none' is neither a folder here nor a model that the hub shows to everybody (404). Correct the name"

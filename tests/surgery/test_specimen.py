@@ -270,7 +270,7 @@ def test_the_hub_comes_first(converted: Path, tmp_path: Path) -> None:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         done = call(tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="0", NO_PROXY="*", HF_HOME=str(tmp_path / "hf"))
         server.shutdown()
