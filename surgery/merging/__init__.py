@@ -2,8 +2,9 @@
 
 A recipe is mergekit's YAML, unchanged. mergekit's own classes parse it, plan it and hold the rules; what is ours is around them:
 references are checked before anything is computed, tensors come by file name from `Checkpoint`, one output tensor exists at a time,
-and `write` hashes, verifies and renames. What our stream cannot do (new tokenizers, several GPUs) goes through mergekit's own
-executor into a temporary folder, and passes the same verification before it appears.
+and `write` hashes, verifies and renames. New tokenizers where mergekit's table of the architecture fits the files, several GPUs and
+families that only mergekit knows go through mergekit's own executor into a temporary folder, and pass the same verification before
+the result appears. New tokenizers of other models are built by mergekit, and our stream lines up the rows by its rules.
 
 Differs: mergekit computes in the dtype it finds, or in the recipe's ``dtype``; here arithmetic is float32 (float64 where the recipe
 says so) and ``out_dtype``, else ``dtype``, only says what is stored. ``surgery: {compute: mergekit}`` in the recipe computes as
@@ -18,6 +19,7 @@ recipe     Recipe, read_recipe(): what the YAML says
 rules      how one output tensor comes about
 planning   plan(): what will happen, from configurations and headers
 table      table(): which tensors there are, where mergekit's own table does not fit the files
+vocabulary the tokens that a recipe's tokenizer asks for, and the embeddings' rows lined up by them
 point      Merged: the merged weights, computed when read
 running    merge(): from a plan to a folder
 """

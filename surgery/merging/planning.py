@@ -18,6 +18,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.headers import UNTIE, read_config
 from surgery.merging.recipe import Recipe, RecipeError, references, valid_seed
 from surgery.merging.rules import Rule, Source
+from surgery.merging.vocabulary import Vocabulary, gathered, vocabulary_of
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError
 from surgery.weights import Weights
@@ -47,6 +48,7 @@ class Plan:
     dtype:   in which the output is stored; None where each tensor keeps the layout's.
     sources: each model as written -> its folder, and its adapter's.
     carried: tensors that mergekit's table of the architecture does not list: they are the layout's own.
+    vocabulary: the tokens of the result, where the stream builds them anew; None where they are the layout's, or the executor builds them.
     left:    each model as written -> its tensors that no family's table names and the layout lacks: the output is without them.
     rules:   how each output tensor is computed, by its name.
     """
@@ -62,6 +64,7 @@ class Plan:
     carried: tuple[str, ...]
     left: Mapping[str, tuple[str, ...]]
     rules: Mapping[str, Rule] = field(repr=False)
+    vocabulary: Vocabulary | None = field(default=None, repr=False)
 
     @property
     def is_known(self) -> bool:
@@ -89,6 +92,10 @@ class Plan:
         ]
         if self.layers is not None:
             lines.append(f"{len(self.layers)} layers, from {spans(self.layers)}")
+        if self.vocabulary is not None:
+            lines.append(
+                f"a vocabulary of {len(self.vocabulary.ids)} tokens, and {self.vocabulary.rows} rows in its embedding"
+            )
         if self.carried:
             lines.append(
                 f"{len(self.carried)} tensors that the rule does not reach stay the base's, first {self.carried[0]}"
@@ -118,25 +125,36 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
     folders = {names[r]: (Path(r.model.path), Path(r.lora.path) if r.lora else None) for r in order}
     sources, refused = _open(order, names)
     why = refused
-    if config.tokenizer or config.tokenizer_source:
+    aligned = bool(config.tokenizer or config.tokenizer_source)
+    if aligned:
         why = "the tokenizer and the rows of the embeddings are built anew"
     if multi_gpu:
         if torch.cuda.device_count() == 0:
             raise RecipeError("multi_gpu: there is no GPU here. Leave it out: the merge then runs on the processor.")
         why = "several GPUs are asked for"
+    ours = not (refused or multi_gpu)  # whether our stream can do what mergekit's executor cannot
     left = _left(sources, main, names, layered=bool(_pieces(config)))
     with quiet(), loaders(order):
         architecture = _architecture(config)
         try:
             planned = _planned(config, architecture)
-            misfit = None if refused else _misfit(config, planned, sources, main, names, why)
+            misfit = None if refused else _misfit(config, planned, sources, main, names, "" if ours else why)
         except RecipeError as error:
             planned, misfit = [], error
-        if misfit is not None and why:
+        if (
+            misfit is None
+            and ours
+            and aligned
+            and config.modules is None
+            and sources[main].layout.anatomy.tower is not None
+        ):
+            misfit = RecipeError("mergekit does not find how many tokens such a model has.")
+        if misfit is not None and not ours:
             raise misfit
         if misfit is not None:
             architecture = _table(config, architecture, sources, main, misfit)
             planned = _planned(config, architecture)
+            why = ""
     said = _dtype(config.out_dtype or config.dtype) if dtype is None else dtype
 
     def executor(why: str) -> Plan:
@@ -144,7 +162,7 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
         return Plan(recipe, config, "executor", why, Path(main.model.path), None, said, folders, (), left, {})
 
     _require_tokens(config, sources, {ref: names[ref] for ref in order})
-    if (config.tokenizer or config.tokenizer_source) and main in sources:
+    if aligned and main in sources:
         _require_placeholders(config, sources[main].layout, names[main])
     if why:
         return executor(why)
@@ -154,8 +172,9 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
     if recipe.compute == "float32":
         arithmetic = torch.promote_types(torch.float32, arithmetic or torch.float32)
     literal = recipe.compute == "mergekit"
+    vocabulary = vocabulary_of((task for _, task in planned), sources, names) if aligned else None
     rules = {
-        weight.name: Rule(task, _inputs(task, sources, names), arithmetic, literal, chosen, names)
+        weight.name: Rule(task, _inputs(task, sources, names), arithmetic, literal, chosen, names, vocabulary)
         for weight, task in planned
     }
     _require_heads(planned, sources, main, names, rules)
@@ -173,7 +192,7 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
         known = {_LAYER.sub(".", name) for name in layout.tensors}
         stacked = {_as_stored(rule.task.output_weight, known): rule for rule in rules.values()}
         out = said or _promoted_by_role(stacked)
-        return Plan(recipe, config, "stream", "", layout.folder, layers, out, folders, (), left, stacked)
+        return Plan(recipe, config, "stream", "", layout.folder, layers, out, folders, (), left, stacked, vocabulary)
     placed: dict[str, Rule] = {}
     for name, rule in rules.items():
         weight = rule.task.output_weight
@@ -186,7 +205,7 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
     reached = {*placed, *layout.anatomy.copies}
     carried = tuple(name for name in layout.tensors if name not in reached)
     out = said or _promoted(placed, layout)
-    return Plan(recipe, config, "stream", "", layout.folder, None, out, folders, carried, left, placed)
+    return Plan(recipe, config, "stream", "", layout.folder, None, out, folders, carried, left, placed, vocabulary)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -423,8 +442,7 @@ def _misfit(
     reached: set[str] = set()
     made = False
     for _, task in planned:
-        gathering: Any = task.gather_tensors  # that of a vocabulary built anew is inside another task
-        for ref, weight in getattr(gathering, "gather_tensors", gathering).weight_info.items():
+        for ref, weight in gathered(task).weight_info.items():
             found = _find(sources[ref], weight)
             if found is not None:
                 reached.add(_LAYER.sub(".", found))
@@ -512,14 +530,15 @@ def _inputs(
 ) -> dict[ModelReference, tuple[Source, str]]:
     """Where the inputs of one output tensor are, found in the files' headers, and their shapes compared."""
     inputs: dict[ModelReference, tuple[Source, str]] = {}
-    for ref, weight in task.gather_tensors.weight_info.items():  # type: ignore[union-attr] - no tokenizer, so plain gathering
+    for ref, weight in gathered(task).weight_info.items():
         name = _find(sources[ref], weight)
         if name is not None:
             inputs[ref] = (sources[ref], name)
         elif not weight.optional:
             raise _lacks(names[ref], weight)
     shapes = {ref: source.layout.tensors[name].shape for ref, (source, name) in inputs.items()}
-    if len(set(shapes.values())) > 1:
+    lined_up = task.gather_tensors is not gathered(task)  # their numbers of rows may differ
+    if len({shape[1:] if lined_up else shape for shape in shapes.values()}) > 1:
         said = ", ".join(f"{names[ref]} {tuple(shape)}" for ref, shape in shapes.items())
         fix = (
             "Their vocabularies differ: say which tokenizer to use, as in tokenizer: {source: base}."

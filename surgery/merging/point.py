@@ -21,7 +21,9 @@ class Merged(Weights):
     """
 
     def __init__(self, plan: Plan, layout: Checkpoint):
-        self.anatomy, self.layout, self._base = layout.anatomy, layout, layout
+        self.anatomy, self.layout, self._form = layout.anatomy, layout, layout
+        # with a vocabulary of its own the result is laid out like no model
+        self._base = layout if plan.vocabulary is None or plan.layers is not None else Checkpoint(plan.layout)
         self._rules = plan.rules
         self._deltas: dict[str, Delta] = {}
         self._points: dict[tuple[tuple[str, float], ...], Weights] = {}
@@ -29,13 +31,13 @@ class Merged(Weights):
         self._last: tuple[str, Tensor | None] = ("", None)
 
     def shapes(self) -> Mapping[Site, torch.Size]:
-        return self._base.shapes()
+        return self._form.shapes()
 
     def dtype(self, site: Site | str) -> torch.dtype:
-        return self._base.dtype(site)
+        return self._form.dtype(site)
 
     def changed_from(self, layout: Weights) -> set[Site]:
-        if layout is not self.layout:
+        if layout is not self._base:
             return set(self)
         still = {site for site, point in self._sums.items() if point is self._base}
         return {site for site in self if self.anatomy.places[site].name in self._rules} - still

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from surgery.checkpoint import Checkpoint
 from surgery.merging.recipe import RecipeError
+from surgery.merging.vocabulary import Vocabulary, gathered
 from surgery.seeds import seed_from_words
 from surgery.sites import Site
 from surgery.weights import Weights, some_rows
@@ -81,6 +82,7 @@ class Rule:
     dtype:   of the arithmetic; None is what the inputs promote to, as in mergekit.
     literal: leave all arithmetic to mergekit's rule as it stands.
     names:   each model as written, for seeding.
+    vocabulary: by which the inputs' rows are lined up first, where they are tokens'; None where the models have one and the same.
     """
 
     task: ExecuteMergeMethodTask
@@ -89,6 +91,7 @@ class Rule:
     literal: bool
     seed: int
     names: Mapping[ModelReference, str]
+    vocabulary: Vocabulary | None = None
 
     @cached_property
     def method(self) -> Any:
@@ -103,7 +106,15 @@ class Rule:
     @cached_property
     def shape(self) -> torch.Size:
         source, name = next(iter(self.inputs.values()))
-        return source.layout.tensors[name].shape
+        shape = source.layout.tensors[name].shape
+        return (
+            torch.Size((self.vocabulary.rows, *shape[1:])) if self.vocabulary is not None and self._of_tokens else shape
+        )
+
+    @property
+    def _of_tokens(self) -> bool:
+        """Whether the rows are tokens' that a new vocabulary lines up."""
+        return self.task.gather_tensors is not gathered(self.task)
 
     @property
     def found(self) -> torch.dtype:
@@ -126,7 +137,7 @@ class Rule:
     @cached_property
     def sum(self) -> dict[Any, float] | None:
         """Coefficients that add up to one, where the rule is a weighted mean or a base plus weighted differences; else None."""
-        if self.literal or self.dtype is not torch.float32 or not self._complete:
+        if self.literal or self.dtype is not torch.float32 or not self._complete or self._of_tokens:
             return None
         p, base = self._parameters, self.task.base_model
         if self.method.spec.name == "linear" and p["normalize"]:
@@ -144,7 +155,7 @@ class Rule:
     @cached_property
     def by_rows(self) -> bool:
         """Whether some rows can be had without computing the others."""
-        alike = self._complete and (self.task.method_name in _BY_ENTRY or self._trims)
+        alike = self._complete and not self._of_tokens and (self.task.method_name in _BY_ENTRY or self._trims)
         return alike and all(source.by_rows(name) for source, name in self.inputs.values())
 
     def rows(self, rows: slice) -> Tensor:
@@ -158,6 +169,12 @@ class Rule:
 
     def whole(self) -> Tensor | None:
         """The merged tensor; None where mergekit skips an optional one."""
+        try:
+            return self._made()
+        finally:
+            self.__dict__.pop("_lined_up", None)  # as large as all the inputs together
+
+    def _made(self) -> Tensor | None:
         if self._complete and self._drops:
             with _one_thread():  # the sums that rescale must not depend on how many share them
                 return self._from_pieces([self._dropped(ref) for ref in self._others])
@@ -170,6 +187,16 @@ class Rule:
         return self.task.execute(tensors={ref: self._input(ref, rows) for ref in self.inputs})
 
     def _input(self, ref: ModelReference, rows: slice = slice(None)) -> Tensor:
+        return some_rows(self._lined_up[ref], rows) if self._of_tokens else self._read(ref, rows)
+
+    @cached_property
+    def _lined_up(self) -> Mapping[ModelReference, Tensor]:
+        """The inputs whole, a row for each token of the new vocabulary."""
+        assert self.vocabulary is not None
+        with _mergekits_words(self.name):
+            return self.vocabulary.line_up(self.task, {ref: self._read(ref, slice(None)) for ref in self.inputs})
+
+    def _read(self, ref: ModelReference, rows: slice) -> Tensor:
         source, name = self.inputs[ref]
         tensor = source.rows(name, rows)
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor

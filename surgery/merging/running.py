@@ -112,7 +112,7 @@ def merge(
         finished.append(merged)
 
     source = None if made.road == "executor" else Checkpoint(made.layout)
-    if source is not None and made.layers is None:
+    if source is not None and made.layers is None and made.vocabulary is None:
         write(Merged(made, source), to, dtype=made.dtype, loops=loops, seal=finish, progress=progress)
         return finished[0]
     with new_folder(to) as partial:
@@ -126,7 +126,8 @@ def merge(
             # asked and kept would be against a model that does not exist, and so would the way back
             checks = [check for check in written.checks if not check.startswith(NO_UNDO)]
             written = replace(written, kept={}, base_hash=source.hash(), checks=checks)
-            no_way_back = "no model has these layers, so that there is none to go back to"
+            own = "layers" if made.layers is not None else "rows"
+            no_way_back = f"no model has these {own}, so that there is none to go back to"
         written.checks.append(f"{NO_UNDO}{no_way_back}")
         _lift(inner, partial)
         if loops != "ignore" and (source or made.is_known):
@@ -158,19 +159,16 @@ def _lift(inner: Path, partial: Path) -> None:
 
 
 def _skeleton(made: Plan, source: Checkpoint, folder: Path) -> Path:
-    """A checkpoint of the output's layers without contents, for `write` to imitate: files of holes that take no room on the disk."""
-    assert made.layers is not None
+    """A checkpoint of the output's layers and rows without contents, for `write` to imitate: files of holes that take no room on the disk."""
     folder.mkdir()
     shards: list[dict[str, tuple[torch.dtype, torch.Size]]] = [{}]
     size = 0
-    for name, rule in made.rules.items():
-        source_of, found = next(iter(rule.inputs.values()))
-        stored = source_of.layout.tensors[found]
-        length = stored.end - stored.begin
+    for name, (dtype, shape) in _kinds(made, source).items():
+        length = shape.numel() * dtype.itemsize
         if shards[-1] and size + length > _SHARD:
             shards.append({})
             size = 0
-        shards[-1][name] = (stored.dtype, stored.shape)
+        shards[-1][name] = (dtype, shape)
         size += length
     names = (
         [SINGLE]
@@ -183,10 +181,28 @@ def _skeleton(made: Plan, source: Checkpoint, folder: Path) -> Path:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2), encoding="utf-8")
     for name in side_files(source.folder):
-        copy_file(source.folder, folder, name)
+        if made.vocabulary is None or name not in _TOKENIZER:
+            copy_file(source.folder, folder, name)
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(_relayered(config, made.layers), indent=2) + "\n", encoding="utf-8")
+    if made.layers is not None:
+        config = _relayered(config, made.layers)
+    if made.vocabulary is not None:
+        config = _recounted(config, made.vocabulary.rows)
+        for name, content in made.vocabulary.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def _kinds(made: Plan, source: Checkpoint) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """The dtype and the shape of each of the output's tensors, as they are before it is stored in another dtype."""
+    if made.layers is None:
+        homes = {name: source.anatomy.places[site].name for name, site in source.anatomy.copies.items()}
+        rules = {name: made.rules.get(homes.get(name, name)) for name in source.tensors}
+        return {n: (t.dtype, t.shape if (rule := rules[n]) is None else rule.shape) for n, t in source.tensors.items()}
+    first = {name: (rule, *next(iter(rule.inputs.values()))) for name, rule in made.rules.items()}
+    return {name: (of.layout.tensors[found].dtype, rule.shape) for name, (rule, of, found) in first.items()}
 
 
 def _hollow(path: Path, tensors: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
@@ -283,10 +299,17 @@ def _count_tokens(folder: Path, layout: Checkpoint) -> None:
     embedding = read_headers(folder)[0].get(layout.anatomy.places[_EMBED].name)
     if embedding is None or not isinstance(config.get("text_config"), dict):
         return
-    config["text_config"]["vocab_size"] = embedding.shape[0]
     if "vocab_size" not in read_config(layout.folder):
         config.pop("vocab_size", None)
+    config = _recounted(config, embedding.shape[0])
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _recounted(config: dict[str, Any], rows: int) -> dict[str, Any]:
+    """A configuration for an embedding of other rows: of a vision-language model's they are in the language model's part."""
+    inner = config.get("text_config")
+    parts = {"text_config": inner | {"vocab_size": rows}} if isinstance(inner, dict) else {}
+    return config | parts | ({"vocab_size": rows} if not parts or "vocab_size" in config else {})
 
 
 def _config_dtype(folder: Path) -> str | None:

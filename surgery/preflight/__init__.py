@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.adapter_names import CONFIG, WEIGHTS
 from surgery.headers import DELTA
@@ -34,6 +34,9 @@ from surgery.preflight.forecast import Forecast, forecast, in_bytes
 from surgery.preflight.hub import Hub
 from surgery.preflight.recipe import Plan, Source, lint
 from surgery.whole import hindrance
+
+if TYPE_CHECKING:
+    from surgery.merging import Plan as Merge
 
 __all__ = ["Forecast", "Problem", "Report", "check_apply", "check_model", "check_recipe"]
 
@@ -140,8 +143,10 @@ def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None
             if reference is not None and facts is not reference:
                 problems += compare(reference, facts, layers=not plan.layered, vocabulary=not aligned and not stacked)
         judged = not hub.download and not any(p.severity == "error" for p in problems)  # a plan reads whole models
+        made = None
         if judged and (aligned or _is_beyond_a_table(plan, found)):
-            problems += _planned(path)
+            made, wrong = _planned(path)
+            problems += wrong
         dtype = plan.recipe.get("out_dtype") or plan.recipe.get("dtype")
         dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
         job = {
@@ -150,7 +155,9 @@ def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None
             "method": plan.method,
             "dtype": dtype,
             "share": _share(plan, reference),
-            "executor": aligned or any(p.kind == "family" for p in problems),
+            "executor": (aligned and (made is None or made.road == "executor"))
+            or any(p.kind == "family" for p in problems),
+            "lined_up": aligned,
         }
         return _with_forecast(str(path), problems, reference, to, hub, **job)
 
@@ -161,17 +168,16 @@ def _is_beyond_a_table(plan: Plan, found: dict[str, Facts]) -> bool:
     return "modules" in plan.recipe or (plan.layered and any(a.tower or a.n_experts for a in anatomies))
 
 
-def _planned(path: str | os.PathLike[str]) -> list[Problem]:
-    """What `merge` says to the recipe before it computes anything."""
+def _planned(path: str | os.PathLike[str]) -> tuple[Merge | None, list[Problem]]:
+    """What `merge` would do, and what it says to the recipe before it computes anything."""
     from surgery.merging import plan, read_recipe
 
     try:
-        plan(read_recipe(path))
+        return plan(read_recipe(path)), []
     except (ValueError, OSError) as error:
         found, _, fix = str(error).removesuffix(".").rpartition(". ")
         said = f"cannot be merged: {found or fix}"
-        return [Problem("error", "plan", str(path), said, fix if found else "Correct the recipe")]
-    return []
+        return None, [Problem("error", "plan", str(path), said, fix if found else "Correct the recipe")]
 
 
 def _source(source: Source, recipe: Path, hub: Hub) -> tuple[Facts | None, list[Problem]]:

@@ -79,12 +79,21 @@ class Forecast:
 
 
 def peak_memory(
-    *, entries: int, width: int, largest: int, fused: int, vocabulary: int, models: int, method: str | None
+    *,
+    entries: int,
+    width: int,
+    largest: int,
+    fused: int,
+    vocabulary: int,
+    models: int,
+    method: str | None,
+    lined_up: bool = False,
 ) -> float:
     """Peak private bytes of a write.
 
     entries: numbers that change, each of `width` bytes. largest: entries of the largest tensor; fused: of the largest that holds
-    several sites. models: how many are merged. method: of a recipe; None for deltas added to a model.
+    several sites. models: how many are merged. method: of a recipe; None for deltas added to a model. lined_up: whether embeddings
+    are made anew, row by row: then each model's is there twice.
     """
     entries = int(CHANGED * entries)
     patch = entries * (SAVED + width)
@@ -96,6 +105,7 @@ def peak_memory(
         spread = SCATTERED if 4 * largest < MAPPED else 1.0
         rule += RULE if method in IN_CHUNKS else spread * copies * 4 * largest * models
         rule += THREADS * TRIMS if method == "ties" else 0
+        rule += 2 * 4 * largest * models if lined_up else 0
     libraries = IMPORTS + (MERGEKIT if method else 0)
     writing = THREADS * CHUNKS + max(
         held, rule
@@ -114,12 +124,14 @@ def forecast(
     dtype: str | None = None,
     share: float = 1.0,
     executor: bool = False,
+    lined_up: bool = False,
     download: int = 0,
 ) -> Forecast:
     """What writing a model laid out like `facts` takes.
 
     models: how many folders are read. moved: numbers that change, all by default. method: of a recipe. share: layers of the result over its own.
-    executor: whether mergekit's own does the merge, which keeps no way back. download: bytes that the hub would have to give first.
+    executor: whether mergekit's own does the merge, which keeps no way back. lined_up: whether embeddings get rows of a
+    vocabulary built anew, which leaves no way back either. download: bytes that the hub would have to give first.
     """
     out = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(dtype or "", dtype)
     code = next((c for c, name in SHORT.items() if name == out), None)
@@ -130,21 +142,21 @@ def forecast(
     entries = sum(sizes.values()) if moved is None else min(moved, sum(sizes.values()))
     pieces = {} if facts.anatomy is None else {p.name: p for p in facts.anatomy.places.values()}
     memory = peak_memory(
-        entries=int(entries * share) if same else 0,  # in another dtype there is no way back to keep
+        entries=int(entries * share) if same and not lined_up else 0,  # else there is no way back to keep
         width=SIZES[max(stored.values(), key=lambda c: SIZES[c])],
         largest=max(sizes.values()),
         fused=max((size for n, size in sizes.items() if n in pieces and not pieces[n].is_whole), default=0),
         vocabulary=facts.rows() or 0,
         models=models,
         method=method,
+        lined_up=lined_up,
     )
     side = sum(facts.place.size(p.name) for p in facts.folder.iterdir() if p.is_file() and p.suffix in _SIDE)
     home = next(p for p in to.absolute().parents if p.exists())
     seconds = STARTUP + models * facts.nbytes * share / THROUGHPUT
     libraries = IMPORTS + (MERGEKIT if method else 0)
-    patch = (
-        int(entries * share * (SAVED + written / max(1, sum(sizes.values()) * share))) if same and not executor else 0
-    )
+    kept = same and not executor and not lined_up
+    patch = int(entries * share * (SAVED + written / max(1, sum(sizes.values()) * share))) if kept else 0
     disk = int(written + side) + (patch if patch <= UNDO_LIMIT else 0)
     free = shutil.disk_usage(home).free
     memory = None if executor else int(memory)

@@ -11,6 +11,7 @@ import torch
 import yaml
 from mergekit.merge_methods import merge_tensors
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from surgery.checkpoint import Checkpoint
 from surgery.merging import RecipeError, merge, plan, read_recipe
@@ -234,7 +235,10 @@ def stack(home: Path, *ranges: tuple[str, int, int]) -> dict:
 @pytest.mark.parametrize("kind", ["mixtral", "gpt-neox", "phi3"])
 def test_stacked_layers(kind, homes, tmp_path):
     home = homes(kind)
-    done = merge(stack(home, ("base", 0, 2), ("a", 1, 3)), tmp_path / "out")
+    recipe = stack(home, ("base", 0, 2), ("a", 1, 3)) | (
+        {"tokenizer": {"source": "union"}} if kind == "mixtral" else {}
+    )
+    done = merge(recipe, tmp_path / "out")
     assert done.road == "stream"
     ours, base, a = Checkpoint(tmp_path / "out"), Checkpoint(home / "base"), Checkpoint(home / "a")
     assert ours.anatomy.n_layers == 4
@@ -252,6 +256,18 @@ def test_layers_that_stay_where_they_are(homes, tmp_path):
     sources = [{"model": str(home / n), "layer_range": [0, 3]} for n in ("base", "a")]
     sliced = {k: v for k, v in whole.items() if k != "models"} | {"slices": [{"sources": sources}]}
     assert merge(whole, tmp_path / "whole").hash == merge(sliced, tmp_path / "sliced").hash
+
+
+def with_gap(home: Path) -> dict:
+    """A recipe by a tokenizer that numbers its last token past the others."""
+    folder = home.parent / "gap"
+    if not folder.exists():
+        shutil.copytree(home / "base", folder)
+        said = json.loads((folder / "tokenizer.json").read_text())
+        last = max(said["model"]["vocab"], key=said["model"]["vocab"].get)
+        said["model"]["vocab"][last] = 107
+        (folder / "tokenizer.json").write_text(json.dumps(said))
+    return of(home, "model_stock", tokenizer={"source": str(folder)})
 
 
 def tokens(home: Path) -> dict:
@@ -273,15 +289,8 @@ REFUSED = {
         },
         r"gemma3 \(text_decoder, multi_modal_projector, vision_tower\).*Name the models under models: instead",
     ),
-    "a tokenizer": (
-        "gpt-neox", tokens,
-        r"has no tensor .*attention\.bias.* goes by that table, and is needed because the tokenizer and the rows of the embeddings are built anew",
-    ),
-    "a tokenizer, where weights would be lost": (
-        "qwen2-moe", tokens, "does not reach 24 weights.*the tokenizer",
-    ),
-    "a tokenizer, where mergekit's table does not fit the configuration": (
-        "qwen2-vl (vision)", tokens, r"cannot plan this recipe: Config Qwen2VLConfig \{ \[\.\.\.\] has no attribute num_hidden_layers",
+    "a tokenizer with gaps": (
+        "mixtral", lambda home: with_gap(home), r"100 tokens with ids up to 107.*without gaps.*Leave the tokenizer out",
     ),
 }  # fmt: skip
 
@@ -289,7 +298,6 @@ REFUSED = {
 FORMS = {
     "models": lambda home: of(home, "model_stock"),
     "slices": lambda home: stack(home, ("base", 0, 2), ("a", 1, 3)),
-    "tokenizer": tokens,
     "modules": REFUSED["parts of the model"][1],
 }
 
@@ -335,63 +343,109 @@ def test_other_models_are_refused_as_ever(homes, tmp_path):
         merge(recipe, tmp_path / "out")
 
 
-# --- tokenizers of vision-language models -------------------------------------------------------------------------------------
+# --- tokenizers --------------------------------------------------------------------------------------------------------------
 
 
-def with_tokens(folder: Path, *tokens: str, swapped: tuple[int, int] | None = None) -> None:
-    """Give a model's tokenizer more tokens, and its embedding rows for them where it has none; swapped: two ids change places."""
-    said = json.loads((folder / "tokenizer.json").read_text())
+def with_tokens(folder: Path, *tokens: str, added: str = "", swapped: tuple[int, int] | None = None) -> None:
+    """Give a model's tokenizer more tokens, the last as an added one, and rows for them where it has none; swapped: two ids change places."""
+    said, config = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "config.json"))
     vocabulary = said["model"]["vocab"]
     vocabulary.update({token: len(vocabulary) + i for i, token in enumerate(tokens)})
-    config = json.loads((folder / "config.json").read_text())
-    (name,) = (n for n in tensors_of(folder) if n.endswith("embed_tokens.weight"))
+    count = len(vocabulary) + bool(added)
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    said["added_tokens"] += [{"id": len(vocabulary), "content": added, **plain}] if added else []
+    if swapped is not None:
+        one, other = (next(t for t, i in vocabulary.items() if i == at) for at in swapped)
+        vocabulary[one], vocabulary[other] = swapped[::-1]
+    model = Checkpoint(folder)
+    rows = {place.name for site, place in model.anatomy.places.items() if str(site) in ("embed", "head")}
 
     def moved(tensors):
-        rows = tensors[name]
-        if swapped is not None:
-            one, other = (next(t for t, i in vocabulary.items() if i == at) for at in swapped)
-            vocabulary[one], vocabulary[other] = swapped[1], swapped[0]
-            rows[list(swapped)] = rows[list(swapped[::-1])]
-        more = torch.randn(len(vocabulary) - len(rows), rows.shape[1], generator=torch.Generator().manual_seed(7))
-        return {**tensors, name: torch.cat([rows, more])}
+        for name in rows & tensors.keys():
+            own = tensors[name]
+            more = torch.randn(count - len(own), own.shape[1], generator=torch.Generator().manual_seed(7))
+            tensors[name] = own = torch.cat([own, more])
+            if swapped is not None:
+                own[list(swapped)] = own[list(swapped[::-1])]
+        return tensors
 
     rewrite(folder, moved)
-    config["text_config"]["vocab_size"] = len(vocabulary)
+    config.get("text_config", config)["vocab_size"] = count
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text(json.dumps(said))
 
 
 SEEN = ("<image>", "<video>", "<begin>", "<end>")
+LINED_UP = {
+    "llava (vision)": ({"layout": "old"}, "union"), "gemma3 (vision)": ({"layout": "new"}, "base"),
+    "qwen2-vl (vision)": ({"layout": "old", "tied": False}, "union"), "qwen2.5-vl (vision)": ({"layout": "new"}, "base"),
+    "idefics3 (vision)": ({"layout": "old"}, "union"), "gpt-neox": ({"tied": False}, "union"), "qwen2-moe": ({}, "union"), "qwen3-moe": ({}, "base"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("source", ["base", "union"])
-@pytest.mark.parametrize(
-    ("family", "layout"), [("llava", "module"), ("qwen2.5-vl", "old"), ("idefics3", "old"), ("smolvlm", "old")]
-)
-def test_tokens_are_lined_up_in_the_language_tower(family, layout, source, homes, tmp_path):
+@pytest.mark.parametrize("case", LINED_UP)
+def test_tokens_are_lined_up(case, homes, tmp_path):
     """One model numbers two tokens otherwise, and has a token of its own: rows are merged by token, and the config counts them."""
-    home = shutil.copytree(homes(f"{family} (vision)", layout=layout), tmp_path / "home")
+    options, source = LINED_UP[case]
+    home = shutil.copytree(homes(case, **options), tmp_path / "home")
     for name in ("base", "a"):
         with_tokens(home / name, *SEEN)
-    with_tokens(home / "b", *SEEN, "<own>", swapped=(20, 31))
+    with_tokens(home / "b", *SEEN, added="<own>", swapped=(20, 31))
     recipe = of(home, "task_arithmetic", ("a", "b"), each=WEIGHTS, tokenizer={"source": source})
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
     report = check_recipe(tmp_path / "recipe.yml")
     assert report.ok, str(report)
+    assert report.forecast is not None
+    assert report.forecast.memory is not None
     done = merge(recipe, tmp_path / "out")
-    assert done.road == "executor"
+    assert done.road == "stream"
+    assert "logits on 8 probe tokens as predicted" in str(done.checks)
     base, a, b, out = (Checkpoint(f) for f in (home / "base", home / "a", home / "b", tmp_path / "out"))
-    rows = torch.arange(104)
-    rows[[20, 31]] = torch.tensor([31, 20])
-    for site in base:
-        theirs = b[site][rows] if str(site) == "embed" else b[site]
-        expected = base[site] + 0.5 * (a[site] - base[site]) + 0.3 * (theirs - base[site])
-        assert torch.allclose(out[site][:104] if str(site) == "embed" else out[site], expected, atol=1e-5), site
+    assert tensors_of(tmp_path / "out").keys() == tensors_of(home / "base").keys()
+    lined_up = torch.arange(104)
+    lined_up[[20, 31]] = torch.tensor([31, 20])
     count = 104 if source == "base" else 105
-    assert out.anatomy.vocab == count == len(out["embed"])
+    for site in base:
+        theirs, merged = b[site], out[site]
+        if str(site) in ("embed", "head"):
+            assert len(merged) == count
+            assert torch.equal(merged[104:], theirs[104:count])  # nobody else has it
+            theirs, merged = theirs[lined_up], merged[:104]
+        expected = base[site] + 0.5 * (a[site] - base[site]) + 0.3 * (theirs - base[site])
+        assert torch.allclose(merged, expected, atol=1e-5), site
     before, after = (json.loads((f / "config.json").read_text()) for f in (home / "base", tmp_path / "out"))
-    assert after["text_config"]["vocab_size"] == count
-    assert ("vocab_size" in after) == ("vocab_size" in before)
+    assert after.get("text_config", after).pop("vocab_size") == count
+    assert before.get("text_config", before).pop("vocab_size") == 104
+    assert after == before
+    ids, own = (AutoTokenizer.from_pretrained(f).get_vocab() for f in (tmp_path / "out", home / "base"))
+    assert ids == own | ({"<own>": 104} if source == "union" else {})
+
+
+def test_a_vocabulary_that_all_have_changes_nothing(homes, tmp_path):
+    """Thinned at random, with heads of their own, and with buffers that only the base has."""
+    home = homes("gpt-neox", tied=False)
+    old = with_buffers(home, tmp_path / "old")
+    recipe = of(home, "dare_ties", each=DENSE) | {"base_model": str(old / "base")}
+    plain, lined_up = (merge(recipe | how, tmp_path / str(len(how))) for how in ({}, {"tokenizer_source": "union"}))
+    assert plain.road == lined_up.road == "stream"
+    assert lined_up.hash == plain.hash
+
+
+@pytest.mark.parametrize("method", ["ties", "model_stock"])
+def test_rows_of_tokens_as_mergekit_makes_them(method, homes, tmp_path):
+    """With a token of the recipe's own, rows that fill up, and rules that look at the whole tensor."""
+    home = shutil.copytree(homes("mixtral"), tmp_path / "home")
+    with_tokens(home / "b", added="<own>", swapped=(20, 31))
+    wanted = {"<new>": {"source": {"kind": "model_token", "model": str(home / "a"), "token": "!"}}}
+    how = {"source": "union", "pad_to_multiple_of": 8, "tokens": wanted}
+    recipe = of(home, method, each=DENSE if method == "ties" else {}, tokenizer=how)
+    merge(recipe, tmp_path / "ours")
+    by_mergekit(recipe, tmp_path / "theirs")
+    ours, theirs = (tensors_of(tmp_path / f)["model.embed_tokens.weight"] for f in ("ours", "theirs"))
+    assert len(ours) == json.loads((tmp_path / "ours" / "config.json").read_text())["vocab_size"] == 104
+    assert torch.equal(ours, theirs)
+    name = "tokenizer.json"
+    assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
 
 def test_a_placeholder_that_would_have_no_row_is_refused_at_once(homes, tmp_path):
