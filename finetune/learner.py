@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from finetune.lift import LIFT, budget, matrices_of
+from finetune.lift.optimizer import require_tiles
 from finetune.lift.selection import check_select
 from surgery.borrowing import own_draws, own_modes
 from surgery.model import Model
@@ -100,6 +101,8 @@ def check_budget(
     if refresh is not None and refresh < 1:
         raise ValueError(f"refresh={refresh}: choose anew every 1 or more steps, or None to keep the first choice.")
     check_select(select)
+    if trains == "lift" and options.get("block", 1) != 1:
+        require_tiles(matrices_of(model.weights), options["block"], options.get("overrides"))
     if trains != "lift" and any(p.dtype != torch.float32 for p in model.module.parameters()):
         raise ValueError(
             f"{trains} tuning needs fp32 weights, or its steps vanish in rounding. Load the model with dtype='float32'."

@@ -20,7 +20,7 @@ from surgery.model import Model
 from surgery.rows import rows_are
 from surgery.sites import Patterns, Site, match, nothing_matched
 from surgery.tensorfile import save_whole
-from surgery.transcript import Transcript, nobody_has, positions
+from surgery.transcript import Transcript, nobody_has, positions, require_several
 
 Pool = Literal["mean", "last"]
 Scalar = Callable[[Float[Tensor, "token vocab"], Transcript], Float[Tensor, ""]]
@@ -339,6 +339,7 @@ class _Run:
         pool: Pool | None,
         batch_size: int,
     ):
+        require_several(transcripts)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: a batch has at least one transcript.")
         self.model, self.transcripts, self.pool, self._size = model, transcripts, pool, batch_size

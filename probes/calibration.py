@@ -26,9 +26,9 @@ from probes.directions import Labels, per_row
 from probes.estimates import Estimate, no_interval, resamples
 from probes.fitting import Settings, crossed, fit_path, of_length
 from probes.held_out import deal, mean_score, require_two_a_fold, shuffled, units, widening
-from probes.linear import EMBEDDING, gathered, labelled, rows_at
+from probes.linear import EMBEDDING, gathered, labelled, require_folds, rows_at
 from surgery.model import Model
-from surgery.sites import Patterns, Site
+from surgery.sites import Patterns, Site, match
 from surgery.transcript import Transcript
 from surgery.whole import write_whole
 
@@ -301,6 +301,8 @@ def calibration(
 
     Arguments and errors as there; labels are of two classes.
     """
+    match(at, model.anatomy.activation_sites())
+    require_folds(transcripts, labels, groups, over=(over,), folds=folds)
     found = gathered(
         model, transcripts, labels, groups, at=at, over=(over,), seed=seed, batch_size=batch_size, progress=progress
     )

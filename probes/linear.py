@@ -30,7 +30,7 @@ from surgery.borrowing import own_draws
 from surgery.linalg import each_matrix
 from surgery.model import Model
 from surgery.sites import Patterns, Site, match
-from surgery.transcript import Transcript, nobody_has, positions
+from surgery.transcript import Transcript, nobody_has, positions, require_several
 from surgery.whole import write_whole
 
 if TYPE_CHECKING:
@@ -186,6 +186,8 @@ def probe(
     Differs: groups are held out whole; controls are always there; the penalty is chosen inside the training folds.
     """
     spans = (over,) if isinstance(over, str) else tuple(over)
+    match(at, model.anatomy.activation_sites())
+    require_folds(transcripts, labels, groups, over=spans, kind=kind, folds=folds)
     found = gathered(
         model, transcripts, labels, groups, at=at, over=spans, seed=seed, batch_size=batch_size, progress=progress
     )
@@ -204,6 +206,66 @@ def probe(
         progress=progress,
         among=found.asked,
     )
+
+
+def require_folds(
+    transcripts: Sequence[Transcript],
+    labels: Sequence[Any] | np.ndarray,
+    groups: Sequence[Any] | np.ndarray | None = None,
+    *,
+    over: Sequence[str],
+    kind: Kind = "classes",
+    folds: int = 5,
+    called: str = "questions",
+) -> None:
+    """Raise ValueError, before any activation is read, where the rows cannot be dealt into folds as `probe` deals them.
+
+    called: what the groups are called in the error. Other arguments as of `probe`.
+    """
+    kept = _kept(transcripts, labels, groups, over)
+    named = [text.question for text in transcripts] if groups is None else groups
+    for span in over:
+        _dealt([i for i in kept if positions(transcripts[i], span)], labels, named, kind, span, folds, 0, called)
+
+
+def _kept(
+    transcripts: Sequence[Transcript],
+    labels: Sequence[Any] | np.ndarray,
+    groups: Sequence[Any] | np.ndarray | None,
+    over: Sequence[str],
+) -> list[int]:
+    """Which transcripts have a label. Raises ValueError where none has, or none of these has a span."""
+    require_several(transcripts)
+    if len(labels) != len(transcripts) or (groups is not None and len(groups) != len(transcripts)):
+        raise ValueError(
+            f"{len(transcripts)} transcripts, {len(labels)} labels: give one label (and one group) a transcript."
+        )
+    kept = [i for i, label in enumerate(labels) if label is not None and label == label]
+    if not kept:
+        raise ValueError("No transcript has a label: there is nothing to probe for.")
+    texts = [transcripts[i] for i in kept]
+    for span in over:
+        if not any(positions(text, span) for text in texts):
+            raise ValueError(nobody_has(texts, span, "labelled transcripts"))
+    return kept
+
+
+def _dealt(
+    among: Sequence[int] | np.ndarray,
+    labels: Sequence[Any] | np.ndarray,
+    groups: Sequence[Any] | np.ndarray,
+    kind: Kind,
+    span: str,
+    folds: int,
+    seed: int,
+    called: str = "questions",
+) -> tuple[Int[np.ndarray, " row"], np.ndarray, Int[np.ndarray, " row"], Int[np.ndarray, " row"]]:
+    """The rows, of some, that have a label, with their labels, groups and folds. Raises ValueError where a probe can learn nothing of them."""
+    rows, y = labelled(labels, kind, span, among)
+    g = units([groups[i] for i in rows])
+    if kind == "classes" and g.max() > 0:  # else `deal` says what is missing
+        require_two_a_fold(g, folds, called)
+    return rows, y, g, deal(g, y, folds=folds, seed=seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,17 +299,8 @@ def gathered(
     progress: bool,
 ) -> Gathered:
     """What `probe` reads, from one pass over the transcripts for each of the two models. Arguments and errors as there."""
-    if len(labels) != len(transcripts) or (groups is not None and len(groups) != len(transcripts)):
-        raise ValueError(
-            f"{len(transcripts)} transcripts, {len(labels)} labels: give one label (and one group) a transcript."
-        )
-    kept = [i for i, label in enumerate(labels) if label is not None and label == label]
-    if not kept:
-        raise ValueError("No transcript has a label: there is nothing to probe for.")
+    kept = _kept(transcripts, labels, groups, over)
     texts = [transcripts[i] for i in kept]
-    for span in over:
-        if not any(positions(text, span) for text in texts):
-            raise ValueError(nobody_has(texts, span, "labelled transcripts"))
     asked = match(at, model.anatomy.activation_sites())
     options: dict[str, Any] = {
         "at": list(dict.fromkeys([EMBEDDING, *asked])),
@@ -340,7 +393,7 @@ def probe_rows(
 
 
 def labelled(
-    labels: Sequence[Any], kind: Kind, span: str, among: Sequence[int] | np.ndarray | None = None
+    labels: Sequence[Any] | np.ndarray, kind: Kind, span: str, among: Sequence[int] | np.ndarray | None = None
 ) -> tuple[Int[np.ndarray, " row"], np.ndarray]:
     """Which rows, of some or of all, have a label, and the labels: bool of classes, or numbers. Raises ValueError where a probe can learn nothing."""
     asked = range(len(labels)) if among is None else among
@@ -393,14 +446,10 @@ class _Task:
         folds: int,
         seed: int,
     ) -> _Task:
-        rows, y = labelled(labels, kind, span, np.flatnonzero(mine))
-        g = units([groups[i] for i in rows])
-        if kind == "classes" and g.max() > 0:  # else `deal` says what is missing
-            require_two_a_fold(g, folds)
-        fold = deal(g, y, folds=folds, seed=seed)
+        rows, y, g, fold = _dealt(np.flatnonzero(mine), labels, groups, kind, span, folds, seed)
         own = None if tokens is None else tokens[rows]
         bins = None if own is None else length_bins(own)
-        return cls(span, np.array(rows), y, g, fold, own, bins)
+        return cls(span, rows, y, g, fold, own, bins)
 
 
 @dataclass(frozen=True, eq=False)

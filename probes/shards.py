@@ -60,7 +60,7 @@ class Folder:
             other = [key for key in about if found.about.get(key) != about[key]]
             if other:
                 raise ValueError(
-                    f"{path} was collected from other {' and '.join(other)}: {_differences(found.about, about, other)}"
+                    f"{path} was collected from other {' and '.join(other)}{_differences(found.about, about, other)}. "
                     "Give another folder, or remove this one."
                 )
             return found
@@ -151,8 +151,10 @@ def _cut(rows: Sequence[int], most: int) -> tuple[tuple[int, int], ...]:
 
 
 def _differences(there: Mapping[str, Any], asked: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """In words, what is no hash: after a colon, or nothing."""
     plain = [k for k in keys if k in ("sites", "over", "pool", "dtype")]
-    return "".join(f"{k} {there.get(k)!r} there, {asked[k]!r} asked for. " for k in plain)
+    said = "; ".join(f"{k} {there.get(k)!r} there, {asked[k]!r} asked for" for k in plain)
+    return f": {said}" if said else ""
 
 
 def _hash(words: object) -> str:

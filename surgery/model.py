@@ -74,7 +74,8 @@ class Model:
     module:     the transformers model, in eval mode.
     checkpoint: the folder it was loaded from, if any; `write` imitates its files.
     markers:    the text around the thinking.
-    Raises ValueError for what wraps a model (PEFT, DataParallel, torch.compile), and for a family without a table.
+    Raises ValueError for what wraps a model (PEFT, DataParallel, torch.compile), for a model without a head or a tokenizer, and for a
+    family without a table.
     """
 
     def __init__(
@@ -85,6 +86,10 @@ class Model:
         markers: Markers = THINK,
     ):
         _require_a_model(module)
+        if tokenizer is None:
+            raise ValueError(
+                "There is no tokenizer: give the model's own, as AutoTokenizer.from_pretrained(FOLDER) reads it."
+            )
         self.module, self.tokenizer, self.checkpoint, self.markers = module.eval(), tokenizer, checkpoint, markers
         names = (name for name, _ in module.named_parameters())
         self.anatomy = Anatomy.of(module.config, names, where=type(module).__name__)
@@ -315,6 +320,10 @@ def _require_a_model(module: nn.Module) -> None:
         inside = next((name for name in ("module", "_orig_mod") if hasattr(module, name)), None)
         fix = f"give the one inside, module.{inside}" if inside else "give what AutoModelForCausalLM makes"
         raise ValueError(f"{type(module).__name__} is not a transformers model: {fix}.")
+    if module.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(module).__name__} has no head that gives logits: give what AutoModelForCausalLM makes, or AutoModelForImageTextToText."
+        )
 
 
 def _heat(samples: int, temperature: float | None) -> float:

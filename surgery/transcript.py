@@ -206,6 +206,12 @@ def _offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[st
     return text, offsets
 
 
+def require_several(transcripts: Sequence[Transcript]) -> None:
+    """Raise ValueError for one transcript where a list of them belongs."""
+    if isinstance(transcripts, Transcript):
+        raise ValueError("A list of transcripts was expected, not one: write [transcript].")
+
+
 def positions(transcript: Transcript, over: str | Sequence[str]) -> list[int]:
     """Token positions of a span, or of several together: sorted, each once; none where the transcript lacks the span.
 

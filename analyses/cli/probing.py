@@ -71,7 +71,7 @@ def probe(
     require_new(to)
     from analyses import figures
     from analyses.labels import labels_of
-    from probes.linear import probe
+    from probes.linear import probe, require_folds
     from surgery.model import Model
     from surgery.transcript import parse_span
     from surgery.whole import new_folder
@@ -82,6 +82,7 @@ def probe(
     for span in spans:
         parse_span(span)
     typer.echo(f"{of}: {labels}")
+    require_folds(read, labels.values, over=spans, kind=labels.kind, folds=folds)
     if dry_run:
         _look(model, device, at)
         typer.echo(f"{len(read.questions)} questions in {folds} folds; {at} over {', '.join(spans)}; would go to {to}")
@@ -139,12 +140,14 @@ def probe_calibration(
     require_new(to)
     from analyses import figures
     from probes.calibration import calibration
+    from probes.linear import require_folds
     from surgery.model import Model
     from surgery.transcript import parse_span
     from surgery.whole import new_folder
 
     parse_span(over)
     read, labels = _two_classes(runs, of, length)
+    require_folds(read, labels.values, over=(over,), folds=folds)
     if dry_run:
         _look(model, device, at)
         typer.echo(f"{len(read.questions)} questions in {folds} folds; {at} over {over}; would go to {to}")
@@ -209,6 +212,7 @@ def probe_transfer(
     record = begin_record("probe-transfer", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
     require_new(to)
     from analyses import figures
+    from probes.linear import require_folds
     from probes.transfer import transfer
     from surgery.model import Model
     from surgery.transcript import parse_span
@@ -217,6 +221,8 @@ def probe_transfer(
     parse_span(over)
     refs = _named(runs)
     sets = {name: _two_classes(ref, of, length, f"{name}, ") for name, ref in refs.items()}
+    for name, (read, labels) in sets.items():
+        require_folds(read, labels.values, over=(over,), folds=folds, called=f"questions of {name}")
     if dry_run:
         _look(model, device, at)
         asked = ", ".join(f"{len(read.questions)} of {name}" for name, (read, _) in sets.items())
@@ -280,6 +286,7 @@ def probe_along(
     record = begin_record("probe-along", {k: v for k, v in locals().items() if k not in ("to", "dry_run", "quiet")})
     require_new(to)
     from analyses import figures
+    from probes.linear import require_folds
     from probes.transfer import along
     from surgery.model import Model
     from surgery.transcript import parse_span
@@ -291,6 +298,7 @@ def probe_along(
         places = [float(word) for word in words_in(fractions)]
     except ValueError as error:
         raise ValueError(f"--fractions {fractions}: numbers from 0 to 1 with commas, as 0,0.5,1.") from error
+    require_folds(read, labels.values, over=(over,), folds=folds)
     if dry_run:
         _look(model, device, at)
         typer.echo(f"{len(read.questions)} questions in {folds} folds; {at} along {over}; would go to {to}")

@@ -169,17 +169,7 @@ class LIFT(torch.optim.Optimizer):
         options = self.defaults | param_group
         _check_options(options)
         seen = {id(p) for group in self.param_groups for p in group["params"]}
-        unique: dict[int, tuple[tuple[str, ...], Tensor]] = {}
-        for names, p in listed:
-            if id(p) not in seen:
-                unique.setdefault(id(p), (names, p))
-        own = _overridden([name for names, _ in unique.values() for name in names], options["overrides"])
-        left = {name for name, limit in own.items() if limit is None}
-        stacks = [
-            Stack(_called(names), p, tuple(None if name in left else name for name in names))
-            for names, p in unique.values()
-            if not left.issuperset(names)
-        ]
+        stacks, own = _stacks([(names, p) for names, p in listed if id(p) not in seen], options["overrides"])
         if own and not stacks:
             raise ValueError("the overrides leave out every parameter of the group: nothing is left to train")
         for stack in stacks:
@@ -691,6 +681,39 @@ def _named(listed: list[Any], prefix: str) -> list[tuple[tuple[str, ...], Tensor
     return [((names,) if isinstance(names, str) else tuple(names), p) for names, p in pairs]
 
 
+def require_tiles(params: Iterable[Any], block: int, overrides: Mapping[str, Override] | None = None) -> None:
+    """Raise ValueError where blocks of a side do not tile a matrix that `LIFT` would train of these parameters."""
+    stacks, _ = _stacks(_named(list(params), ""), overrides or {})
+    for stack in stacks:
+        _require_tile(stack, block)
+
+
+def _require_tile(stack: Stack, block: int) -> None:
+    try:
+        check_block(stack.shape, block)
+    except ValueError as reason:
+        raise ValueError(
+            f"{reason}, which is {stack.name}: choose a side that divides both, or leave it out by an override of None"
+        ) from reason
+
+
+def _stacks(
+    listed: Iterable[tuple[tuple[str, ...], Tensor]], overrides: Mapping[str, Override]
+) -> tuple[list[Stack], dict[str, dict[str, Any] | None]]:
+    """Each parameter once with the matrices of it that are trained, without those that have none; and the matrices' own budgets."""
+    unique: dict[int, tuple[tuple[str, ...], Tensor]] = {}
+    for names, p in listed:
+        unique.setdefault(id(p), (names, p))
+    own = _overridden([name for names, _ in unique.values() for name in names], overrides)
+    left = {name for name, limit in own.items() if limit is None}
+    stacks = [
+        Stack(_called(names), p, tuple(None if name in left else name for name in names))
+        for names, p in unique.values()
+        if not left.issuperset(names)
+    ]
+    return stacks, own
+
+
 def _called(names: tuple[str, ...]) -> str:
     """What a parameter that holds these matrices is called."""
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
@@ -772,10 +795,7 @@ def _check_parameter(stack: Stack, options: dict[str, Any], limits: list[dict[st
         raise ValueError(f"LIFT needs contiguous parameters; {name} is a strided view: make it contiguous first")
     if not p.requires_grad:
         raise ValueError(f"{name} does not require a gradient, so it cannot be trained: leave it out")
-    try:
-        check_block(stack.shape, options["block"])
-    except ValueError as reason:
-        raise ValueError(f"{reason}, which is {name}: leave it out by an override of None") from reason
+    _require_tile(stack, options["block"])
     if options["grow_to"] is not None:
         least = max(budget(stack.shape, **limit) for limit in limits)
         most = budget(stack.shape, density=options["grow_to"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +87,7 @@ def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
             raise RecipeError(f"{where}: {_for_recipe(str(error), config.merge_method)}") from error
     _require_parameters(config, method, where)
     known = {p.name for p in method.spec.parameters}
+    _require_finite(config, known, where)
     unused = tuple(sorted({name for settings in _settings(config) for name in settings or ()} - known))
     seed, compute = _own_settings(own, where)
     return Recipe(text, config, seed, compute, unused)
@@ -258,6 +261,29 @@ def _require_parameters(config: MergeConfiguration, method: MergeMethod, where: 
                     if parameter.scope == "input" or source.model != base:
                         scopes = [*shared, own, source.parameters]
                         _require_in(parameter.name, scopes, f"{method.spec.name}: model {source.model}", where)
+
+
+def _require_finite(config: MergeConfiguration, known: set[str], where: str) -> None:
+    """Raise RecipeError for a parameter of the method that is NaN or infinite, for some tensors or all."""
+    for settings in _settings(config):
+        for name, setting in (settings or {}).items():
+            wrong = next((number for number in _numbers(setting) if not math.isfinite(number)), None)
+            if name in known and wrong is not None:
+                raise RecipeError(
+                    f"{where}: the parameter {name} is {wrong}, and nothing can be weighed by that. Write a finite number."
+                )
+
+
+def _numbers(setting: Any) -> Iterator[float]:
+    """The numbers of a setting: one, a gradient, or those of entries with filters. What is none is mergekit's to refuse."""
+    if isinstance(setting, list):
+        for entry in setting:
+            yield from _numbers(entry)
+    elif hasattr(setting, "value"):
+        yield from _numbers(setting.value)
+    else:
+        with suppress(TypeError, ValueError):
+            yield float(setting)
 
 
 def _require_in(name: str, scopes: Iterable[Mapping[str, Any] | None], who: str, where: str) -> None:

@@ -298,6 +298,7 @@ def test_two_commands_are_not_at_work_on_one_output(surgery, verb: str, tmp_path
         ("tune", ["--density", "2"], "density"),
         ("tune", ["--method", "lora", "--refresh", "2"], "refresh"),
         ("tune", ["--scope", "world"], "world"),
+        ("tune", ["--block", "7"], "blocks of side 7 do not tile a 24x32 matrix, which is 0.attn.k: choose a side"),
         ("tune", ["--report-to", "foo"], "foo"),
         ("tune", ["--method", "grpo", "--batch-size", "12"], "12"),
         ("arms", ["--device", "warp"], "warp"),

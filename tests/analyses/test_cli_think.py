@@ -359,10 +359,30 @@ def test_what_is_refused_is_one_line(surgery, home: Path, tmp_path: Path, unchec
         (["probe", model, "--runs", runs, "--at", "9.resid"], ["9.resid"]),
         (["probe-along", model, "--runs", runs, "--of", "length", "--at", "9.resid", "--dry-run"], ["9.resid"]),
         (["probe", home / "tiny", "--runs", runs], ["another model"]),
-        (
-            ["probe", model, "--runs", runs, "--of", "length", "--folds", 20, "-q"],
-            ["20 folds of 20 questions", "at most 10"],
+        *(
+            (
+                [command, model, "--runs", runs, "--of", "length", "--folds", 20, "--dry-run"],
+                ["20 folds of 20 questions", "at most 10"],
+            )
+            for command in ("probe", "probe-calibration", "probe-along")
         ),
+        (
+            [
+                "probe-transfer",
+                model,
+                "--runs",
+                f"a={runs}",
+                "--runs",
+                f"b={runs}",
+                "--of",
+                "length",
+                "--folds",
+                20,
+                "--dry-run",
+            ],
+            ["20 folds of 20 questions of a", "at most 10"],
+        ),
+        (["probe", model, "--runs", runs, "--of", "length", "--over", "prompt[40]", "--dry-run"], ["prompt[40]"]),
         (["probe-calibration", model, "--runs", runs, "--length", "answer"], ["--length is of --of length"]),
         (["probe-transfer", model, "--runs", runs, "--of", "length"], ["there is", "only", "--runs twice"]),
         (["probe-transfer", model, "--runs", runs, "--runs", runs, "--of", "length"], ["already", "name them apart"]),

@@ -10,6 +10,7 @@ import torch
 from probes.activations import Activations, collect, completion_nll, gradients, moments, stream
 from probes.attribution import contributions
 from probes.capture import forward
+from probes.linear import probe
 from surgery.model import Model
 from surgery.sites import Site
 from surgery.transcript import positions, read_transcript
@@ -438,13 +439,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     for options, said in cases:
         with pytest.raises(ValueError, match=said):
             stored(model, runs, tmp_path / "a", **options)
-    with pytest.raises(ValueError, match="was collected from other transcripts"):
+    with pytest.raises(ValueError, match=r"was collected from other transcripts and tokens\. Give another folder"):
         stored(model, runs[::-1], tmp_path / "a")
-    with pytest.raises(ValueError, match="was collected from other model: "):
+    with pytest.raises(ValueError, match=r"was collected from other model\. Give"):
         stored(setup(seed=1)[0], runs, tmp_path / "a")
     with torch.no_grad():
         model.module.model.norm.weight[0] += 1
-    with pytest.raises(ValueError, match="was collected from other model: "):
+    with pytest.raises(ValueError, match=r"was collected from other model\. Give"):
         stored(model, runs, tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "notes.txt").write_text("mine")
@@ -506,6 +507,10 @@ def test_texts_are_no_transcripts(unchecked):
             collect(model, texts, over="all")
     with pytest.raises(ValueError, match=said):
         contributions(model, torch.ones(32), ["the sky is"], over="all")
+    one = setup()[1][0]
+    for take in (lambda: collect(model, one), lambda: probe(model, one, [1])):
+        with pytest.raises(ValueError, match=r"list of transcripts was expected, not one: write \[transcript\]"):
+            take()
 
 
 def test_no_gradient_in_inference_mode():

@@ -117,6 +117,13 @@ BAD = {
         )
         for found in ([-2, 3], [2, 1], [1, 1])
     },
+    **{
+        f"a weight of {said}": (
+            {"merge_method": "ties", "base_model": "x", "models": [{"model": "y", "parameters": {"weight": weight}}]},
+            rf"parameter weight is {said}, and nothing can be weighed by that\. Write a finite number",
+        )
+        for said, weight in (("nan", float("nan")), ("inf", [0, "1e999"]), ("-inf", [{"filter": "mlp", "value": [1, -float("inf")]}, {"value": 1}]))
+    },
     "dtype": (GOOD | {"dtype": "int4"}, "dtype 'int4' is not one of float32, bfloat16, float16, float64"),
     "two revisions": (GOOD | {"base_model": "a@b@c"}, "multiple @"),
     "our key": (GOOD | {"surgery": {"sed": 1}}, "has no 'sed'; it has seed and compute"),

@@ -210,6 +210,12 @@ def test_a_wrapped_module():
         Model(torch.compile(tiny("llama")[0]), tokenizer)
     with pytest.raises(ValueError, match=r"DataParallel.*not a transformers model.*module.module"):
         Model(torch.nn.DataParallel(tiny("llama")[0]), tokenizer)
+    with pytest.raises(
+        ValueError, match=r"LlamaModel has no head that gives logits: give what AutoModelForCausalLM makes"
+    ):
+        Model(tiny("llama")[0].model, tokenizer)
+    with pytest.raises(ValueError, match=r"There is no tokenizer: .* AutoTokenizer"):
+        Model(tiny("llama")[0], None)
 
 
 def test_a_teachers_transcript():
