@@ -46,7 +46,7 @@ def deal(
     mean = np.bincount(groups, np.asarray(labels, dtype=float)) / np.maximum(sizes, 1)
     order = np.lexsort((np.random.default_rng(seed).random(len(sizes)), mean))
     fold = np.empty(len(sizes), dtype=np.int64)
-    fold[order] = np.arange(len(sizes)) % min(folds, len(sizes))
+    fold[order] = np.arange(len(sizes)) % folds
     return fold[groups]
 
 
@@ -140,7 +140,8 @@ def mean_score(
 ) -> Estimate:
     """``sum(above) / sum(below)``, or one less it with `flip`, with a percentile interval from drawing whole groups.
 
-    An accuracy is hits over ones; an R² is one less squared errors over squared deviations. folds: as in `auc_score`.
+    above, below: 0 or more. An accuracy is hits over ones; an R² is one less squared errors over squared deviations. folds: as in `auc_score`;
+    the widened interval of the ratio ends at 0.
     """
     unit = units(groups)
     sums = np.stack([np.bincount(unit, above), np.bincount(unit, below)])
@@ -150,7 +151,7 @@ def mean_score(
         return no_interval(1 - ratio if flip else ratio, count, f"{what}, no interval")
     times = resamples(count, draws, seed)
     low, high = _ends(ratio, times @ sums[0], times @ sums[1], folds)
-    found = Estimate(ratio, low, high, count, seed, f"{what}, {_how(draws, folds)}")
+    found = Estimate(ratio, max(low, 0.0), high, count, seed, f"{what}, {_how(draws, folds)}")
     return opposite(found) if flip else found
 
 

@@ -9,6 +9,7 @@ import scipy.stats
 from analyses.statistics import (
     Estimate,
     bootstrap,
+    crossed_bootstrap,
     holm,
     mcnemar,
     paired_bootstrap,
@@ -87,10 +88,21 @@ def test_a_statistic_of_ones_own():
     values = np.random.default_rng(2).normal(size=60)
     fast, slow = bootstrap(values, draws=200), bootstrap(values, statistic=np.mean, draws=200)
     assert (fast.value, fast.low, fast.high) == pytest.approx((slow.value, slow.low, slow.high))
+    labels = np.arange(60) % 7  # 9 items of some clusters, 8 of others
+    fast, slow = (bootstrap(values, clusters=labels, statistic=own, draws=200) for own in (None, np.mean))
+    assert (fast.value, fast.low, fast.high, fast.n) == pytest.approx((slow.value, slow.low, slow.high, slow.n))
     pairs = np.stack([values, 2 * values + 0.1], axis=1)
     slope = bootstrap(pairs, statistic=lambda rows: np.polyfit(rows[:, 0], rows[:, 1], 1)[0], draws=50)
     assert slope.low == pytest.approx(2)
     assert slope.high == pytest.approx(2)
+
+
+def test_seeds_and_items_are_drawn_apart_from_each_other():
+    effect = np.random.default_rng(7).normal(size=30)
+    spread = math.sqrt(2 * effect.var() / 30)  # of the mean of rows less that of columns
+    for table in (effect[:, None] - effect, effect[:, None] + effect):
+        found = crossed_bootstrap(table, draws=4000)
+        assert (found.high - found.low) / (2 * 1.96 * spread) == pytest.approx(1, abs=0.1)
 
 
 def test_seeds_decide_the_draws():

@@ -128,6 +128,25 @@ def test_the_interval_of_a_ratio():
     assert (turned.value, turned.low, turned.high) == pytest.approx((1 - found.value, 1 - found.high, 1 - found.low))
 
 
+def test_a_widened_interval_ends_where_the_number_does():
+    rare, one = np.arange(20) == 3, np.ones(20)  # one error in 20: the bootstrap's interval begins at 0
+    assert mean_score(rare * 1.0, one, np.arange(20), folds=5).low == 0
+    assert mean_score(rare * 1.0, one, np.arange(20), folds=5, flip=True).high == 1
+    scores, labels = np.arange(12) % 2 + 1.5 * (np.arange(12) == 4), np.arange(12) % 2  # a single pair is lost
+    found = auc_score(scores, labels, np.arange(12) // 2, np.arange(12) // 2, folds=5)
+    assert (found.value, found.high) == (pytest.approx(5 / 6), 1)
+    found = auc_score(-scores, labels, np.arange(12) // 2, np.arange(12) // 2, folds=5)
+    assert (found.value, found.low) == (pytest.approx(1 / 6), 0)
+
+
+def test_an_auc_that_most_draws_lack_has_no_interval():
+    """Two groups of ten hold all that can be compared, and few draws have both."""
+    labels, strata = np.arange(10) != 1, np.arange(10).clip(1)
+    found = auc_score(np.arange(10.0, 0, -1), labels, np.arange(10), strata)
+    assert found.value == 1
+    assert np.isnan([found.low, found.high]).all()
+
+
 def test_a_group_is_held_out_whole_and_folds_are_alike():
     draw = np.random.default_rng(0)
     groups = draw.integers(0, 50, 300)
