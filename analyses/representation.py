@@ -331,7 +331,14 @@ def _span_rows(
 
 
 def rows_in(acts: Activations, transcripts: Sequence[Transcript], span: str) -> Int[Tensor, " kept"]:
-    """Which rows lie in the span, in order: also those collected under another span, the first token of a text never."""
+    """Which rows lie in the span, in order: also those collected under another span, the first token of a text never.
+
+    Raises ValueError for rows that are means of several tokens.
+    """
+    if (acts.position < 0).any():
+        raise ValueError(
+            "These activations are means over spans, and drift is of single tokens: collect them without pooling (pool=None)."
+        )
     inside = torch.zeros(len(transcripts), max((len(t.ids) for t in transcripts), default=1), dtype=torch.bool)
     for i, transcript in enumerate(transcripts):
         inside[i, positions(transcript, span)] = True

@@ -31,20 +31,23 @@ class Settings:
 
 
 def select(X: np.ndarray, y: np.ndarray, g: np.ndarray, settings: Settings) -> tuple[float, float]:
-    """The smallest validation loss over the penalties, on folds inside these rows, and its penalty; the middle one where there are no folds."""
+    """The smallest validation loss a row over the penalties, on folds inside these rows, and its penalty; NaN and the middle one where no fold
+    leaves rows to learn from."""
+    nothing = math.nan, PENALTIES[len(PENALTIES) // 2]
     g = units(g)
     if g.max() < 1:
-        return math.nan, PENALTIES[len(PENALTIES) // 2]
+        return nothing
     fold = deal(g, y, folds=INNER, seed=settings.seed)
-    total = np.zeros(len(PENALTIES))
+    total, judged = np.zeros(len(PENALTIES)), 0
     for k in range(int(fold.max()) + 1):
         train, test = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
         if y[train].min() == y[train].max():
             continue
         for i, predicted in enumerate(fit_path(X, y, train, test, PENALTIES, settings, _COARSE)):
             total[i] += loss(predicted, y[test], settings.kind).sum()
+        judged += len(test)
     best = int(total.argmin())
-    return float(total[best] / len(y)), PENALTIES[best]
+    return (float(total[best] / judged), PENALTIES[best]) if judged else nothing
 
 
 def fit_path(

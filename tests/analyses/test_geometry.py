@@ -225,13 +225,19 @@ def test_progress_is_shown_when_asked(base, delta, capsys):
 
 
 def test_summary_averages_matrices_and_counts_layers(base, delta):
-    found = geometry(base, {"a": delta, "b": 2 * delta}, at=["*.attn.*", "*.mlp.*"], k=3)
+    some = Vector(
+        {site: t for site, t in delta.tensors.items() if site.layer == 1}
+    )  # elsewhere shares of the moved are NaN
+    found = geometry(base, {"a": some, "b": 2 * delta}, at=["*.attn.*", "*.mlp.*"], k=3)
     table, summary = found.frame(), found.summary(draws=200, seed=3)
     assert set(summary.part) == {"attn.q", "attn.k", "mlp.down", "all"}
     row = summary[(summary.arm == "b") & (summary.part == "all") & (summary.measure == "norm_ratio")].iloc[0]
     assert row.value == pytest.approx(table[table.arm == "b"].norm_ratio.mean())
     assert row.low < row.value < row.high
     assert (row.n, row.n_matrices, row.seed) == (4, 12, 3)
+    row = summary[(summary.arm == "a") & (summary.part == "all") & (summary.measure == "energy_low")].iloc[0]
+    assert row.value == pytest.approx(table[(table.arm == "a") & (table.layer == 1)].energy_low.mean())
+    assert (row.n, row.n_matrices) == (1, 3)
     assert not summary.equals(found.summary(draws=200, seed=4))
     one_layer = geometry(base, delta, at="0.attn.*", k=3).summary(draws=50)
     assert one_layer.low.isna().all()

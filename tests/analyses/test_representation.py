@@ -317,6 +317,10 @@ def test_bad_input_is_named(unchecked):
             r"need 26 of its tokens, 13 in each half; the 20 .* have 20\. Give about 26 transcripts .* at most 9",
         ),
         (lambda: drift(base, base, texts(20), k=0), "number 1 to"),
+        (
+            lambda: drift(*[replace(base, position=torch.full_like(base.position, -1))] * 2, texts(20), over="answer"),
+            "pool=None",
+        ),
         (lambda: linear_cka(gaussian(4, 2), gaussian(5, 2)), "4 and 5"),
         (lambda: linear_cka(gaussian(3, 2), gaussian(3, 2)), "four rows"),
         (lambda: subspace_angles(gaussian(5, 9), gaussian(5, 9), 5), "ask for fewer"),

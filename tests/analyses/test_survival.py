@@ -144,7 +144,9 @@ def test_the_difference_is_of_the_two_means_on_common_ground():
     assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low))
     with pytest.raises(ValueError, match="not beyond 40"):
         restricted_difference(base, tuned, until=50)
-    assert restricted_difference(([1, 2], [1, 1]), ([5, 8], [1, 1])).value == 5  # nothing was cut off: of the plain means
+    assert (
+        restricted_difference(([1, 2], [1, 1]), ([5, 8], [1, 1])).value == 5
+    )  # nothing was cut off: of the plain means
 
 
 def test_pairing_by_question_narrows_the_difference():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from probes.activations import Activations, collect
-from probes.fitting import BINS, PENALTIES, Settings
+from probes.fitting import BINS, PENALTIES, Settings, select
 from probes.held_out import deal, units
 from probes.linear import ProbeTable, _judge, _spread, _Task, probe, probe_rows, untrained
 from surgery.model import Model
@@ -73,6 +73,14 @@ def test_a_probe_is_the_plain_pipeline():
     assert found.log_loss == pytest.approx(-np.log(np.where(y, scores, 1 - scores)).mean(), abs=1e-6)
     assert found.n == 40
     assert found.rows == 120
+
+
+def test_a_penalty_that_nothing_was_tried_on_is_the_middle_one():
+    """Of two questions of one label each, either fold leaves one label to learn from."""
+    y, g = np.array([True, True, False]), np.array([0, 0, 1])
+    inner, chosen = select(np.eye(3), y, g, Settings("classes", None, 0, 1, 0))
+    assert math.isnan(inner)
+    assert chosen == 1e-2
 
 
 def test_a_planted_signal_is_found_where_it_is():

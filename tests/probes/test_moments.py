@@ -133,6 +133,12 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch):
     assert max(widened) <= 64
     assert sum(widened) == x.numel()
     torch.testing.assert_close(m.covariance(), x.double().T.cov(), rtol=1e-9, atol=1e-9)
+    y = draw(1000, 9, seed=1)
+    widened.clear()
+    cross = CrossMoments.of(x, y)
+    assert max(widened) <= 64
+    both = torch.cat([x, y], dim=1).double().T.cov()
+    torch.testing.assert_close(cross.covariance(), both[:4, 4:], rtol=1e-9, atol=1e-9)
     assert sum(getattr(m, name).numel() for name in ("mean", "scatter", "low", "high")) == 4 * 4 + 3 * 4
 
 
