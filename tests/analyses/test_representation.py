@@ -303,6 +303,16 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     assert set(found.frame().columns) >= {"layer", "span", "measure", "value", "low", "high", "floor", "n_rows", "seed"}
 
 
+def test_a_text_that_holds_nearly_every_row_leaves_no_interval():
+    base = activations(2)
+    few = base.where((base.transcript == 0) | (base.position == 2))  # of the other text one token of the thinking
+    found = drift(few, noisy(few, 0.5), texts(2), over="thinking", k=2, draws=20)
+    for measure in ("cka", "angle_mean", "angle_max"):
+        row = cell(found, measure)
+        assert math.isfinite(row.value)
+        assert np.isnan([row.low, row.high, row.floor]).all()
+
+
 def test_bad_input_is_named(unchecked):
     base = activations(20)
     other = base.where(base.transcript > 0)
