@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probes.activations import as_spans, collect
+from probes.activations import as_spans, stream
 from probes.capture import in_order
 from probes.passes import Batch, batches, run
 from probes.results import interval, load_tensors, save_tensors
@@ -378,9 +378,7 @@ def ablations(
     wanted = [positions(t, over) for t in transcripts]
     to = None
     if how == "mean":
-        sites = sorted(set(map(_read_at, silenced)))
-        pooled = collect(model, transcripts, at=sites, over=over, pool="mean", batch_size=batch_size)
-        to = {site: pooled[site].mean(0).to(model.device) for site in sites}
+        to = _mean_outputs(model, transcripts, sorted(set(map(_read_at, silenced))), over, batch_size)
     final, count = Site(anatomy.n_layers, "resid"), len(silenced)
 
     def streams(batch: Batch) -> dict[Site, Tensor]:
@@ -698,6 +696,21 @@ def _silencer(slices: Sequence[slice], fixed: Tensor | None) -> Callable[[Tensor
         return z
 
     return silenced
+
+
+def _mean_outputs(
+    model: Model, transcripts: Sequence[Transcript], sites: Sequence[Site], over: str | Sequence[str], batch_size: int
+) -> dict[Site, Float[Tensor, " width"]]:
+    """What passes each site, averaged over the tokens of the spans, each token once, and then over the transcripts that have some."""
+    sums: dict[Site, Tensor] = {}
+    count = 0
+    for batch in stream(model, transcripts, at=sites, over=over, batch_size=batch_size):
+        _, place, tokens = batch.transcript.unique(return_inverse=True, return_counts=True)
+        count += len(tokens)
+        for site, rows in batch.values.items():
+            means = (rows.double() / tokens[place, None]).sum(0)
+            sums[site] = sums[site] + means if site in sums else means
+    return {site: (total / count).float().to(model.device) for site, total in sums.items()}
 
 
 def _fixed(model: Model, site: Site, to: Mapping[Site, Tensor]) -> Tensor:

@@ -124,13 +124,16 @@ def test_tables_and_files(tmp_path):
 
 def test_what_thinking_takes_is_counted_question_by_question():
     model, _ = setup("llama")
-    plain = [model.transcript(q, text) for q in QUESTIONS for text in ("1", "12")]
+    plain = [model.transcript(q, text) for q in QUESTIONS for text in ("1", "12")][
+        :-1
+    ]  # one answer to the last question
     thought = [model.transcript(q, "<think>ab</think>1") for q in [*QUESTIONS[1:], "another no"]]
     before, after = (attention(model, runs, to=TO, over="answer") for runs in (plain, thought))
     table = before.drop(after, draws=200).set_index("measure")
-    expected = (
-        before.mass[2:].mean() - after.mass[:2].mean()
-    ).item()  # two transcripts a question, and the last two questions
+    shared = torch.stack(
+        [before.mass[2:4].mean(), before.mass[4].mean()]
+    )  # the last two questions, and each weighs the same
+    expected = (shared.mean() - after.mass[:2].mean()).item()
     assert table.loc["mass", "value"] == pytest.approx(expected)
     assert set(table["n"]) == {2}
     assert before.drop(before)["value"].tolist() == [0, 0, 0]

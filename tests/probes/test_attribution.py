@@ -116,6 +116,10 @@ def test_a_direction_a_layer_ranks_heads_as_thinkedit_does():
     assert [(s.layer, s.head) for s in found.top(count=5)] == [(int(i) // HEADS, int(i) % HEADS) for i in ranked[:5]]
     assert found.top(share=0.25) == found.top(count=3)
     assert found.top(share=0.01) == found.top(count=1)
+    assert found.top(share=0.3) == found.top(count=4)  # of 12, to the nearest
+    assert (
+        len(writers_of(model, vectors[Site(1, "mid")], runs, at="1.mid").top(share=0.25)) == 3
+    )  # of all heads, not of those scored
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt-neox"])
@@ -253,6 +257,13 @@ def test_a_silenced_layer_takes_away_what_it_wrote(family):
     assert table["head"].isna().all()
     mean = ablations(model, direction(), runs, part, at=at, how="mean", batch_size=4)
     assert float(mean.projection.mean()) == pytest.approx(0, abs=1e-4)  # on average nothing was taken away
+
+
+def test_a_token_in_two_spans_is_one_token():
+    model, runs = setup("llama")
+    spans = ("thinking", ("thinking", "thinking[:1]"))
+    once, twice = (ablations(model, direction(), runs, "1.mlp.out", over=over, how="mean") for over in spans)
+    torch.testing.assert_close(twice.projection, once.projection)
 
 
 @pytest.mark.parametrize("family", [f for f in SERIAL if f not in POST_NORM])
