@@ -102,6 +102,8 @@ def test_one_call_sweeps_every_kind_of_change(model: Model, kind: str) -> None:
     kl = own[own["measure"] == "kl"].set_index("strength")["value"]
     assert kl[0.0] == 0
     assert (kl[[-0.5, 0.5, 1.0]] > 1e-5).all()
+    drawn = table.query("measure == 'kl' and strength == 1").dropna(subset="draw")["value"]
+    assert drawn.nunique() == 2  # one stand-in is not another
     zero = table[(table["strength"] == 0) & (table["measure"] == "text_nll")]
     assert zero["value"].nunique() == 1  # the untouched model, in every arm and stand-in
 
@@ -265,6 +267,11 @@ def test_stand_ins_have_the_norm_of_what_they_stand_for(model: Model) -> None:
     assert isinstance(drawn, Steering)
     for site, own in by_site.items():
         assert float(drawn.direction[site].norm()) == pytest.approx(float(own.norm()), rel=1e-5)
+    assert abs(float(torch.cosine_similarity(*drawn.direction.values(), dim=0))) < 0.6
+    measured = stand_in(Steering(Direction.of(by_site)), model, seed=0, draw=0)
+    assert isinstance(measured, Steering)
+    for site, own in by_site.items():  # a direction's own length, not 1
+        assert float(measured.direction[site].norm()) == pytest.approx(float(own.norm()), rel=1e-5)
     edit = stand_in(Editing(AddDirection(5 * vector()), "*.mlp.down"), model, seed=0, draw=0)
     assert isinstance(edit, Editing)
     assert float(edit.edit.direction.norm()) == pytest.approx(5 * float(vector().norm()), rel=1e-5)
@@ -281,6 +288,7 @@ def test_an_edit_without_a_direction_is_stood_in_for_by_noise_of_its_norm(model:
         assert set(drawn) == set(norms)
         site = next(iter(norms))
         assert torch.equal(drawn[site], drawn[site])
+        assert not torch.equal(drawn[site], stand_in(Editing(edit, at), model, seed=3, draw=1)[site])  # type: ignore[index]
         assert torch.equal(torch.cat(list(drawn.strips(site, [slice(0, 3), slice(3, None)]))), drawn[site])
 
 
@@ -500,6 +508,11 @@ def test_the_trend_ranks_strengths_within_questions() -> None:
     assert found.n == 15
     falling = {-s: rows for s, rows in long.items()}
     assert made(dict.fromkeys(falling, 0.0), falling).trend("length").z == pytest.approx(-found.z)
+    capped = {
+        0.0: [(20, True), (25, True), (30, True)],
+        1.0: [(18, False)] * 3,
+    }  # all are known to be at least 18, and no more
+    assert made(dict.fromkeys(capped, 0.0), capped).trend().z == 0
 
 
 def test_missing_answers_are_missing_and_not_zero() -> None:
@@ -514,6 +527,9 @@ def test_missing_answers_are_missing_and_not_zero() -> None:
     assert table["value"].to_dict() == {"target": 2.0, "accuracy": 0.5, "length": 6.0}
     assert table["missing"].to_dict() == {"target": 2, "accuracy": 1, "length": 1}
     assert table["n"].to_dict() == {"target": 2, "accuracy": 4, "length": 3}
+    answers["question"] = (0, 1, 0, 2)  # what one question is asked again
+    table = Sweep((Cell(Line("untouched"), 0.0, answers, {}),), 0.05, 0).frame().set_index("measure")
+    assert table["n"].to_dict() == {"target": 1, "accuracy": 3, "length": 2}
 
 
 def test_lengths_say_what_was_cut_off() -> None:

@@ -486,6 +486,7 @@ def test_longest_and_shortest():
     assert pick(*range(8)) == [0, 0, None, None, None, None, 1, 1]
     assert pick(*range(8), share=0.5) == [0] * 4 + [1] * 4
     assert pick(1, 2, 2, 2, 2, 2, 2, 2, share=0.5).count(None) == 6  # ties are on neither side
+    assert pick(1, 5, 5, 9, share=0.5) == [0, None, None, 1]  # nor is one of two that tie, though others are longer
     two = longest_and_shortest([Length(n, False) for n in (1, 9, 20, 30)], ["a", "a", "b", "b"])
     assert two == [0, 1, 0, 1]
     with pytest.raises(ValueError, match="share=0"):

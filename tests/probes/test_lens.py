@@ -102,6 +102,11 @@ def test_tables_and_files(tmp_path):
     last = table[table["site"] == "3.resid"].set_index("measure")["value"]
     assert last["agreement"] == 1
     assert last["kl"] == pytest.approx(0, abs=1e-5)
+    whole = lens(model, runs, at="1.resid", over="completion")  # with the last token, after which nothing comes
+    values = whole.frame(draws=10).set_index("measure")["value"]
+    for measure, rows in (("kl", whole.kl), ("nll", whole.nll)):
+        each = [float(rows[whole.transcript == i].nanmean()) for i in range(len(runs))]
+        assert values[measure] == pytest.approx(sum(each) / len(each), rel=1e-5)
     t = runs[2]
     words = found.table(2)
     assert "".join(words[words["site"] == "0.resid"]["token"]) == "".join(
