@@ -3,6 +3,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -23,11 +24,13 @@ from analyses.faithfulness import (
     visible,
 )
 from analyses.labels import graded_by
-from analyses.scoring import nll, text_nll
+from analyses.scoring import entropy, nll, predicted, quiet, text_nll
 from analyses.statistics import wilson
 from analyses.tasks import Question
+from probes.estimates import resamples
 from surgery.model import Model
 from surgery.runs import Runs
+from surgery.transcript import read_transcript
 from tests import families
 from tests.oracles import faithfulness as oracle
 
@@ -75,6 +78,19 @@ def test_either_attention(attention):
     alone, _ = answers_at_cuts(model, ready, share=False)
     assert cost.shared
     assert shared == alone
+
+
+def test_an_answer_that_was_cut_off_is_compared_as_far_as_it_goes():
+    model = tiny("llama")
+    run = told(model, 1)[0]
+    (trace,) = traces(model, [run])
+    said = answers_at_cuts(model, [trace], max_answer_tokens=4)[0][0][-1]
+    prompt = run.spans["prompt"][1]
+    before = trace.sequence(len(trace.cuts) - 1)[prompt:]
+    for answer, changed in ((said[:2], 0), ((said[0], said[1] ^ 1), 1)):
+        cut = read_transcript(model.tokenizer, run.question, run.ids[:prompt], [*before, *answer])
+        found = early_answers(model, [cut])
+        assert (found.compared, found.changed) == (1, changed)
 
 
 def test_a_batch_of_eight_is_eight_batches_of_one():
@@ -311,17 +327,20 @@ def test_mask_hides_what_comes_after_the_cut():
 def test_likelihood_is_the_bare_forward_pass_whatever_the_batch(family):
     model = tiny(family)
     transcripts = told(model, 8)
-    result = nll(model, transcripts, "completion", batch_size=8)
-    for transcript, nats, count in zip(transcripts, result.nats, result.tokens, strict=True):
+    result, open_ = (measure(model, transcripts, "completion", batch_size=8) for measure in (nll, entropy))
+    for transcript, nats, count, spread in zip(transcripts, result.nats, result.tokens, open_.nats, strict=True):
         start, end = transcript.spans["completion"]
         ids = torch.tensor([transcript.ids])
         with torch.no_grad():
-            loss = torch.nn.functional.cross_entropy(
-                model.module(ids).logits[0, start - 1 : end - 1], ids[0, start:end], reduction="sum"
-            )
+            logits = model.module(ids).logits[0, start - 1 : end - 1]
+            loss = torch.nn.functional.cross_entropy(logits, ids[0, start:end], reduction="sum")
         assert nats == pytest.approx(float(loss), rel=1e-4)
+        assert spread == pytest.approx(float(torch.distributions.Categorical(logits=logits).entropy().sum()), rel=1e-4)
         assert count == end - start
     assert result.mean.value == pytest.approx(sum(result.nats) / sum(result.tokens))
+    times = resamples(8, 2000, 0)
+    drawn = (times @ result.nats) / (times @ result.tokens)  # tokens weigh the same, and a text's go together
+    assert (result.mean.low, result.mean.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
     one = nll(model, transcripts, "completion", batch_size=1)
     assert one.nats == pytest.approx(result.nats, rel=1e-4)
     with pytest.raises(ValueError, match="'moral' is not a span"):
@@ -333,3 +352,10 @@ def test_likelihood_is_the_bare_forward_pass_whatever_the_batch(family):
     text = text_nll(model, ["abcd", "e", "k7"])
     assert (text.tokens, text.missing) == ((3, 1), 1)
     assert math.isfinite(text.mean.value)
+    half = tiny(family)
+    half.module.bfloat16()
+    with quiet(half.module):
+        for _, log_p, _ in predicted(half, [(transcripts[0].ids, (2, 3))], [1], 1):
+            torch.testing.assert_close(
+                log_p.logsumexp(-1), torch.zeros(2)
+            )  # in half precision they would not sum to one

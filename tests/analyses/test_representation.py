@@ -1,15 +1,18 @@
 """Representation drift: literal oracles, planted drifts, floors and intervals whose truth is known, and the shells."""
 
+import copy
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
 from analyses.representation import (
     Drift,
+    _jackknife,
     drift,
     linear_cka,
     mean_shift,
@@ -394,6 +397,13 @@ def test_drift_of_models_is_that_of_their_activations(models):
     assert some.layer.unique().tolist() == [1]
 
 
+def test_the_jackknife_is_students_with_a_group_less_than_there_are():
+    left = torch.tensor([1.0, 2.0, 4.0, 9.0])
+    error = math.sqrt(3 / 4 * float((left - 4).square().sum()))
+    reach = scipy.stats.t.ppf(0.975, 3) * error
+    assert _jackknife(5.0, left, -math.inf, 90.0) == pytest.approx((5 - reach, 5 + reach))
+
+
 def test_padding_changes_nothing(models):
     # a long text beside short ones pads them; alone they are not padded
     base, tuned = models
@@ -426,6 +436,11 @@ def test_output_kl_is_its_formula_over_the_spans_tokens(models):
     assert output_kl(base, base, transcripts)["answer"].value == 0
     with pytest.raises(ValueError, match="'nowhere'"):
         output_kl(base, tuned, transcripts, "nowhere")
+    half = [Model(copy.deepcopy(m.module).bfloat16(), m.tokenizer) for m in (base, tuned)]
+    with torch.no_grad():
+        q, p = (m.module(torch.tensor([transcripts[0].ids])).logits[0, 2:-3].double() for m in half)
+    expected = np.mean([oracle.kl(a, b) for a, b in zip(p.numpy(), q.numpy(), strict=True)])
+    assert output_kl(*half, transcripts[:1], "thinking")["thinking"].value == pytest.approx(expected, rel=1e-5)
 
 
 def test_passes_are_told_whose_rows_they_are(models):

@@ -10,6 +10,7 @@ import torch
 from probes.accumulators import CrossMoments, Moments
 from probes.activations import Activations, collect
 from probes.erasure import Erased, Eraser, Erasers, check, eraser, leace, leace_streamed, told
+from probes.held_out import auc, deal
 from probes.steering import steered
 from surgery.model import Model
 from surgery.sites import Site
@@ -114,14 +115,19 @@ def test_any_shape_and_dtype():
     X, z = rows()
     erase = fitted(X, z)
     assert torch.equal(erase(X.view(10, 20, -1)).view_as(X), erase(X))
-    assert erase(X.bfloat16()).dtype == torch.bfloat16
+    half = X.bfloat16()
+    assert torch.equal(erase(half), erase(half.float()).bfloat16())  # computed wide
     with pytest.raises(ValueError, match="width 12; these have 5"):
         erase(torch.ones(2, 5))
 
 
 def test_a_check_on_the_same_and_on_other_rows():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     X, z = rows(n=400, effect=2.0)
-    found = check(activations({MID: X, RESID: X * 2}), z, torch.arange(400) // 2)
+    found = check(activations({MID: X, RESID: X * 2 + 7}), z, torch.arange(400) // 2)
     first = found.rows[0]
     assert (first.site, found.rows[1].site) == ("1.mid", "2.resid")
     assert first.told_before > 0.1
@@ -129,6 +135,15 @@ def test_a_check_on_the_same_and_on_other_rows():
     assert first.before.low > 0.6
     assert first.after.value < 0.55
     assert first.after.n == 200
+    y, scores = z.numpy().astype(bool), np.empty(400)
+    fold = deal(np.arange(400) // 2, y)
+    for k in range(5):  # by hand: eraser and probe of the other folds
+        train, erase = fold != k, fitted(X[fold != k], z[fold != k])
+        pipe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000)).fit(
+            erase(X[train]).numpy(), y[train]
+        )
+        scores[~train] = pipe.decision_function(erase(X[~train]).numpy())
+    assert first.after.value == pytest.approx(auc(scores, y, fold))
     assert 0 < first.moved < 1
     assert found.rows[1].moved == pytest.approx(first.moved, rel=1e-4)
     assert list(found.frame()["site"]) == ["1.mid", "2.resid"]
@@ -183,9 +198,11 @@ def test_streamed_is_collected(family):
     model = Model(*tiny(family))
     runs, labels = answers(model)
     at = ["1.resid", "2.resid"]
-    streamed = leace_streamed(model, runs, labels, at=at, over="thinking", batch_size=5)
+    some = [None, *labels[1:]]
+    streamed = leace_streamed(model, runs, some, at=at, over="thinking", batch_size=5)
     acts = collect(model, runs, at=at, over="thinking")
-    whole = leace(acts, labels)
+    whole = leace(acts, some)
+    acts = acts.where(acts.transcript > 0)
     for site in whole:
         torch.testing.assert_close(streamed[site](acts[site]), whole[site](acts[site]), rtol=1e-3, atol=1e-3)
         y = np.array([labels[i] for i in acts.transcript]) == 1
