@@ -12,7 +12,8 @@ from sklearn.metrics import brier_score_loss, log_loss
 from probes import fitting
 from probes.activations import Activations
 from probes.calibration import Calibration, _lines, calibration, calibration_rows, line_through, log_odds, reliability
-from probes.fitting import Settings
+from probes.fitting import Settings, crossed
+from probes.held_out import deal, shuffled
 from surgery.model import Model
 from surgery.sites import Site
 from tests.families import tiny
@@ -52,7 +53,7 @@ def test_scores_are_the_definitions(bins):
 
 
 def test_intervals_redraw_whole_questions():
-    p, y, g = said_and_was(1, questions=8)
+    p, y, g = (x[:-3] for x in said_and_was(1, questions=8))  # one question has fewer rows than the others
     found = reliability(p, y, g, bins=4, draws=60, seed=3)
     wide = np.array(oracle.equal_width(p.tolist(), 4))
     drawn, noise = [], []
@@ -179,6 +180,38 @@ def test_the_lines_see_nothing_that_is_judged():
     assert _lines(X, labels, g.numpy(), mine, (HIGH, 0.01), settings) != _lines(
         X, other, g.numpy(), mine, (HIGH, 0.01), settings
     )
+
+
+def test_the_lines_of_questions_that_are_known_by_name_are_flat():
+    """The activations know the question and nothing else: a probe that had seen the validation questions would be sure, and right."""
+    draw = torch.Generator().manual_seed(0)
+    g = torch.arange(160) // 8
+    X = 3 * torch.randn(20, 30, generator=draw)[g] + 0.1 * torch.randn(160, 30, generator=draw)
+    y = (torch.arange(20) % 2)[torch.randperm(20, generator=draw)][g].bool()
+    everything = np.ones(160, bool)
+    settings = Settings("classes", None, 0, 10, 0)
+    assert (
+        _lines({HIGH: X.double().numpy()}, y.numpy(), g.numpy(), everything, (HIGH, 1.0), settings)["temperature"][0]
+        < 0.3
+    )
+
+
+def test_what_is_judged_is_by_the_lines_of_the_other_folds():
+    values, y, g = planted(questions=20, d=3)
+    X, labels, groups = {HIGH: values[HIGH].double().numpy()}, y.bool().numpy(), g.numpy()
+    found = calibration_rows(activations({HIGH: values[HIGH]}), y, g, folds=3, draws=20)
+    fold, settings = deal(groups, labels, folds=3), Settings("classes", None, 1, 20, 0)
+    real, null = crossed(X, labels, groups, fold, settings), shuffled(labels, groups, seed=1)
+    lines = [_lines(X, labels, groups, fold != k, real.chosen[k], settings)["platt"] for k in range(3)]
+    slope, offset = np.array(lines).T
+    p = expit(slope[fold] * log_odds(real.predicted) + offset[fold])
+    row = found.rows[2]
+    assert (row.slope, row.offset) == pytest.approx((np.median(slope), np.median(offset)))
+    assert row.brier == pytest.approx(brier_score_loss(labels, p))
+    others = np.array([labels[fold != k].mean() for k in range(3)])[fold]
+    assert row.base == pytest.approx(((others - labels) ** 2).mean())
+    strayed = crossed(X, null, groups, fold, settings, chosen=real.chosen).predicted
+    assert row.shuffled == pytest.approx(brier_score_loss(null, strayed))
 
 
 def test_the_length_alone_is_beside_it():

@@ -152,6 +152,13 @@ def test_length_is_told_apart_from_what_goes_with_it():
     # by hand: pairs of one fold and one bin
     cuts = np.unique(np.quantile(tokens.numpy(), np.linspace(0, 1, BINS + 1)[1:-1]))
     assert len(cuts) == BINS - 1
+    task = _Task.of(0, "", np.ones(300, bool), y.tolist(), range(300), tokens.numpy(), "classes", 3, 0)
+    scores, pairs = (
+        np.random.default_rng(0).normal(size=300),
+        list(zip(task.fold, np.searchsorted(cuts, tokens, side="right"), strict=True)),
+    )
+    found = _judge(scores, task, Settings("classes", None, 0, 20, 0), within=task.bins)
+    assert found.value == pytest.approx(oracle.auc(scores, task.y, pairs))
     assert math.isnan(row(probe_rows(activations(values), y, torch.arange(300), **FAST), LOW).same_length)
 
 

@@ -96,6 +96,14 @@ def test_samples_do_not_depend_on_the_batch():
         assert len(set(together)) == len(together)
 
 
+def test_rows_that_generation_repeats_keep_their_questions_scale():
+    base, tuned = pair()
+    rows = IDS.repeat(4, 1)
+    expected = torch.cat([logits(base, rows)[:2], logits(tuned, rows)[2:]])
+    with mixed(base, tuned, [0.0, 1.0]), rows_are([20, 20], [0, 1]):
+        assert torch.equal(logits(base, rows), expected)
+
+
 def test_a_floor_rules_out_what_the_base_all_but_excludes():
     low, high = torch.tensor([[0.0, -1.0, -5.0]]), torch.tensor([[0.0, 1.0, 50.0]])
     assert mix_logits(low, high, 2.0).argmax().item() == 2

@@ -95,8 +95,12 @@ def test_a_pair_is_the_plain_pipeline():
         pipe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000)).fit(X[train], y[train])
         scores[test] = pipe.predict_proba(X[test])[:, 1]
     mine = part == 0
-    found = cell(transfer_rows(acts, y, g, sets, folds=3, draws=50, seed=1), "elsewhere", "here")
+    tokens = np.arange(len(y)) * 7 % 40 + 1.0
+    found = cell(transfer_rows(acts, y, g, sets, lengths=tokens, folds=3, draws=50, seed=1), "elsewhere", "here")
     assert found.value == pytest.approx(oracle.auc(scores[mine], y[mine], fold[mine]), abs=1e-6)
+    tenths = np.searchsorted(np.quantile(tokens[mine], np.linspace(0.1, 0.9, 9)), tokens[mine], side="right")
+    pairs = list(zip(fold[mine], tenths, strict=True))  # rows of one fold and about one length
+    assert found.same_length == pytest.approx(oracle.auc(scores[mine], y[mine], pairs), abs=1e-6)
 
 
 def test_a_question_that_two_sets_ask_is_never_on_both_sides():
