@@ -11,7 +11,7 @@ import torch
 
 from analyses import figures
 from analyses.controls import PlantedLength, planted_length
-from analyses.dose import Cell
+from analyses.dose import Cell, Line, Sweep
 from analyses.tasks import Question
 from analyses.thinkedit import (
     PAPER,
@@ -292,6 +292,25 @@ def test_the_edit_lengthens_and_its_controls_do_not(judged: Judged) -> None:
     assert length["heads_p"] == 0.5  # one control: itself and the edit
     assert length["n"] == 16
     assert effects.loc["kl", "before"] == 0
+
+
+def test_a_control_that_changes_as_much_the_other_way_is_as_extreme() -> None:
+    rights = {
+        "untouched": (True, True, False, None),
+        "edit": (True, True, True, None),
+        "random heads 0": (False, True, False, None),
+        "random heads 1": (True, True, False, None),
+    }
+    asked = tuple(range(4))
+    cells = [Cell(Line(a), float(a != "untouched"), {"question": asked, "right": r}, {}) for a, r in rights.items()]
+    row = Judged({"strengths": Sweep(tuple(cells), 0.05, 0)}, Recipe()).effects().set_index("measure").loc["accuracy"]
+    assert row[["before", "after", "heads_low", "heads_high"]].tolist() == [
+        0.5,
+        0.75,
+        -0.25,
+        0.0,
+    ]  # a missing one is not right
+    assert row["heads_p"] == 2 / 3  # itself and one of two
 
 
 def test_panels_and_figures(judged: Judged, found: Found) -> None:
