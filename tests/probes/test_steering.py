@@ -162,6 +162,17 @@ def test_strength_zero_is_no_steering(dtype):
         assert not torch.equal(rows[1], plain[1])
 
 
+def test_half_precision_is_rounded_once():
+    model, runs = setup(dtype=torch.bfloat16)
+    site, u = Site.parse("1.resid"), vector() / vector().norm()
+    _, plain = read(model, runs, [site])
+    with steered(model, vector(), strength=0.03, at=site, over="all", units={site: 1.0}):
+        _, seen = read(model, runs, [site])
+    for i, t in enumerate(runs):
+        expected = (plain[site][i, : len(t.ids)].float() + 0.03 * u).bfloat16()
+        assert torch.equal(seen[site][i, : len(t.ids)].bfloat16(), expected)
+
+
 def test_each_question_its_own_strength():
     model, _ = setup()
     strengths = [0.0, 0.5, -0.5, 1.0]
