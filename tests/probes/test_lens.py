@@ -1,6 +1,7 @@
 """At the last site the lens shows the model's own logits; before it, the module's own norm and head say what it must."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,6 +108,11 @@ def test_tables_and_files(tmp_path):
     for measure, rows in (("kl", whole.kl), ("nll", whole.nll)):
         each = [float(rows[whole.transcript == i].nanmean()) for i in range(len(runs))]
         assert values[measure] == pytest.approx(sum(each) / len(each), rel=1e-5)
+    ends = [
+        replace(t, spans={**t.spans, "end": (len(t.ids) - (3 if i else 1), len(t.ids))}) for i, t in enumerate(runs)
+    ]
+    table_of_ends = lens(model, ends, at="1.resid", over="end").frame(draws=10).set_index("measure")
+    assert math.isfinite(table_of_ends.loc["nll", "value"])  # of the first nothing follows its only token
     t = runs[2]
     words = found.table(2)
     assert "".join(words[words["site"] == "0.resid"]["token"]) == "".join(
