@@ -135,10 +135,11 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch):
     torch.testing.assert_close(m.covariance(), x.double().T.cov(), rtol=1e-9, atol=1e-9)
     y = draw(1000, 9, seed=1)
     widened.clear()
-    cross = CrossMoments.of(x, y)
+    cross, turned = CrossMoments.of(x, y), CrossMoments.of(y, x)
     assert max(widened) <= 64
     both = torch.cat([x, y], dim=1).double().T.cov()
     torch.testing.assert_close(cross.covariance(), both[:4, 4:], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(turned.covariance(), both[4:, :4], rtol=1e-9, atol=1e-9)
     assert sum(getattr(m, name).numel() for name in ("mean", "scatter", "low", "high")) == 4 * 4 + 3 * 4
 
 
