@@ -19,7 +19,12 @@ receipts   verify, replay, undo
 
 from __future__ import annotations
 
+import _thread
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -38,11 +43,15 @@ from analyses.cli import seeing as seeing
 from analyses.cli import receipts as receipts
 # isort: on
 
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
 
 def main() -> None:
     """The console script: one clear line for what went wrong, and an exit code that says what kind it was."""
     try:
-        app()
+        with interrupts_heard():
+            app()
     except SystemExit as leaving:
         if leaving.code == 130:  # typer's, for an interrupt
             typer.echo("surgery: interrupted; nothing half-written was left", err=True)
@@ -50,3 +59,25 @@ def main() -> None:
     except (ValueError, OSError, KeyError, FloatingPointError) as error:
         typer.echo(f"surgery: {error.args[0] if isinstance(error, KeyError) and error.args else error}", err=True)
         sys.exit(1 if type(error).__name__ == "VerificationError" else 2)
+
+
+@contextmanager
+def interrupts_heard() -> Iterator[None]:
+    """An interrupt that falls into a finalizer, where Python drops every exception, comes once more: a collection of garbage, half a second
+    at the end of each training, hands its signals to the first finalizer it calls."""
+    usual, again = sys.unraisablehook, threading.Timer(0, lambda: None)
+
+    def hear(lost: UnraisableHookArgs) -> None:
+        nonlocal again
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            return usual(lost)
+        again = threading.Timer(0.05, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hear
+    try:
+        yield
+    finally:
+        again.cancel()
+        sys.unraisablehook = usual

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from analyses import cli
 from analyses.cli.change import diff
 from analyses.figures import FIGURES
 from analyses.tasks import side_of
@@ -661,6 +662,16 @@ def test_exit_codes_of_the_program(option: str, parts: list[str], models: Path, 
     assert said[0].startswith("surgery: ")
     assert all(part in said[0] for part in parts)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_within_a_finalizer_is_not_lost() -> None:
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)  # where Python drops every exception
+
+    with pytest.raises(KeyboardInterrupt), cli.interrupts_heard():
+        Dying()
+        time.sleep(5)
 
 
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
