@@ -60,6 +60,7 @@ def early_answers(curve: Any, ax: Axes | None = None) -> Axes:
     return ax
 
 
+TRAINING_LOSS = "training loss (nats per token)"
 DRIFT_LABELS = {
     "mean_shift": "mean shift (in spreads of the base)",
     "relative_change": "relative change of a row",
@@ -257,7 +258,7 @@ def training(frame: DataFrame, ax: Axes | None = None, *, measure: str = "loss")
             marker="o" if len(line) < 20 else None,
             markersize=3,
         )
-    ax.set(xlabel="optimizer step", ylabel=measure)
+    ax.set(xlabel="optimizer step", ylabel=TRAINING_LOSS if measure == "loss" else measure)
     if ax.get_legend_handles_labels()[0]:
         ax.legend()
     return ax

@@ -41,7 +41,7 @@ _WIDE, _NARROW = {"width": 5.0}, {"width": 4.0, "ratio": 0.7}
 
 # (monitor, measure) -> what it is called; the order in which they are told
 HEADLINES: dict[tuple[str, str], str] = {
-    (TRAINING, "loss"): "training loss (nats per token)",
+    (TRAINING, "loss"): figures.TRAINING_LOSS,
     (TRAINING, "reward"): "reward",
     (TRAINING, "grad_norm"): "norm of the gradient",
     (TRAINING, "mask_overlap"): "overlap of the mask with the one before",
@@ -195,6 +195,17 @@ class Flight:
     def training_seconds(self) -> float:
         """Seconds that training took without its measurements; 0 where the end was not recorded."""
         return self._ended.get("training_seconds", 0.0)
+
+    def headlines(self) -> DataFrame:
+        """A row a headline number at a step: step, measure (what it is called; ``loss``), value. The table of `analyses.figures.training`."""
+        import pandas as pd
+
+        rows = [
+            {"step": step, "measure": "loss" if curve.measure == "loss" else curve.called, "value": value}
+            for curve in self.curves
+            for step, value in zip(curve.steps, curve.values, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["step", "measure", "value"])
 
     @property
     def curves(self) -> list[Curve]:

@@ -344,7 +344,7 @@ def figure(
         ),
     ],
     table: Annotated[
-        Path, typer.Argument(metavar="TABLE", help="A .csv table, or the folder of a measure or study that has one.")
+        Path, typer.Argument(metavar="TABLE", help="A .csv table, the log.jsonl of a watched training, or the folder of a command that has one.")
     ],
     to: Annotated[Path, typer.Option("--to", help="Image file: .png, .pdf or .svg.", show_default=False)],
     measure: Annotated[
@@ -366,6 +366,7 @@ def figure(
     import pandas as pd
 
     from analyses import figures
+    from analyses.flight import Flight
 
     if name not in figures.FIGURES:
         raise ValueError(f"There is no figure {name!r}. Choose {', '.join(figures.FIGURES)}.")
@@ -380,7 +381,10 @@ def figure(
         raise ValueError(f"{name} draws one thing; --measure is for {', '.join(several)}.")
     if (x or y) and name != "trade-off":
         raise ValueError(f"{name} has its own axes; --x and --y are for trade-off.")
-    frame = pd.read_csv(path)
+    try:
+        frame = Flight.load(path).headlines() if path.suffix == ".jsonl" else pd.read_csv(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no table: {error}") from error
     try:
         drawn = figures.draw(figures.FIGURES[name], frame, width=width, **options)
     except KeyError as error:
@@ -416,6 +420,7 @@ def _table_in(table: Path, figure: str) -> Path:
         "early-answers": ["curve.csv", "early-answers.csv"],
         "accuracy-under-length": ["answers.csv"],
         "frontier": ["sweep.csv"],
+        "training": ["training.csv", "log.jsonl"],
         "probe-transfer": ["transfer.csv"],
         "probe-along": ["along.csv"],
         "trade-off": ["arms.csv"],

@@ -162,11 +162,12 @@ def tune(
     if method == "grpo" and batch_size % each:
         raise ValueError(f"--batch-size {batch_size} is no multiple of the {each} samples of each question.")
     learnt = _spans(over)
+    others = _reports(report_to)
     loaded = Model.load(model, device=device, dtype="float32")
     base = loaded.checkpoint
     assert base is not None  # loaded from a folder
     questions = tasks.load(data, None if tasks.is_file(data) else steps * batch_size, seed=seed, side="train")
-    names, others = words_in(watch) if watch else [], words_in(report_to) if report_to else []
+    names = words_in(watch) if watch else []
     held = _held_out(data, seed + 1) if watch else []
     corrupt = _hiding(mask_thought, loaded, seed)
     options: dict[str, Any] = {
@@ -179,9 +180,6 @@ def tune(
         chosen = {"filter_rank": filter_rank, "refresh": refresh, "select": select}
         more = {name: value for name, value in chosen.items() if value != DEFAULTS[name]} | options
         check_budget(loaded, trains, density, lora_rank, more)
-        from transformers.integrations import get_reporting_integration_callbacks
-
-        get_reporting_integration_callbacks(others)  # raises for a name that it does not know
         typer.echo(
             f"{method}: {steps} steps of {batch_size} from {len(questions)} questions of {data}; first:\n{questions[0].question}\n{questions[0].completion(loaded.markers)}"
         )
@@ -250,6 +248,19 @@ def _refuse_idle(method: str, unused: Mapping[str, bool], led: Mapping[str, tupl
     for option, given in unused.items():
         if given:
             raise ValueError(f"{option} has no use with --method {method}; leave it out.")
+
+
+def _reports(words: str) -> list[str]:
+    """Where else the log goes. Raises ValueError for a name that transformers does not know, and for one that is not installed."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    names = words_in(words) if words else []
+    try:
+        for callback in get_reporting_integration_callbacks(names):
+            callback()
+    except RuntimeError as error:
+        raise ValueError(f"--report-to {words}: {error}") from error
+    return names
 
 
 def _spans(over: str) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,8 @@ from surgery.delta import save_delta
 from tests.families import save_tiny
 
 SCRIPTED = {"random-triplets", "smallest-triplets"}  # further controls, from Python
+NLL = "answer NLL (nats per token)"
+ABSENT = next(name for name in ("mlflow", "dvclive", "swanlab") if find_spec(name) is None)
 SHORT = ["--steps", "2", "--batch-size", "4", "--quiet"]
 
 
@@ -78,6 +81,10 @@ def test_the_budget_of_what_is_watched_is_asked_for(surgery, base: Path, tmp_pat
     assert done.code == 0, done.err
     assert begun(tmp_path / "out")["budget"] == 50
     assert "<html" in (tmp_path / "out" / "log.html").read_text()
+    drawn = tmp_path / "a.png"
+    assert surgery("figure", "training", tmp_path / "out", "--to", drawn, "--measure", NLL).code == 0
+    asked = surgery("figure", "training", tmp_path / "out" / "log.jsonl", "--to", tmp_path / "b.png", "--measure", "x")
+    assert f"it has {NLL}, loss, norm of the gradient, relative change of the weights" in asked.err
 
 
 def test_refreshes_are_in_the_record(surgery, base: Path, tmp_path: Path) -> None:
@@ -257,6 +264,7 @@ def test_grpo_says_when_nothing_is_ever_rewarded_differently(surgery, base: Path
         (["--watch", "nll", "--watch-every", "1", "--budget", "0.1"], "--budget has no use with --watch-every"),
         (["--length-target", "9"], "--length-target has no use with --method lift"),
         (["--report-to", "nowhere"], "nowhere is not supported"),
+        (["--report-to", ABSENT], f"requires {ABSENT} to be installed"),
         (["--method", "magic"], "There is no method 'magic'"),
     ],
 )

@@ -69,6 +69,11 @@ def test_the_frame_has_every_number_once_and_in_its_place(log: Path) -> None:
     assert rows[10, "geometry", "stable_rank", "", "7.mlp.down", 7] == 3.0
     assert rows[10, "representation", "thinking.cka", "", "", None] == 0.9
     assert "recorder" not in set(table["monitor"])
+    headlines = Flight.load(log).headlines()
+    assert list(headlines.columns) == ["step", "measure", "value"]
+    nll = headlines[headlines["measure"] == HEADLINES["nll", "answer_nll"]]
+    assert list(zip(nll["step"], nll["value"], strict=True)) == [(0, 4.0), (5, 5.0), (10, 2.0)]
+    assert {"loss", "norm of the gradient"} < set(headlines["measure"])
 
 
 def test_the_story_tells_first_last_half_and_extremes() -> None:
