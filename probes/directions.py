@@ -13,7 +13,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch import Tensor
 from probes.activations import Activations, collect
 from probes.estimates import Estimate, no_interval
 from probes.held_out import auc_score, deal, opposite, units
+from surgery.edit_lists import direction_file
 from surgery.linalg import principal_subspace
 from surgery.model import Model
 from surgery.runs import fingerprint
@@ -294,12 +294,13 @@ class Direction(Mapping[Site, Tensor]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Direction:
-        """What `save` wrote. Raises FileNotFoundError where there is no file, ValueError for a file that is no direction."""
+        """What `save` wrote, or the folder of ``surgery direction``. Raises FileNotFoundError where there is no file, ValueError for a file
+        that is no direction."""
         from safetensors import SafetensorError, safe_open
 
-        if not Path(path).is_file():
+        if not (path := direction_file(path)).is_file():
             raise FileNotFoundError(
-                f"There is no direction at {path}: give the safetensors file that Direction.save wrote."
+                f"There is no direction at {path}: give the safetensors file that Direction.save wrote, or the folder of `surgery direction`."
             )
         try:
             with safe_open(path, framework="pt") as file:

@@ -347,7 +347,10 @@ def _vector_file(ref: str | Path) -> tuple[Path, str | None]:
         file, _, name = str(ref).partition(".safetensors:")
         path = Path(f"{file}.safetensors")
     if path.suffix not in (".safetensors", ".json"):
-        raise ValueError(f"{path} is no vector: a direction is read from a .safetensors or a .json file.")
+        there = "" if path.exists() else "; there is no such file or folder"
+        raise ValueError(
+            f"{path} is no vector: a direction is read from a .safetensors or a .json file, or the folder of `surgery direction`{there}."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     return path, name

@@ -94,7 +94,8 @@ class Record:
         path = Path(folder) / RECORD
         if not path.is_file():
             raise RecordError(
-                f"{folder} has no {RECORD}: it was not made by a surgery command, or the command did not finish."
+                f"{folder} has no {RECORD}: it was not made by a surgery command, the command did not finish, or `surgery undo` gave it back "
+                "as it was before there was one."
             )
         try:
             said = read_json(path)

@@ -70,7 +70,8 @@ def interrupts_heard() -> Iterator[None]:
     def hear(lost: UnraisableHookArgs) -> None:
         nonlocal again
         if not issubclass(lost.exc_type, KeyboardInterrupt):
-            return usual(lost)
+            usual(lost)
+            return
         again = threading.Timer(0.05, _thread.interrupt_main)
         again.daemon = True
         again.start()

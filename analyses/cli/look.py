@@ -344,7 +344,11 @@ def figure(
         ),
     ],
     table: Annotated[
-        Path, typer.Argument(metavar="TABLE", help="A .csv table, the log.jsonl of a watched training, or the folder of a command that has one.")
+        Path,
+        typer.Argument(
+            metavar="TABLE",
+            help="A .csv table, the log.jsonl of a watched training, or the folder of a command that has one.",
+        ),
     ],
     to: Annotated[Path, typer.Option("--to", help="Image file: .png, .pdf or .svg.", show_default=False)],
     measure: Annotated[

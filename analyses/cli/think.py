@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -245,7 +246,7 @@ def heads(
             index=False, float_format="%.4g"
         )
     )
-    typer.echo(f"surgery edit {model} --edits {to / 'edits.yml'} --to OUT")
+    typer.echo(shlex.join(["surgery", "edit", model, "--edits", str(to / "edits.yml"), "--to", "OUT"]))
 
 
 def found_heads(

@@ -161,6 +161,7 @@ def test_a_recipe_from_check_to_undo(surgery, models: Path, tmp_path: Path) -> N
     for path in (models / "base").iterdir():
         assert (tmp_path / "merged-original" / path.name).read_bytes() == path.read_bytes()
     assert "exists" in one_line(surgery("undo", merged, "-q"))
+    assert "as it was before" in one_line(surgery("verify", f"{merged}-original"))
     assert surgery("undo", merged, "--to", tmp_path / "elsewhere", "-q").code == 0
     (merged / "undo.patch").unlink()
     assert "undo.patch" in one_line(surgery("undo", merged, "--to", tmp_path / "none", "-q"))
@@ -669,9 +670,13 @@ def test_an_interrupt_within_a_finalizer_is_not_lost() -> None:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGINT)  # where Python drops every exception
 
-    with pytest.raises(KeyboardInterrupt), cli.interrupts_heard():
-        Dying()
-        time.sleep(5)
+    def work() -> None:
+        with cli.interrupts_heard():
+            Dying()
+            time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
 
 
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -112,20 +113,22 @@ def test_a_direction_and_its_judgement(surgery, home: Path, planted: PlantedLeng
 
 def test_heads_and_the_edit_they_ask_for(surgery, home: Path, planted: PlantedLength, tmp_path: Path) -> None:
     words = ["heads", home / "model", "--direction", home / "length", "-q", *TWO]
-    said = surgery(*words, "--runs", home / "second-runs.jsonl", "--strength", 1.5, "--to", tmp_path / "h")
+    said = surgery(*words, "--runs", home / "second-runs.jsonl", "--strength", 1.5, "--to", tmp_path / "h h")
     assert said.code == 0, said
+    command = ["surgery", "edit", str(home / "model"), "--edits", str(tmp_path / "h h" / "edits.yml"), "--to", "OUT"]
+    assert shlex.split(said.out.splitlines()[-1]) == command
     assert "note" not in said.err
-    record = verified(surgery, tmp_path / "h", {"model", "runs", "direction"})
+    record = verified(surgery, tmp_path / "h h", {"model", "runs", "direction"})
     assert set(record["results"]["heads"]) == {str(s) for s in planted.heads}
-    assert len(pd.read_csv(tmp_path / "h" / "heads.csv")) == 16
+    assert len(pd.read_csv(tmp_path / "h h" / "heads.csv")) == 16
     out = tmp_path / "edited"
     edited = surgery(
-        "edit", home / "model", "--edits", tmp_path / "h" / "edits.yml", "--to", out, "--allow-loops", "-q"
+        "edit", home / "model", "--edits", tmp_path / "h h" / "edits.yml", "--to", out, "--allow-loops", "-q"
     )
     assert edited.code == 0, edited
     from probes.directions import Direction
 
-    base, found = Checkpoint(home / "model"), Direction.load(home / "length" / "direction.safetensors")
+    base, found = Checkpoint(home / "model"), Direction.load(home / "length")
     expected = apply(RemoveDirection(found, 1.5), base, planted.heads)
     written = Checkpoint(out)
     for site in base:
@@ -150,7 +153,7 @@ def test_heads_and_the_edit_they_ask_for(surgery, home: Path, planted: PlantedLe
     assert said.code == 0, said
     for site in base:
         assert torch.equal(Checkpoint(tmp_path / "once")[site], written[site])
-    assert (tmp_path / "once" / "heads.csv").read_text() == (tmp_path / "h" / "heads.csv").read_text()
+    assert (tmp_path / "once" / "heads.csv").read_text() == (tmp_path / "h h" / "heads.csv").read_text()
     assert (
         verified(surgery, tmp_path / "once", {"model", "runs", "direction"})["results"]["heads"]
         == record["results"]["heads"]
