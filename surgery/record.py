@@ -177,7 +177,12 @@ def replay(
     patterns = record.results.get("reproducible")
     if not isinstance(patterns, list):
         raise RecordError(f"The record in {folder} is damaged: it does not say which outputs are the same each time.")
-    command(**arguments)
+    try:
+        command(**arguments)
+    except FileNotFoundError as error:
+        raise RecordError(
+            f"{error} The record's paths are as they were typed: replay it from the folder in which the command ran."
+        ) from error
     again = Record.load(to)
     changed = [role for role, was in record.inputs.items() if again.inputs.get(role, {}).get("hash") != was["hash"]]
     if changed:

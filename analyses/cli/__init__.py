@@ -20,6 +20,7 @@ receipts   verify, replay, undo
 from __future__ import annotations
 
 import _thread
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """The console script: one clear line for what went wrong, and an exit code that says what kind it was."""
     try:
+        sys.argv[1:] = map(_at_home, sys.argv[1:])
         with interrupts_heard():
             app()
     except SystemExit as leaving:
@@ -59,6 +61,12 @@ def main() -> None:
     except (ValueError, OSError, KeyError, FloatingPointError) as error:
         typer.echo(f"surgery: {error.args[0] if isinstance(error, KeyError) and error.args else error}", err=True)
         sys.exit(1 if type(error).__name__ == "VerificationError" else 2)
+
+
+def _at_home(word: str) -> str:
+    """A word with its ``~/`` spelt out: shells leave it in ``--to=~/out`` and where it is quoted, and the output would be in a folder called ``~``."""
+    option, given, path = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{given}{os.path.expanduser(path)}" if path.startswith("~/") else word
 
 
 @contextmanager

@@ -66,8 +66,11 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 # --- change a model ---------------------------------------------------------------------------------------------------
 
 
-def test_base_plus_the_difference_is_the_tuned_model(surgery, models: Path, vector: Path, tmp_path: Path) -> None:
-    said = surgery("apply", models / "base", "--add", f"{vector}:1", "--to", tmp_path / "again", "--allow-loops", "-q")
+def test_base_plus_the_difference_is_the_tuned_model(
+    surgery, models: Path, vector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    said = surgery("apply", models / "base", "--add", f"{vector}:1", "--to=~/again", "--allow-loops", "-q")
     assert said.code == 0, said
     expected, found = tensors_of(models / "tuned"), tensors_of(tmp_path / "again")
     assert expected.keys() == found.keys()

@@ -241,8 +241,8 @@ def test_vectors(home, tmp_path):
         (tmp_path / "deep.json", "deep.json is not JSON"),
         (tmp_path / "object.json", "object.json is not a list of numbers"),
         (tmp_path / "huge.json", "NaN or infinite"),
-        (tmp_path / "u.npy", "u.npy is no vector: .* or the folder of `surgery direction`\\.$"),
-        (tmp_path / "v0.1", "v0.1 is no vector: .*; there is no such file or folder\\.$"),
+        (tmp_path / "u.npy", "u.npy is no vector: .*; there is no such file or folder\\.$"),
+        (tmp_path, "is no vector: .* or the folder of `surgery direction`\\.$"),
     ):
         with pytest.raises(ValueError, match=said):
             read_numbers(ref)

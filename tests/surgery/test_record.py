@@ -78,6 +78,12 @@ def test_a_replay_that_cannot_be(run, tmp_path):
     with pytest.raises(RecordError, match=r"The input model \(.*model\) is not what it was"):
         replay(run, tmp_path / "b", {"scale": scale})
 
+    def elsewhere(model, factor, to):
+        raise FileNotFoundError("../base is not a folder.")
+
+    with pytest.raises(RecordError, match=r"\.\./base is not a folder\. .* replay it from the folder"):
+        replay(run, tmp_path / "c", {"scale": elsewhere})
+
 
 def test_no_record_and_a_damaged_one(run, tmp_path):
     with pytest.raises(RecordError, match=r"has no record\.json: it was not made by a surgery command"):
