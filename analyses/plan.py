@@ -29,6 +29,7 @@ class Plan:
     device: str = "auto"
 
     def in_words(self) -> str:
+        """What the study will do, in a sentence."""
         return (
             f"{self.model}: {self.steps} steps of {self.batch_size} chained sums with LIFT, the same with full fine-tuning (seed {self.seed}, watched every "
             f"{self.watch_every} steps on {self.watch_items} questions); then accuracy on {self.held_out} held-out sums, a strength sweep "

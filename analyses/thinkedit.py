@@ -599,6 +599,7 @@ class ThinkEdit:
 
     @classmethod
     def load(cls, folder: str | Path) -> ThinkEdit:
+        """What `save` wrote."""
         folder = Path(folder)
         parts = tuple(json.loads((folder / "parts.json").read_text(encoding="utf-8")))
         return cls(

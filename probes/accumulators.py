@@ -90,6 +90,7 @@ class Moments:
         return self.scatter.diagonal() / _degrees(self.count, ddof)
 
     def save(self, path: str | Path) -> None:
+        """Write count, moments and extremes to a safetensors file."""
         _save(path, self.count, mean=self.mean, scatter=self.scatter, low=self.low, high=self.high)
 
     @classmethod
@@ -163,6 +164,7 @@ class CrossMoments:
         return self.scatter / _degrees(self.count, ddof)
 
     def save(self, path: str | Path) -> None:
+        """Write count, means and cross-scatter to a safetensors file."""
         _save(path, self.count, mean_x=self.mean_x, mean_y=self.mean_y, scatter=self.scatter)
 
     @classmethod

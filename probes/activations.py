@@ -45,6 +45,7 @@ class Activations:
 
     @property
     def sites(self) -> list[Site]:
+        """Where rows were taken."""
         return list(self.values)
 
     def __getitem__(self, site: Site | str) -> Float[Tensor, "row d"]:

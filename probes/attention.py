@@ -121,6 +121,7 @@ class AttentionMass:
 
     @classmethod
     def load(cls, path: str | Path) -> AttentionMass:
+        """What `save` wrote."""
         tensors, said = load_tensors(path, *_MEASURES)
         rest: dict[str, Any] = {name: tuple(value) for name, value in said.items()}
         return cls(**tensors, **rest)

@@ -140,6 +140,7 @@ class Contributions:
 
     @classmethod
     def load(cls, path: str | Path) -> Contributions:
+        """What `save` wrote."""
         tensors, said = load_tensors(path, "scores")
         sites, at = (tuple(Site.parse(s) for s in said[name]) for name in ("sites", "at"))
         rest = {name: tuple(said[name]) for name in ("transcript", "question", "over")}
@@ -205,6 +206,7 @@ class Ablations:
 
     @classmethod
     def load(cls, path: str | Path) -> Ablations:
+        """What `save` wrote."""
         tensors, said = load_tensors(path, "projection", "kl", "nll")
         sites, at = (tuple(Site.parse(s) for s in said[name]) for name in ("sites", "at"))
         rest = {name: tuple(said[name]) for name in ("transcript", "question", "over")}

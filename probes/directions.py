@@ -118,6 +118,7 @@ class Direction(Mapping[Site, Tensor]):
 
     @property
     def sites(self) -> list[Site]:
+        """Where it has a vector, in the order of the vectors."""
         return list(self.vectors)
 
     @property

@@ -51,6 +51,7 @@ class Eraser:
 
     @property
     def rank(self) -> int:
+        """How many dimensions are taken out."""
         return self.left.shape[1]
 
     def __call__(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:

@@ -135,6 +135,7 @@ class Lens:
 
     @classmethod
     def load(cls, path: str | Path) -> Lens:
+        """What `save` wrote."""
         tensors, said = load_tensors(path, *_TENSORS)
         return cls(
             sites=tuple(Site.parse(s) for s in said["sites"]),

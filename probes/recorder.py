@@ -111,6 +111,7 @@ class Recording:
         self._nodes += len(tokens)
 
     def see(self, site: Site, value: Tensor) -> None:
+        """Keep the rows of a forward pass's activation ``[batch, token, d]`` that are recorded, if any; called by the hook at the site."""
         running = self._open[-1] if self._open else None
         if running is not None and len(running[1]):
             running[0].values[site] = value.detach().flatten(0, 1)[running[1].to(value.device)]

@@ -104,6 +104,7 @@ class Steering:
 
     @property
     def spans(self) -> tuple[str, ...]:
+        """The spans steered, also where one was given."""
         return (self.over,) if isinstance(self.over, str) else tuple(self.over)
 
 

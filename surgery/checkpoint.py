@@ -89,6 +89,7 @@ class Checkpoint(Weights):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors in the files, headers not counted."""
         return sum(t.end - t.begin for t in self.tensors.values())
 
     def hashes(self) -> dict[str, str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 import reprlib
 from collections.abc import Callable, Mapping
@@ -163,7 +164,7 @@ def read_direction(ref: str | Path) -> dict[Site, Tensor]:
     return {site: read_numbers(f"{path}:{name}") for site, name in sites.items()}
 
 
-def direction_file(ref: str | Path) -> Path:
+def direction_file(ref: str | os.PathLike[str]) -> Path:
     """The file of a direction: the one in its folder, or what was named."""
     path = Path(ref)
     return path / DIRECTION if (path / DIRECTION).is_file() else path

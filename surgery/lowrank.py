@@ -194,6 +194,7 @@ class Adapter(Factored):
 
     @property
     def anatomy(self) -> Anatomy:
+        """That of the base."""
         return self.base.anatomy
 
     def shapes(self) -> Mapping[Site, torch.Size]:

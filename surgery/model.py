@@ -116,10 +116,12 @@ class Model:
 
     @cached_property  # one point, so that model.weights - model.weights cancels
     def weights(self) -> LiveWeights:
+        """The live module's weights, by site."""
         return LiveWeights(self.module, self.anatomy, self.checkpoint)
 
     @property
     def device(self) -> torch.device:
+        """Where the module's first parameter is."""
         return next(self.module.parameters()).device
 
     def prompt(self, question: str) -> str:

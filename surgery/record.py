@@ -91,6 +91,7 @@ class Record:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Record:
+        """The record of a folder. Raises RecordError where there is none, and for one that is damaged."""
         path = Path(folder) / RECORD
         if not path.is_file():
             raise RecordError(

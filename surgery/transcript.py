@@ -67,18 +67,22 @@ class Transcript:
 
     @property
     def prompt(self) -> str | None:
+        """The text before the completion, chat template and all, stripped."""
         return self.span_text("prompt")
 
     @property
     def completion(self) -> str | None:
+        """All that the model wrote, think marks too, stripped."""
         return self.span_text("completion")
 
     @property
     def thinking(self) -> str | None:
+        """The text between the think marks, stripped; None where there are none."""
         return self.span_text("thinking")
 
     @property
     def answer(self) -> str | None:
+        """The text after the thinking, stripped; None where the thinking never closes."""
         return self.span_text("answer")
 
     @cached_property

@@ -95,6 +95,7 @@ class _Tensors(Mapping[Site, Tensor]):
         return len(self.shapes())
 
     def shape(self, site: Site | str) -> torch.Size:
+        """Of one site's tensor, ``[out, in]`` for a matrix; of a head's slice where the site names a head. Raises as reading it does for one that is not there."""
         return self.shapes()[self._existing(site)]
 
     @abstractmethod

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -39,6 +42,10 @@ def test_every_offered_name_is_there(package: str) -> None:
         found = getattr(module, name)
         assert found.__name__ == name
         assert found.__module__.startswith(package + ".")
+        assert inspect.getdoc(found), name
+        methods = (FunctionType, property, cached_property, classmethod, staticmethod)
+        offered = [m for m, v in vars(found).items() if isinstance(v, methods) and not m.startswith("_")]
+        assert not [m for m in offered if not inspect.getdoc(getattr(found, m))], name
     with pytest.raises(AttributeError, match="no attribute 'nothing_of_that_name'"):
         _ = module.nothing_of_that_name
 

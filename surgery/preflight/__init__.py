@@ -57,6 +57,7 @@ class Report:
         return not any(p.severity == "error" for p in self.problems)
 
     def as_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
         said = None if self.forecast is None else self.forecast.as_dict()
         return {
             "subject": self.subject,

@@ -66,6 +66,7 @@ class Forecast:
     download: int = 0
 
     def as_dict(self) -> dict[str, Any]:
+        """Its numbers by name: bytes, and seconds."""
         return asdict(self)
 
     def __str__(self) -> str:
