@@ -19,7 +19,7 @@ from torch import Tensor
 
 from surgery.linalg import low_rank, project_out
 from surgery.sites import Site
-from surgery.weights import Edit, Weights
+from surgery.weights import Edit, Weights, require_summable
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class ReplaceLayers:
     layers:   which: ``[3, 4]`` takes the donor's layers 3 and 4 to the same places, ``{3: 7}`` its layer 7 to the place of layer 3.
     strength: 1 takes the donor's tensors bit for bit; in between, ``own + strength * (donor's - own)``.
     What the config says of a layer (its attention window) stays with the place. Raises ValueError where a layer does not exist, or
-    where two blocks do not have the same tensors, shapes and heads.
+    where two blocks do not have the same tensors, shapes and heads, or where codes of a quantised model would be mixed or rounded.
     """
 
     donor: Weights
@@ -279,6 +279,10 @@ def _transplanted(weights: Weights, donor: Weights, layers: Mapping[int, int], s
                 f"{said[0]} here, {said[1]} there. Blocks are exchanged between layers of one architecture."
             )
         sources |= {here[k]: there[k] for k in here if donor is not weights or here[k] != there[k]}
+    for own, taken in sources.items():
+        if strength not in (0, 1) or weights.dtype(own) != donor.dtype(taken):
+            require_summable(weights, own)
+            require_summable(donor, taken)
     return Transplanted(weights, donor, sources, strength) if strength and sources else weights
 
 

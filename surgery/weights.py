@@ -481,6 +481,12 @@ def require_numbers(weights: Weights, site: Site | str, instead: str = "Load the
         )
 
 
+def require_summable(weights: Weights, site: Site) -> None:
+    """Raise ValueError where the tensor at a site holds codes; what a family's table does not name may be whole numbers, as masks are."""
+    if not site.is_unnamed or weights.dtype(site).is_floating_point:
+        require_numbers(weights, site, "Use the original, or load it with transformers, .dequantize() and save it.")
+
+
 def linear_sites(weights: Weights) -> list[Site]:
     """The attention and MLP matrices of every layer (210 in the specimen)."""
     return weights.anatomy.linear_sites()
@@ -516,9 +522,11 @@ def _sum(terms: list[tuple[float, _Tensors]], site: Site, rows: slice, start: We
     """``Σ c_i leaf_i`` at a site, in fp32.
 
     Points are taken relative to one of them, so that a small change is not lost in large weights: their coefficients sum to one
-    in a point (then the origin is `start`, or the heaviest point) and to zero in a vector.
+    in a point (then the origin is `start`, or the heaviest point) and to zero in a vector. Raises ValueError for codes of a quantised model.
     """
     points = [(c, leaf) for c, leaf in terms if isinstance(leaf, Weights) and site in leaf]
+    for _, leaf in points:
+        require_summable(leaf, site)
     anchor: _Tensors | None = None
     if start is not None:
         anchor = start if any(leaf is start for _, leaf in points) else max(points, key=lambda term: term[0])[1]

@@ -21,7 +21,7 @@ from surgery.merging.rules import Rule, Source
 from surgery.merging.vocabulary import Vocabulary, gathered, vocabulary_of
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError
-from surgery.weights import Weights
+from surgery.weights import Weights, require_summable
 
 if TYPE_CHECKING:
     from mergekit.architecture import ModelArchitecture, WeightInfo
@@ -296,7 +296,7 @@ def _swapped(value: Any, swaps: Mapping[ModelReference, ModelReference]) -> Any:
 def _open(
     references: Iterable[ModelReference], names: Mapping[ModelReference, str]
 ) -> tuple[dict[ModelReference, Source], str]:
-    """Each model, and why some could not be read: a family or an adapter that only mergekit knows."""
+    """Each model, and why some could not be read: a family or an adapter that only mergekit knows. RecipeError for a quantised one."""
     opened: dict[ModelReference, Source] = {}
     refused = ""
     for ref in references:
@@ -307,6 +307,12 @@ def _open(
             raise type(error)(f"model {names[ref]}: {error}") from error
         except ValueError as error:
             refused = refused or str(error)
+    for ref, source in opened.items():
+        try:
+            for site in source.layout:
+                require_summable(source.layout, site)
+        except ValueError as error:
+            raise RecipeError(f"model {names[ref]}: {error}") from error
     return opened, refused
 
 

@@ -299,6 +299,11 @@ def test_rows_that_stand_for_other_tokens(tmp_path):
     )
     assert land(tuned - base, host).notes == [note]
     assert land((tuned - base).keep("*.mlp.*"), host).notes == []  # no row of a token moves
+    said = json.loads((host.folder / "tokenizer.json").read_text())
+    ids = said["model"]["vocab"]
+    pieces = {"type": "Unigram", "vocab": [[token, 0.0] for token in sorted(ids, key=ids.__getitem__)]}
+    (host.folder / "tokenizer.json").write_text(json.dumps({"model": pieces, "added_tokens": said["added_tokens"]}))
+    assert land(tuned - base, host).notes == [note]  # row by row, as a unigram model's are written
     save_delta(tuned - base, tmp_path / "vector", base_hash="x")
     stored = StoredDelta(tmp_path / "vector")
     assert land(stored, host).notes == []  # not known

@@ -243,8 +243,17 @@ def test_models_that_do_not_fit(homes, tmp_path, unchecked):
     save_file(tensors, wide / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((wide / "config.json").read_text()) | {"vocab_size": 103}
     (wide / "config.json").write_text(json.dumps(config))
+    quantised = load_file(home / "a" / "model.safetensors")
+    quantised["model.layers.1.mlp.up_proj.weight"] = quantised["model.layers.1.mlp.up_proj.weight"].to(
+        torch.float8_e4m3fn
+    )
+    save_file(
+        quantised, shutil.copytree(home / "a", tmp_path / "codes") / "model.safetensors", metadata={"format": "pt"}
+    )
     wider = of(home, "linear", ("a",), base=False, parameters={"weight": 1})
     wider["models"].append({"model": str(wide)})
+    codes = of(home, "linear", ("a",), base=False, parameters={"weight": 1})
+    codes["models"].append({"model": str(tmp_path / "codes")})
     missing = of(home, "linear", ("a", "nowhere"), base=False, parameters={"weight": 1})
     partly = of(home, "linear", base=False, each={n: {"weight": {"filter": "mlp", "value": 1}} for n in NAMES})
     nothing = of(home, "linear", base=False, each={n: {"weight": w} for n, w in zip(NAMES, (1, -2, 1), strict=True)})
@@ -255,13 +264,18 @@ def test_models_that_do_not_fit(homes, tmp_path, unchecked):
             RecipeError,
             r"embed_tokens\.weight has different shapes: .*\(100, 32\), .*\(103, 32\)\. Their vocabularies differ",
         ),
+        (
+            codes,
+            RecipeError,
+            r"model .*codes: 1\.mlp\.up is stored as torch\.float8_e4m3fn: .* codes of a quantised model",
+        ),
         (missing, FileNotFoundError, "nowhere is not a folder"),
         (partly, RecipeError, "cannot plan this recipe: Missing required parameter weight for .*embed_tokens"),
         (nothing, RecipeError, "add up to zero"),
     ):
         with pytest.raises(error, match=said):
             merge(recipe, tmp_path / "out")
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["wide"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["codes", "wide"]
     for method, words in (("della", {"density": 0.95}), ("multislerp", {})):
         each = {"a": {"weight": 1, **words}, "b": {"weight": -1, **words}}
         twins = of(home, method, ("a", "b"), each=each, parameters={"normalize_weights": False})

@@ -6,6 +6,7 @@ import torch
 
 from surgery import Checkpoint, Scale, apply, write
 from surgery.rounding import generator, stochastic
+from surgery.weights import linear_sites
 from tests.families import save_tiny
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -69,6 +70,9 @@ def test_a_change_too_small_for_bf16_survives_on_average(tmp_path):
     along = [w.total().cosine * w.total().kept / w.total().asked for w in (first, other)]
     assert along == pytest.approx([1, 1], abs=0.35)
     assert first.hash == again.hash != other.hash
+    for site in linear_sites(base):  # each tensor has draws of its own
+        literal = stochastic(small[site], torch.bfloat16, generator(0, base.anatomy.places[site].name))
+        assert torch.equal(Checkpoint(first.folder)[site], literal)
 
 
 def test_a_word_that_is_no_rounding_is_refused(tmp_path, unchecked):

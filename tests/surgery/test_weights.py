@@ -10,16 +10,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from surgery.checkpoint import Checkpoint
 from surgery.delta import StoredDelta, save_delta
-from surgery.edits import Scale
+from surgery.edits import ReplaceLayers, Scale, SwapLayers
 from surgery.model import Model
 from surgery.rounding import Kept
 from surgery.sites import Site, match
 from surgery.weights import apply, linear_sites, pieces
 from surgery.writing import write
 from tests.families import FAMILIES, save_tiny
+
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,7 @@ def test_sums_of_vectors(pairs):
     assert same(sum([0.5 * delta, 0.5 * delta]), delta)
     for site in base:
         assert not (delta - delta)[site].any()
+        assert len((delta - delta).rows(site, slice(1, 4))) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -461,7 +465,7 @@ def test_nothing_is_read_before_it_is_asked(pairs):
     code = """
 import sys
 from surgery.checkpoint import Checkpoint
-from surgery.edits import Scale
+from surgery.edits import ReplaceLayers, Scale, SwapLayers
 from surgery.weights import apply
 read = []
 base, tuned = map(Checkpoint, sys.argv[1:])
@@ -491,6 +495,45 @@ def test_writing_to_what_was_read_changes_nothing(pairs):
         before = points["embed"].clone()
         points["embed"].zero_()
         assert torch.equal(points["embed"], before)
+
+
+def test_a_sum_leaves_what_it_is_of(tmp_path):
+    """Of a module in fp32 what is read is the module's own."""
+    base, tuned = (Model.load(save_tiny("llama", tmp_path / str(seed), seed=seed)).weights for seed in (0, 1))
+    before = {site: (base[site].clone(), tuned[site].clone()) for site in base}
+    for sums in (tuned - base, base + 0.5 * (tuned - base)):
+        for site, (was, other) in before.items():
+            sums[site]
+            assert torch.equal(base[site], was)
+            assert torch.equal(tuned[site], other)
+
+
+@pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn])
+def test_codes_of_a_quantised_model_are_no_weights(pairs, codes, tmp_path):
+    """Neither a difference of codes nor an edit of them is one of weights; what stays as it is stays."""
+    base, _ = pairs("llama")
+    folder = save_tiny("llama", tmp_path / "codes", dtype=torch.bfloat16, seed=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[UP] = tensors[UP].to(codes)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    quantised, words = (
+        Checkpoint(folder),
+        rf"1\.mlp\.up is stored as {codes}: such numbers are codes of a quantised model",
+    )
+    change = quantised - base
+    for sums in (change, base + 0.5 * change, quantised + 0.5 * -change):
+        assert sums["0.mlp.up"].any()
+        with pytest.raises(ValueError, match=words):
+            sums["1.mlp.up"]
+    for edit in (SwapLayers(1, 2), ReplaceLayers(base, [1]), ReplaceLayers(Checkpoint(folder), [1], 0.5)):
+        with pytest.raises(ValueError, match=words):
+            apply(edit, quantised)
+    with pytest.raises(ValueError, match=words):
+        apply(Scale(2.0), quantised, "*.mlp.up")
+    moved = quantised + change.keep("0.mlp.up")
+    assert moved["1.mlp.up"].dtype == codes
+    assert apply(ReplaceLayers(quantised, [1]), moved)["1.mlp.up"].dtype == codes
+    assert not torch.equal(moved["0.mlp.up"], quantised["0.mlp.up"])
 
 
 def test_sums_of_vectors_between_models_of_unlike_sites(tmp_path):
