@@ -31,7 +31,7 @@ from surgery.rounding import generator, stochastic
 from surgery.side_files import UNDO_LIMIT, copy_file, side_files
 from surgery.sites import Site
 from surgery.tensorfile import Stored, header_bytes, raw_bytes, read_header
-from surgery.weights import Weights, minus, some_rows
+from surgery.weights import Weights, minus, require_summable, some_rows
 from surgery.whole import flush, new_folder
 
 Rounding = Literal["nearest", "stochastic"]
@@ -109,7 +109,7 @@ def write(
         matter and generate nothing.
     seal: called with the finished folder and what is known about it, before it appears under its name: the place to add a record.
 
-    Raises FileExistsError if `to` exists, ValueError for non-finite values (naming the site), CheckpointError where the files have a head
+    Raises FileExistsError if `to` exists, ValueError for non-finite values and for a quantised model's codes in another `dtype` (naming the site), CheckpointError where the files have a head
     of its own that config.json ties, VerificationError if the proof fails.
     """
     layout = weights.layout
@@ -121,6 +121,9 @@ def write(
         raise ValueError(f"Weights cannot be stored as {dtype}.")
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding={rounding!r}: choose nearest or stochastic.")
+    if dtype is not None:
+        for site in layout:
+            require_summable(layout, site)
     layout.require_tied()
     to = Path(to)
     job = _Job(weights, layout, dtype, seed if rounding == "stochastic" else None, Reverse(layout, undo_limit))
