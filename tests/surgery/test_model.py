@@ -101,6 +101,7 @@ def test_a_shared_prefix_changes_nothing(family):
     prompts = [model.prompt_ids(q) for q in QUESTIONS]
     ids, mask, start = pad_after_prefix(prompts, 0)
     assert start > 3
+    assert [pad_after_prefix(prompts, 0, most=most)[2] for most in (3, start + 1)] == [3, start]
     plain, plain_mask, none = pad_after_prefix(prompts, 0, share=False)
     assert none == 0
     assert [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)] == prompts

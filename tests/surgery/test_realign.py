@@ -452,6 +452,9 @@ def test_defaults_are_the_papers(cases):
     other = safemerge(adapter, adapter, aligned - base)
     assert other.tau == 0.35
     assert [m.realigned for m in other.modules] == [m.rho < 0.35 for m in other.modules]
+    middle = sorted(m.rho for m in one.modules)[10]  # a threshold that a module is at: realigned, but not merged
+    assert sum(m.realigned for m in safelora(adapter, aligned - base, tau=middle).modules) == 11
+    assert sum(m.realigned for m in safemerge(adapter, adapter, aligned - base, tau=middle).modules) == 10
 
 
 def test_the_table(cases):

@@ -18,11 +18,11 @@ def files(folder):
 
 
 def reordered(folder):
-    """The same checkpoint with headers as another writer would lay them out: spaces, and no padding."""
+    """The same checkpoint with headers as another writer would lay them out: the last tensor first, spaces, and no padding."""
     for path in folder.glob("*.safetensors"):
         raw = path.read_bytes()
         length = int.from_bytes(raw[:8], "little")
-        header = json.dumps(json.loads(raw[8 : 8 + length]), indent=1).encode()
+        header = json.dumps(dict(reversed(json.loads(raw[8 : 8 + length]).items())), indent=1).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
 
 
