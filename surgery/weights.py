@@ -238,7 +238,8 @@ class Delta(_Tensors):
         """The same vector at some of its sites, nothing elsewhere.
 
         at:      patterns. One that asks for a head (``*.attn.o.h3``) keeps that head's rows or columns.
-        layers:  one layer, a range, a slice or any integers; places outside the layers are then not kept.
+        layers:  one layer, a range, a slice (of the model's layers, where a model is known) or any integers; places outside the
+                 layers are then not kept.
         heads:   likewise, of the rows of ``attn.q``, ``attn.k`` and ``attn.v`` (these two count key/value heads) and the columns of
                  ``attn.o``; what has no heads is then not kept.
         anatomy: where heads lie; by default that of the points the vector comes from.
@@ -248,7 +249,8 @@ class Delta(_Tensors):
         chosen = match(at, self)
         if layers is not None:
             there = {s.layer for s in chosen if s.layer is not None}
-            wanted = _indices(layers, max(there, default=-1) + 1)
+            depths = [anatomy.n_layers] if anatomy else [origin.layers for origin in self.origins()]
+            wanted = _indices(layers, max(depths, default=max(there, default=-1) + 1))
             chosen = [s for s in chosen if s.layer in wanted]
             if not chosen:
                 raise ValueError(

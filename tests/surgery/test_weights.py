@@ -200,6 +200,10 @@ def test_layers_and_the_rest_are_the_whole(pairs):
     parts = sum([delta.keep(layers=slice(None, 2)), delta.keep(layers=2), delta.keep(outside)])
     assert set(parts) == set(delta)
     assert all(torch.equal(parts[s], delta[s]) for s in delta)
+    # a slice counts the model's layers, not those that the vector or the patterns happen to reach
+    assert {s.layer for s in delta.keep(layers=slice(-2, None))} == {1, 2}
+    with pytest.raises(ValueError, match=r"no layer 2 among 0, 1"):
+        delta.keep("0-1.**").keep(layers=slice(-1, None))
 
 
 def test_keep_by_head_site(pairs):
