@@ -535,7 +535,9 @@ def test_codes_of_a_quantised_model_are_no_weights(pairs, codes, tmp_path):
     with pytest.raises(ValueError, match=words):
         apply(Scale(2.0), quantised, "*.mlp.up")
     with pytest.raises(ValueError, match=words):
-        write(quantised, tmp_path / "out", dtype=torch.float32)  # without the scales, the codes would be taken for weights
+        write(
+            quantised, tmp_path / "out", dtype=torch.float32
+        )  # without the scales, the codes would be taken for weights
     moved = quantised + change.keep("0.mlp.up")
     assert moved["1.mlp.up"].dtype == codes
     assert apply(ReplaceLayers(quantised, [1]), moved)["1.mlp.up"].dtype == codes
