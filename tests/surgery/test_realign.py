@@ -151,6 +151,7 @@ def test_the_column_space_and_its_cut():
     graded = torch.linalg.qr(noise(20, 4)).Q * torch.tensor([1.0, 0.5, 0.1, 0.01])
     for cut, kept in ((0.0, 4), (0.009, 4), (0.05, 3), (0.2, 2), (0.9, 1)):
         assert column_space(graded, cut).shape[1] == kept
+    assert [column_space(torch.tensor([1.0, 0.5, 0.0]).diag(), cut).shape[1] for cut in (0.0, 0.5)] == [2, 1]
     for cut in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match=r"cut=.*a fraction of the largest singular value"):
             column_space(V, cut)
