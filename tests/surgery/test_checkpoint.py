@@ -1,6 +1,7 @@
 """Written whole or not at all, read or refused with a reason; what nothing touched keeps its bytes."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from surgery.checkpoint import Checkpoint, load_module
+from surgery.checkpoint import Checkpoint, load_module, point_hash
 from surgery.delta import StoredDelta, save_delta
 from surgery.edits import Scale
 from surgery.headers import read_folder
@@ -116,6 +117,10 @@ def test_a_copy_is_a_copy(family, tied, tmp_path):
     assert written.kept == {}
     single = save_tiny(family, tmp_path / "single", tied=tied)
     assert Checkpoint(single).hash() == written.hash  # whatever files it is split into
+    tensors, hashes = Checkpoint(single).tensors, Checkpoint(single).hashes()
+    name = next(name for name, tensor in tensors.items() if len(tensor.shape) == 2)
+    for other in ({"dtype": torch.int32}, {"shape": tensors[name].shape[::-1]}):  # the same bytes, but other numbers
+        assert point_hash(tensors | {name: dataclasses.replace(tensors[name], **other)}, hashes) != written.hash
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -450,7 +450,10 @@ def test_the_stream_receives_no_more_of_its_layers_direction(family, part):
     point, directions = model.weights, by_layer(model.weights)
     matrix = {"attn.out": "*.attn.o", "mlp.out": "*.mlp.down"}[part]
     at = [str(s) for s in point if s.whole.part in (matrix[2:], f"{matrix[2:]}.bias")]
-    weight, bias = Site(0, matrix[2:]), Site(0, f"{matrix[2:]}.bias")  # a bias too passes the norm, where a config asks for one
+    weight, bias = (
+        Site(0, matrix[2:]),
+        Site(0, f"{matrix[2:]}.bias"),
+    )  # a bias too passes the norm, where a config asks for one
     assert point.anatomy.norm_after(weight) == point.anatomy.norm_after(bias)
     ids = torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(1))
     seen = {}

@@ -3,8 +3,10 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from surgery.transcript import positions, read_transcript
+from surgery.transcript import Transcript, positions, read_transcript
 from tests.families import characters
 
 TOKENIZER = characters()
@@ -103,6 +105,21 @@ def test_sentences_tile_the_thinking(inside):
 def test_sentences_by_hand():
     t = read("<think>\n12.5 + 1 = 13.5\nGood. Is it? Yes\n\n</think>13.5")
     assert [t.span_text(s) for s in t.sentences] == ["12.5 + 1 = 13.5", "Good.", "Is it?", "Yes"]
+
+
+def test_a_token_over_a_boundary_is_of_the_sentence_it_begins_in():
+    offsets = ((0, 3), (3, 6), (6, 8), (8, 9))  # One|. T|wo|.
+    t = Transcript("Q", (5, 6, 7, 8), "One. Two.", offsets, {"thinking": (0, 4)}, finished=False)
+    assert t.sentences == ((0, 2), (2, 4))
+
+
+def test_tokens_that_are_not_those_of_their_text_and_half_characters():
+    """What a model emits need not be how its tokenizer would write it; of a character in two tokens the last one has it."""
+    letters = Tokenizer(models.BPE({"a": 0, "b": 1, "Ã": 2, "©": 3, "ab": 4}, [("a", "b")]))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t = read_transcript(PreTrainedTokenizerFast(tokenizer_object=letters), "Q", [4], [0, 1, 2, 3, 0])
+    assert t.text == "ababéa"
+    assert t.offsets == ((0, 2), (2, 3), (3, 4), (4, 4), (4, 5), (5, 6))
 
 
 def test_positions_of_spans_and_of_tokens_in_them():
