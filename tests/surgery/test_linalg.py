@@ -156,6 +156,9 @@ def test_each_matrix_changes_nothing_and_gives_threads_back():
         meeting = threading.Barrier(3, timeout=60)  # which those that are not at work at once never reach together
         each_matrix(lambda _: meeting.wait(), items)
         side_by_side(lambda _: meeting.wait(), items)
+        for recorded in (True, False):
+            with torch.set_grad_enabled(recorded):
+                assert side_by_side(lambda _: torch.is_grad_enabled(), items) == [recorded] * 6
         with ThreadPoolExecutor(1) as later:
             assert torch.get_num_threads() == later.submit(torch.get_num_threads).result() == 3
     finally:

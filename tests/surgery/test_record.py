@@ -47,6 +47,10 @@ def test_one_flipped_byte_names_its_tensor(run):
         raw[tensor.begin] ^= 1
         path.write_bytes(raw)
     assert verify(run) == []
+    whole = path.read_bytes()
+    for was, now in ((b'"format":"pt"', b'"format":"tp"'), (b'"shape":[100,32]', b'"shape":[32,100]')):
+        path.write_bytes(whole.replace(was, now))
+        assert verify(run) == ["model.safetensors: tensor (header) differs"]
 
 
 def test_missing_extra_and_changed_files(run):
