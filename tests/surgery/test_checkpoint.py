@@ -135,6 +135,8 @@ def test_another_dtype(family, dtype, tmp_path):
     for site in base:
         assert again[site].dtype == dtype
         assert torch.equal(again[site], edited[site].to(dtype))
+    direct = (edited["1.attn.o"] - base["1.attn.o"].float()).norm()  # of what was there, not of its rounding
+    assert written.kept[Site(1, "attn.o")].asked == pytest.approx(float(direct), rel=1e-4)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["dtype"] == str(dtype).removeprefix("torch.")
     assert "torch_dtype" not in config
