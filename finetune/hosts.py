@@ -124,7 +124,7 @@ class Surgical(_Host):
         self._evaluated: tuple[Totals, list[Tensor]] | None = (
             None  # an evaluation's totals, and what each batch adds to its loss
         )
-        self._begun = -1  # the optimizer step whose terms were added
+        self._owed = False  # the coming optimizer step's terms
         self._reference, self._settings = reference, settings
         self._counted: dict[str, Tensor] = {}  # since the last log: the weight of what is learnt, and of each share
         if objective is not None:
@@ -158,6 +158,7 @@ class Surgical(_Host):
         return without_adapter(self.accelerator.unwrap_model(self.model))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        self._owed = bool(self._terms)  # asked once a step, also of one that is made again
         if self._objective is not None and batch_samples:
             for batch in batch_samples:
                 require_rows(batch)
@@ -189,8 +190,8 @@ class Surgical(_Host):
                 shares.append(self._objective(replace(predictions, totals=whole)).detach().double())
             if model.training and self._objective_is_shared():
                 loss = loss * self.args.world_size  # the processes' gradients are averaged
-        if self._terms and model.training and not return_outputs and self._begun != step:
-            self._begun = step
+        if self._owed and model.training and not return_outputs:
+            self._owed = False
             # a term counts once
             times = self.current_gradient_accumulation_steps if self._is_divided(num_items_in_batch) else 1
             loss = loss + times * self._added(step)

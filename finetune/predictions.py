@@ -140,7 +140,7 @@ def _raw_logits_at(module: Any, batch: Mapping[str, Tensor], row: Tensor, column
     recomputed = module.training and getattr(module, "is_activation_checkpointing", False)
     # of the length of a row, too, by which it is scaled
     noisy = module.training and hasattr(module.get_input_embeddings(), "neftune_noise_alpha")
-    if share and len(ids) > 1 and not recomputed and not noisy and "pixel_values" not in batch:
+    if share and len(ids) > 1 and len(column) and not recomputed and not noisy and "pixel_values" not in batch:
         start = min(common_prefix(ids.tolist()), int(column.min()))
         cache = prefix_cache(module, ids[0, :start].tolist(), len(ids)) if start else None
         start = 0 if cache is None else start

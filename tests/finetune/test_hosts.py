@@ -309,7 +309,12 @@ def test_a_term_counts_once_where_the_host_divides_by_micro_batches(said: bool |
     class Host(Surgical, Silent):
         pass
 
-    norms = []
+    norms, seen = [], []
+
+    def term(module: torch.nn.Module, step: int) -> Tensor:
+        seen.append(step)
+        return 1e-3 * sum((p**2).sum() for p in module.parameters())
+
     for accumulate in (1, 2):
         m = model()
         m.module.accepts_loss_kwargs = said is not None
@@ -318,13 +323,16 @@ def test_a_term_counts_once_where_the_host_divides_by_micro_batches(said: bool |
         }  # fmt: skip
         trainer = Host(
             model=m.module, args=TrainingArguments(**given), train_dataset=Dataset.from_list(rows_of(examples(taught(m)))),
-            data_collator=Collate(m.pad_id), processing_class=m.tokenizer,
-            terms=[lambda module, step: 1e-3 * sum((p**2).sum() for p in module.parameters())],
+            data_collator=Collate(m.pad_id), processing_class=m.tokenizer, terms=[term],
         )  # fmt: skip
         trainer.train()
         norms.append([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
+        trainer.args.max_steps = 1
+        for _ in range(2):  # a step that was made before in another run, or was broken off, is begun anew
+            trainer.train()
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     assert norms[0][0] > 0
+    assert seen == [0, 1, 0, 0] * 2
 
 
 @pytest.mark.parametrize("autocast", [True, False])

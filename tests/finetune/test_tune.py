@@ -141,6 +141,8 @@ def test_loss_of_one_row_and_of_a_given_count() -> None:
     inputs = batch(m)
     n = int((inputs["labels"][:, 1:] != -100).sum())
     torch.testing.assert_close(nll(predict(m.module, inputs, totals=Totals(2 * n, 4, 4))), m.module(**inputs).loss / 2)
+    nothing = inputs | {"labels": torch.full_like(inputs["labels"], -100)}  # as rows cut before their answer are
+    assert float(nll(predict(m.module, nothing, totals=Totals(n, 4, 4)))) == 0
 
 
 def test_training_is_trls_own() -> None:
