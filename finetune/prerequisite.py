@@ -113,7 +113,7 @@ def prereq_tune(
     sites = linear_sites(weights)
     losses: dict[str, list[float]] = {}
     settings = {
-        **{name: value for name, value in counts.items() if name != "save_every"}, "knowledge_lr": knowledge_lr, "skill_lr": skill_lr,
+        **counts, "knowledge_lr": knowledge_lr, "skill_lr": skill_lr,
         "schedule": schedule, "max_grad_norm": max_grad_norm, "autocast": autocast, "seed": seed, "start": fingerprint(model),
         "knowledge": _known(facts), "skill": _known(tasks),
     }  # fmt: skip

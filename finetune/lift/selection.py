@@ -255,7 +255,7 @@ def largest(scored: Sequence[Scores], count: int) -> list[Int[Tensor, " n"]]:
 
 
 def _one(m: Matrix, select: Select, rank: int, block: int, agreement: float) -> Choice:
-    if m.count == m.W.numel() and m.old is None:  # nothing to choose; but what is trained must be finite
+    if m.count == m.W.numel():  # nothing to choose; but what is trained must be finite
         _require_finite(m.W)
         return Choice(_as_indices(torch.arange(m.count, device=m.W.device), m.W.shape, 1), None, False)
     return _chosen([m], [_scored(m, select, rank, block, agreement, comparable=False)], block)[0]

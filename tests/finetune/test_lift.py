@@ -269,19 +269,21 @@ def test_one_dense_gradient_at_a_time():
     lift.step()
 
 
-@pytest.mark.parametrize("max_norm", [0.5, 1e4, float("inf")])
-def test_clipping_is_torchs_on_the_chosen_entries(max_norm):
+@pytest.mark.parametrize(("max_norm", "scale"), [(0.5, 1.0), (1e4, 1.0), (float("inf"), 1.0), (1e-6, 1e-6)])
+def test_clipping_is_torchs_on_the_chosen_entries(max_norm, scale):
     params, masked = parameters(), parameters()
     lift = LIFT(params, density=0.1, filter_rank=3, betas=(0.0, 0.9))
-    for p, q, g in zip(params, masked, gradients(0), strict=True):
-        chosen = lift.state[p]["indices"].long()
-        q.grad = torch.zeros(q.numel()).index_copy(0, chosen, g.flatten()[chosen]).view(q.shape)
-    expected = nn.utils.clip_grad_norm_(masked, max_norm)
-    backward(params, gradients(0))
-    torch.testing.assert_close(lift.clip_grad_norm_(max_norm), expected)
-    lift.step()  # beta1 = 0: the first moment is the gradient
-    for q, found in zip(masked, dense(params, lift, "exp_avg"), strict=True):
-        torch.testing.assert_close(found, q.grad.flatten())
+    for step, arrived in enumerate((slice(None), slice(1, 3))):  # what a step before has left is no part of a norm
+        grads = [scale * g for g in gradients(step)][arrived]
+        for p, q, g in zip(params[arrived], masked[arrived], grads, strict=True):
+            chosen = lift.state[p]["indices"].long()
+            q.grad = torch.zeros(q.numel()).index_copy(0, chosen, g.flatten()[chosen]).view(q.shape)
+        expected = nn.utils.clip_grad_norm_(masked[arrived], max_norm)
+        backward(params[arrived], grads)
+        torch.testing.assert_close(lift.clip_grad_norm_(max_norm), expected, rtol=1e-5, atol=0)
+        lift.step()  # beta1 = 0: the first moment is the gradient
+        for q, found in zip(masked, dense(params, lift, "exp_avg"), strict=True):
+            torch.testing.assert_close(found, q.grad.flatten(), rtol=1e-5, atol=1e-6 * scale)
 
 
 def test_a_step_uses_up_gradients_and_zero_grad_drops_them():
@@ -361,6 +363,28 @@ def test_loading_ones_own_state_changes_nothing():
     for k, state in lift.state_dict()["state"].items():
         for key, value in state.items():
             assert torch.equal(value, before["state"][k][key])
+    backward(params, gradients(3))
+    lift.load_state_dict(before)  # the gradient was of other weights
+    with pytest.raises(RuntimeError, match="no gradient"):
+        lift.step()
+
+
+def test_an_age_stays_at_the_largest_that_it_can_be():
+    params = parameters()
+    lift = LIFT(params, lr=0.05, density=0.1, filter_rank=3)
+    train(lift, params, range(1))
+    state = lift.state_dict()
+    for own in state["state"].values():
+        own["age"] = torch.full_like(own["age"], 32766)
+    lift.load_state_dict(state)
+    for step in range(1, 4):
+        before = [lift.values(p) for p in params]
+        train(lift, params, range(step, step + 1))
+        for p, old in zip(params, before, strict=True):
+            own = lift.state[p]
+            assert (own["age"] == 32767).all()
+            moved = -0.05 * own["exp_avg"] / own["exp_avg_sq"].sqrt()  # uncorrected
+            torch.testing.assert_close(lift.values(p) - old, moved, rtol=1e-3, atol=1e-6)
 
 
 def test_loading_refuses_what_does_not_fit():
@@ -397,8 +421,9 @@ def test_state_is_at_most_a_tenth_of_adamws():
     p = nn.Parameter(matrix(200, 300))
     lift = LIFT([p], density=0.05)
     assert sum(v.numel() * v.element_size() for v in lift.state[p].values()) <= 0.10 * 8 * p.numel()
-    slow = LIFT([nn.Parameter(matrix(8, 8))], density=0.5, filter_rank=2, betas=(0.9, 0.9999))
-    assert next(iter(slow.state.values()))["age"].dtype == torch.int32  # int16 would stop before the correction does
+    for betas in ((0.9, 0.9999), (0.9999, 0.9)):
+        slow = LIFT([nn.Parameter(matrix(8, 8))], density=0.5, filter_rank=2, betas=betas)
+        assert next(iter(slow.state.values()))["age"].dtype == torch.int32  # int16 would stop before the correction does
 
 
 def test_groups_have_their_own_options():
@@ -416,6 +441,11 @@ def test_groups_have_their_own_options():
     assert [len(lift.state[p]["indices"]) for p in params] == [38, 64, 34, 42]
     assert [torch.equal(p, old) for p, old in zip(params, before, strict=True)] == [True, True, False, False]
     assert [r.step for r in lift.refreshes] == [2, 4]
+    backward(params[:2], gradients(4)[:2])
+    lift.step()
+    train(lift, params, range(5, 7))
+    assert [r.step for r in lift.refreshes] == [2, 4, 6]  # steps of the group, of which one brought it no gradient
+    assert [group["steps"] for group in lift.param_groups] == [7, 6]
 
 
 def test_random_choice_depends_on_seed_and_place_only():
@@ -427,14 +457,31 @@ def test_random_choice_depends_on_seed_and_place_only():
     assert not torch.equal(LIFT(twins, density=0.1, select="random", seed=1).state[twins[0]]["indices"], first)
     sum(p.sum() for p in twins).backward()
     lift.step()
-    assert not torch.equal(lift.state[twins[0]]["indices"], first)
+    again = lift.state[twins[0]]["indices"].clone()
+    assert not torch.equal(again, first)
+    lift.close()
+    rarely = LIFT(twins, density=0.1, select="random", refresh=2)
+    for _ in range(2):
+        sum(p.sum() for p in twins).backward()
+        rarely.step()
+    assert torch.equal(rarely.state[twins[0]]["indices"], again)  # of the refresh, not of its step
+    groups = LIFT([{"params": twins[:1]}, {"params": twins[1:]}], density=0.1, select="random")
+    assert torch.equal(groups.state[twins[1]]["indices"], second)
+    both, third = nn.Parameter(torch.cat([p.detach() for p in twins])), nn.Parameter(matrix(20, 20))
+    packed = LIFT([{"params": [(("0", "1"), both)]}, {"params": [third]}], density=0.1, select="random")
+    flat = LIFT([*twins, third], density=0.1, select="random")
+    assert torch.equal(packed.state[both]["indices"], torch.cat([first, second + 400]))
+    assert torch.equal(packed.state[third]["indices"], flat.state[third]["indices"])
 
 
 def test_tied_parameters_count_once():
     p, q = parameters()[:2]
     lift = LIFT([("a", p), ("b", q), ("tied", p)], density=0.1, filter_rank=3)
     assert [id(x) for x in lift.param_groups[0]["params"]] == [id(p), id(q)]
+    assert lift.param_groups[0]["param_names"] == ["a", "b"]  # by the first of its names
     assert len(lift.state) == 2
+    apart = LIFT([{"params": [("a", p)]}, {"params": [("tied", p), ("b", q)]}], density=0.1, filter_rank=3)
+    assert [g["param_names"] for g in apart.param_groups] == [["a"], ["b"]]
 
 
 def test_hooks_are_given_back():
@@ -501,6 +548,11 @@ def test_bad_parameters_are_named(p, error, message):
         LIFT([("good", good), ("bad", p)], density=0.5, filter_rank=2)
     good.sum().backward()
     assert good.grad is not None  # no hook stays behind
+    lift = LIFT([("good", good)], density=0.5, filter_rank=2)
+    with pytest.raises(error, match=message):
+        lift.add_param_group({"params": [("bad", p)]})
+    lift.step()  # nor half a group
+    lift.close()
 
 
 def test_weights_gone_bad_at_a_refresh_are_named():
