@@ -557,7 +557,6 @@ class _Chosen:
     """The prior at the entries that LIFT trains. members: which of those are this site's, None for all."""
 
     indices: Tensor
-    version: int
     members: Tensor | None
     delta: Tensor
     length: float
@@ -666,7 +665,7 @@ class _Part:
 
     def _among(self, indices: Tensor) -> _Chosen:
         """The prior at the chosen entries: read when the choice is new."""
-        if self.chosen is None or self.chosen.indices is not indices or self.chosen.version != indices._version:
+        if self.chosen is None or self.chosen.indices is not indices:
             delta, members = self.delta().reshape(-1), None
             if self.place.is_whole:
                 delta = delta.index_select(0, indices)
@@ -674,7 +673,7 @@ class _Part:
                 members, where = self.place.find(indices, self.parameter.shape)
                 delta = delta.index_select(0, where)
             length = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-            self.chosen = _Chosen(indices, indices._version, members, delta, length)
+            self.chosen = _Chosen(indices, members, delta, length)
         return self.chosen
 
 

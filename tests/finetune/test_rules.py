@@ -488,18 +488,19 @@ def test_the_update_form_with_lift_moves_only_chosen_entries() -> None:
         m = model()
         start, prior = copy.deepcopy(m), expert(m)
         chosen = [(str(s), m.weights.parameter(s)) for s in m.anatomy.linear_sites()]
-        with LIFT(chosen, lr=1e-2, density=0.2, filter_rank=4) as lift:
-            host = Host(m, DRIFT(prior, m, alpha, "norm", form="update"), lift)
+        with LIFT(chosen, lr=0.1, density=0.2, filter_rank=4, refresh=1) as lift:
+            host = Host(m, DRIFT(prior, m, alpha, "adaptive", form="update"), lift)
             host.step(losses(m, 1))
             indices = {g.name: g.indices.long() for g in lift.gathered()}
             host.finish()
+            assert lift.refreshes[0].overlap < 1  # the step's entries are bent, also those that leave at its end
         found[alpha] = {n: (m.weights[n] - start.weights[n]).reshape(-1) for n in indices}
     for name, at in indices.items():
         step, moved = found[0.0][name], found[0.7][name]
         outside = torch.ones(len(moved), dtype=torch.bool)
         outside[at] = False
         assert not moved[outside].any()
-        expected = -oracle.bent(-step[at], prior[name].reshape(-1)[at], 0.7, "norm")
+        expected = -oracle.bent(-step[at], prior[name].reshape(-1)[at], 0.7, "adaptive")
         torch.testing.assert_close(moved[at].double(), expected, rtol=1e-3, atol=1e-5)
 
 
@@ -528,8 +529,10 @@ def test_the_effective_merge_coefficient() -> None:
     assert drift.merged().overall == 0
     host = Host(m, drift, torch.optim.AdamW(m.module.parameters(), lr=1e-3))
     for _ in range(4):
+        plain = copy.deepcopy(m)
         host.step(losses(m, 1))
         host.finish()
+    losses(plain, 1)[0]().backward()  # of the last step
     linear = m.anatomy.linear_sites()
     before, after, along = ([w[s] for s in linear] for w in (start.weights, m.weights, prior))
     expected = oracle.merge_coefficient(before, after, along)
@@ -541,13 +544,17 @@ def test_the_effective_merge_coefficient() -> None:
         each = oracle.merge_coefficient(before[i : i + 1], after[i : i + 1], along[i : i + 1])
         assert drift.merged().sites[site] == pytest.approx(each, rel=1e-5)
         assert measured.sites[site] == pytest.approx(each, rel=1e-4)
+    drift.on_train_end(None, host.state, None)  # which reads no step twice
     frame = drift.readings.frame()
     assert sorted(set(frame.step)) == [2, 4]
     assert len(frame) == 2 * (1 + len(linear))
     last = frame[frame.step == 4].set_index("site")
     assert last.merged["all"] == pytest.approx(expected, rel=1e-6)
     assert ((last.cosine.abs() <= 1) & (last.injected > 0)).all()
-    assert last.injected["0.mlp.up"] == pytest.approx(1.0, rel=1e-4)  # the rule "norm" puts in as much as there is
+    for site in ("0.mlp.up", "all"):  # the rule "norm" puts in as much as there is
+        assert last.injected[site] == pytest.approx(1.0, rel=1e-4)
+    g, d = (torch.cat([of(s).double().flatten() for s in linear]) for of in (lambda s: plain.weights.parameter(s).grad, prior.__getitem__))  # fmt: skip
+    assert last.cosine["all"] == pytest.approx(float(g @ d / (g.norm() * d.norm())), rel=1e-3)
 
 
 def test_a_merge_has_the_coefficient_it_was_made_with() -> None:
@@ -578,6 +585,13 @@ def test_readings_are_saved_and_reloaded(tmp_path: Path) -> None:
     again = Readings.load(tmp_path / "deep" / "readings.json")
     assert again == drift.readings
     assert again.settings["rule"] == "adaptive"
+    state = Host(m := model(), drift := DRIFT(expert(m), m), None).state
+    state.global_step = 3
+    drift._read(3)
+    resumed = DRIFT(expert(m := model()), m)
+    for _ in range(2):  # a run that is resumed twice has told all of it
+        resumed.on_train_begin(None, state, None)
+        assert len(resumed.readings.lines) == len(drift.readings.lines) == 22
 
 
 # --- controls ---------------------------------------------------------------------------------------------------------
