@@ -148,7 +148,7 @@ class Account:
 
     def due(self, name: str, step: int) -> bool:
         """Whether to measure after this step."""
-        if self.last.get(name) == step or not self._pays(name, self.seconds):
+        if not self._pays(name, self.seconds):
             return False
         every = self.plan(step).every.get(name)
         return every is not None and step - self.last.get(name, 0) >= every

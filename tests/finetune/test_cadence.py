@@ -159,6 +159,9 @@ def test_an_unknown_cost_is_taken_for_a_forward_pass_until_it_is_known() -> None
     account.charge("a", 7.0, 3)
     account.charge("b", 0.25, 3)
     assert account.costs == {"a": 7.0, "b": 0.25}
+    for seconds in (1.0, 1.0, 4.0):
+        account.charge("a", seconds, 4)
+    assert account.costs["a"] == 2.0  # the mean of the last three: what was done once is forgotten
 
 
 def test_a_run_is_measured_evenly_from_start_to_end() -> None:
@@ -171,6 +174,7 @@ def test_a_run_is_measured_evenly_from_start_to_end() -> None:
     # 30 seconds, 15 each
     assert 14 <= len(made["a"]) <= 15
     assert 56 <= len(made["b"]) <= 60
+    assert run(3.0, 20, {"a": 1.0, "b": 0.25}) == dict.fromkeys("ab", list(range(21)))  # time for every step
 
 
 def test_what_is_too_dear_to_be_measured_again_goes_without_and_the_others_go_on() -> None:

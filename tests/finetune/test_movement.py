@@ -95,7 +95,10 @@ def test_the_monitor_gives_means_and_each_matrix() -> None:
         assert found[f"{name}.stable_rank"] == expected.stable_rank
         assert found[f"{name}.principal"] == expected.principal
     assert found["stable_rank"] == pytest.approx((found["0.mlp.up.stable_rank"] + found["2.attn.q.stable_rank"]) / 2)
-    assert found["chance"] == pytest.approx(0.1, abs=0.01)
+    sizes = [W.numel() for s, W in ((s, start[s]) for s in start.sites) if s.layer in (0, 2)]
+    assert found["chance"] == sum(int(0.1 * size) for size in sizes) / sum(sizes) < 0.1
+    sparser = UpdateShape(m, [0, 2], density=0.05, filter_rank=2, start=start)(m, 1)  # of the same start
+    assert sparser["0.mlp.up.principal"] < found["0.mlp.up.principal"]
     assert not [key for key in found if key.startswith("1.")]
     assert {k for k in found if k.endswith(".relative")} == {f"{s}.relative" for s in start.sites if s.layer in (0, 2)}
 

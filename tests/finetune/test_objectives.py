@@ -287,6 +287,7 @@ def test_glow_is_plain_at_first_and_then_favours_what_learns_slowly() -> None:
     bounded = Glow(low=0.9, high=1.1)
     bounded.before = glow.before
     assert {0.9, 1.1} == {round(w, 6) for w in bounded.weights(c.p.sample[[0, 3]], now[[0, 3]].double()).tolist()}
+    assert value(with_history(Glow(low=1, high=1)), c.p) == value(Glow(), c.p)
 
 
 def test_glow_remembers_training_only_and_through_a_checkpoint(tmp_path: Path) -> None:
