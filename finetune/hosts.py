@@ -293,6 +293,11 @@ class Surgical(_Host):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
+            if self._totals is not None and not self._totals.tokens:
+                raise ValueError(
+                    f"Step {self.state.global_step + 1} has no token to learn: none of its rows has a label, as when they are cut before their "
+                    "answer. Leave such rows out of the data."
+                )
             place = self._not_finite(self._bare().named_parameters())
             where = f": the weights of {place} are not finite" if place else ", though all weights are finite"
             raise FloatingPointError(

@@ -703,6 +703,15 @@ def test_an_objective_needs_labels(tmp_path: Path) -> None:
         plain(m, tmp_path, rows=rows, data_collator=lambda r: dict(m.tokenizer.pad(r, return_tensors="pt"))).train()
 
 
+def test_a_step_without_a_token_to_learn_is_named(tmp_path: Path) -> None:
+    m = model()
+    trainer = host_of(m, taught(m, 4), False, str(tmp_path))
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: (b := collate(rows)) | {"labels": torch.full_like(b["labels"], -100)}
+    with pytest.raises(ValueError, match=r"Step 1 has no token to learn: .* Leave such rows out"):
+        trainer.train()
+
+
 def test_columns_that_a_trainer_drops_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lack 'token_weights'.*remove_unused_columns=False"):
         plain(model(), tmp_path, settings={"remove_unused_columns": True}).train()
