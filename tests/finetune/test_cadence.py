@@ -174,7 +174,7 @@ def test_a_run_is_measured_evenly_from_start_to_end() -> None:
     # 30 seconds, 15 each
     assert 14 <= len(made["a"]) <= 15
     assert 56 <= len(made["b"]) <= 60
-    assert run(3.0, 20, {"a": 1.0, "b": 0.25}) == dict.fromkeys("ab", list(range(21)))  # time for every step
+    assert run(3.0, 20, {"a": 1.0, "b": 0.25}) == {name: list(range(21)) for name in "ab"}  # time for every step
 
 
 def test_what_is_too_dear_to_be_measured_again_goes_without_and_the_others_go_on() -> None:

@@ -383,7 +383,9 @@ def test_an_age_stays_at_the_largest_that_it_can_be():
         for p, old in zip(params, before, strict=True):
             own = lift.state[p]
             assert own["age"][:4].tolist() == [32767, step + 1] * 2
-            mean, square = (own[key] / (1 - beta ** own["age"]) for key, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999)))
+            mean, square = (
+                own[key] / (1 - beta ** own["age"]) for key, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999))
+            )
             torch.testing.assert_close(lift.values(p) - old, -0.05 * mean / square.sqrt(), rtol=1e-3, atol=1e-6)
 
 
@@ -423,7 +425,9 @@ def test_state_is_at_most_a_tenth_of_adamws():
     assert sum(v.numel() * v.element_size() for v in lift.state[p].values()) <= 0.10 * 8 * p.numel()
     for betas in ((0.9, 0.9999), (0.9999, 0.9)):
         slow = LIFT([nn.Parameter(matrix(8, 8))], density=0.5, filter_rank=2, betas=betas)
-        assert next(iter(slow.state.values()))["age"].dtype == torch.int32  # int16 would stop before the correction does
+        assert (
+            next(iter(slow.state.values()))["age"].dtype == torch.int32
+        )  # int16 would stop before the correction does
 
 
 def test_groups_have_their_own_options():

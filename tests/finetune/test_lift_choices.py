@@ -299,7 +299,13 @@ def test_little_change_is_not_taken_up():
 @pytest.mark.parametrize("block", [1, 4])
 def test_a_growing_mask_loses_nobody_and_stops_at_its_cap(scope, block):
     params = parameters()
-    options = {"density": 0.15, "refresh": 1, "grow_to": 0.3, "min_change": 1e-4, "select": "random"}  # which never runs out of newcomers
+    options = {
+        "density": 0.15,
+        "refresh": 1,
+        "grow_to": 0.3,
+        "min_change": 1e-4,
+        "select": "random",
+    }  # which never runs out of newcomers
     lift = LIFT(named(params), lr=0.5, scope=scope, block=block, **options)
     cap = [budget(p.shape, 0.3, block=block) for p in params]
     history = [[set(i.tolist()) for i in chosen(lift, params)]]
@@ -441,7 +447,9 @@ def test_every_variant_resumes_bit_for_bit(variant, dtype):
         resumed.load_state_dict(loaded["optimizer"])
         for params in (first, second):
             backward(params, gradients(cut))
-        assert [p.grad is None for p in first] == [p.grad is None for p in second]  # whole where they are to be chosen by
+        assert [p.grad is None for p in first] == [
+            p.grad is None for p in second
+        ]  # whole where they are to be chosen by
         resumed.zero_grad()
         train(resumed, second, range(cut, 8))
         for p, q in zip(straight, second, strict=True):

@@ -235,7 +235,10 @@ def test_coverage_factor_of_sixteen_tries(p: float, factor: float) -> None:
     assert found == pytest.approx(factor, abs=6e-4)
     literally = 16 * p * (1 - p) ** 15 / (1 - (1 - p) ** 16)
     assert found == pytest.approx(literally, rel=1e-5)
-    assert coverage_factor(torch.tensor([0.0, 1e-7]), 16).tolist() == [0.0, 0.0]  # certain, also where a sum was rounded up
+    assert coverage_factor(torch.tensor([0.0, 1e-7]), 16).tolist() == [
+        0.0,
+        0.0,
+    ]  # certain, also where a sum was rounded up
 
 
 def certain(log_p: float) -> Predictions:

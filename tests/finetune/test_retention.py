@@ -90,7 +90,10 @@ def test_cloning_is_the_divergence_from_the_start_by_hand() -> None:
 def test_cloning_wants_nothing_at_the_start_and_its_gradient_is_the_learners() -> None:
     start, now = model(), model()
     term = BehaviourCloning(start, source(start), batch_size=6)
+    modes: list[bool] = []
+    start.module.train().model.layers[0].register_forward_pre_hook(lambda module, _: modes.append(module.training))
     loss = term(now.module, 0)
+    assert set(modes) == {False}  # or what was dropped would be learnt
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
     assert max(float(p.grad.abs().max()) for p in now.module.parameters() if p.grad is not None) < 1e-3

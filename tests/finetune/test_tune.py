@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations import is_tensorboard_available
 
 from analyses.tasks import chained_sums
+from finetune.checkpoints import last_complete, mark_complete
 from finetune.learner import one_device
 from finetune.lift import LIFT, budget, principal_indices
 from finetune.monitors import Recorder, every, read_log
@@ -580,6 +581,13 @@ def test_checkpoints_of_others_are_never_removed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint-1, which is of no run that was begun here.*another folder"):
         run(checkpoints=tmp_path, save_every=2)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == kept
+
+
+def test_the_latest_checkpoint_is_that_of_the_most_steps(tmp_path: Path) -> None:
+    for step in (9, 100, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        mark_complete(tmp_path / f"checkpoint-{step}", {"seed": 0})
+    assert last_complete(tmp_path, {"seed": 0}) == tmp_path / "checkpoint-100"
 
 
 def test_halves_of_another_run_are_kept(tmp_path: Path) -> None:
