@@ -77,7 +77,7 @@ def begun(folder: Path) -> dict[str, Any]:
 
 
 def test_the_budget_of_what_is_watched_is_asked_for(surgery, base: Path, tmp_path: Path) -> None:
-    done = surgery("tune", base, *SHORT, "--watch", "change", "--budget", "50", "--to", tmp_path / "out")
+    done = surgery("tune", base, *SHORT, "--watch", "change,nll", "--budget", "50", "--to", tmp_path / "out")
     assert done.code == 0, done.err
     assert begun(tmp_path / "out")["budget"] == 50
     assert "<html" in (tmp_path / "out" / "log.html").read_text()
