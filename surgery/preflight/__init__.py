@@ -164,9 +164,17 @@ def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None
 
 
 def _is_beyond_a_table(plan: Plan, found: dict[str, Facts]) -> bool:
-    """Whether mergekit's tables decide if the recipe can be run: by parts of a model, or by layers of one with a tower or with experts."""
+    """Whether the names of tensors decide if the recipe can be run, in mergekit's tables or in the files.
+
+    By parts of a model, by layers of one with a tower or with experts, or where one's files hold its experts packed and another's do not.
+    """
     anatomies = [facts.anatomy for facts in found.values() if facts.anatomy is not None]
-    return "modules" in plan.recipe or (plan.layered and any(a.tower or a.n_experts for a in anatomies))
+    packed = {any(place.expert is not None for place in a.places.values()) for a in anatomies if a.n_experts}
+    return (
+        "modules" in plan.recipe
+        or len(packed) == 2
+        or (plan.layered and any(a.tower or a.n_experts for a in anatomies))
+    )
 
 
 def _planned(path: str | os.PathLike[str]) -> tuple[Merge | None, list[Problem]]:

@@ -173,6 +173,7 @@ class Facts:
         found = {}
         for site, place in self.anatomy.places.items():
             shape = self.tensors[place.name].shape
+            shape = shape if place.expert is None else shape[1:]
             shape = shape[::-1] if place.transposed and len(shape) == 2 else shape
             if place.rows is not None:
                 rows = place.rows

@@ -563,9 +563,12 @@ class _Lint:
             )
 
     def sums(self, name: str, slices: list[_Slice], top: Mapping[str, Any]) -> None:
-        if name != "linear" or top.get("normalize") is False:
+        if name != "linear":
             return
         for i, (sources, scopes, _) in enumerate(slices):
+            divided = next((s["normalize"] for s in (*scopes, top) if "normalize" in s), True)
+            if divided not in (True, "true"):
+                continue
             weights = [
                 next((s["weight"] for s in (x.parameters, *scopes, top) if "weight" in s), None) for x in sources
             ]

@@ -8,6 +8,7 @@ from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint
 from surgery.edits import Scale
 from surgery.model import Model
+from surgery.preflight.facts import Place, examine
 from surgery.sites import Site, match
 from surgery.weights import apply
 from surgery.writing import write
@@ -126,6 +127,8 @@ def test_experts_packed_in_the_file(base, live, tmp_path):
     assert list(packed) == list(base)
     assert len(packed.tensors) < len(base.tensors)
     assert all(torch.equal(packed[s], base[s]) for s in base)
+    facts, _ = examine("packed", Place(packed.folder))
+    assert facts.shapes() == {str(s): tuple(shape) for s, shape in packed.shapes().items()}
     write(apply(Scale(2.0), packed, ["0.mlp.e1.down", "0.mlp.e2.up"]), tmp_path / "moved")
     moved = Checkpoint(tmp_path / "moved")
     for site in base:

@@ -23,7 +23,7 @@ from surgery.preflight import Report, check_apply, check_model, check_recipe
 from surgery.preflight.facts import moved_by
 from surgery.preflight.forecast import UNDO_LIMIT, peak_memory
 from surgery.preflight.recipe import TABLED, asked, installed, lint, methods
-from tests.families import FAMILIES, save_tiny
+from tests.families import FAMILIES, save_tiny, tiny
 
 INDEX = "model.safetensors.index.json"
 
@@ -732,6 +732,30 @@ def test_lint_alone_looks_at_no_model(home: Path) -> None:
     assert plan is not None
     assert problems == []
     assert [s.model for s in plan.sources] == ["far/away"]
+
+
+def test_weights_may_sum_to_0_where_nothing_divides_by_the_sum(home: Path) -> None:
+    """A difference of models; `normalize` is looked for as mergekit does, in the slice first."""
+    pair = [{"model": m, "parameters": {"weight": w}} for m, w in (("base", 1), ("tuned", -1))]
+    for off in (False, 0, "false"):
+        assert lint(recipe(home, models=pair, parameters={"normalize": off}))[1] == []
+    piece = {"sources": [{**one, "layer_range": [0, 3]} for one in pair]}
+    off = {**piece, "parameters": {"normalize": False}}
+    assert lint(recipe(home, models=None, slices=[off]))[1] == []
+    (problem,) = lint(recipe(home, models=None, slices=[off, piece]))[1]
+    assert problem.where.endswith("slices[1]")
+
+
+def test_experts_packed_in_the_files_of_one_model_alone(home: Path) -> None:
+    module, _ = tiny("mixtral")
+    for name, original in (("apart", True), ("packed", False), ("tight", False)):
+        module.save_pretrained(home / name, save_original_format=original)
+
+    def report(*names: str) -> Report:
+        return check_recipe(recipe(home, models=[{"model": m, "parameters": {"weight": 0.5}} for m in names]))
+
+    assert report("packed", "tight").ok
+    found(report("apart", "packed"), "error", "plan", "packed has no tensor model.layers.0")
 
 
 def test_a_group_of_modules_is_completed_by_the_base(home: Path) -> None:
