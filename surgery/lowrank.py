@@ -285,7 +285,7 @@ class Adapter(Factored):
     def _bind(self, stored: Mapping[str, Stored]) -> None:
         homes = _Homes(self.base)
         modules: dict[str, dict[str, Stored]] = {}
-        whole: dict[Site, list[str]] = {}
+        whole: dict[Site, list[Stored]] = {}
         lost: list[str] = []
         for key, tensor in stored.items():
             if not tensor.dtype.is_floating_point:
@@ -296,9 +296,7 @@ class Adapter(Factored):
                 if home is None:
                     lost.append(key)
                     continue
-                self._bind_saved(key, home, tensor, homes)
-                for site in homes.sites(home):
-                    whole.setdefault(site, []).append(key)
+                self._bind_saved(key, home, tensor, homes, whole)
             elif kind in modules.setdefault(module, {}):
                 raise self._error(f"it holds two adapters: {module} has {kind} twice.")
             else:
@@ -323,7 +321,7 @@ class Adapter(Factored):
         for site, pairs in tied.items():
             if len(whole.get(site, ())) == 1 and site in self._saved:
                 raise self._error(
-                    f"it trains {whole[site][0]} alone, which {self.base!r} ties to another module. {_UNTIE}"
+                    f"it trains {whole[site][0].name} alone, which {self.base!r} ties to another module. {_UNTIE}"
                 )
             if pairs:
                 self._bind_tied(site, pairs)
@@ -343,8 +341,8 @@ class Adapter(Factored):
         for site in homes.sites(home):
             self._biases[site] = (bias, scale, homes.rows(site))
 
-    def _bind_saved(self, key: str, home: str, tensor: Stored, homes: _Homes) -> None:
-        """A tensor of the base itself: trained whole, or an embedding that PEFT saves along."""
+    def _bind_saved(self, key: str, home: str, tensor: Stored, homes: _Homes, whole: dict[Site, list[Stored]]) -> None:
+        """A tensor of the base itself: trained whole, or an embedding that PEFT saves along. whole: those of each site so far."""
         shape = homes.shape(home)
         if tensor.shape != (shape[::-1] if homes.transposed(home) else shape):
             raise self._error(
@@ -352,10 +350,10 @@ class Adapter(Factored):
             )
         for site in homes.sites(home):
             now = self._read_stored(tensor)
-            if site in self._saved and not torch.equal(self._read_stored(self._saved[site]), now):
-                raise self._error(
-                    f"it trains {site} twice, as {self._saved[site].name} and as {key}, and differently. {_UNTIE}"
-                )
+            found = whole.setdefault(site, [])
+            if found and not torch.equal(self._read_stored(found[0]), now):
+                raise self._error(f"it trains {site} twice, as {found[0].name} and as {key}, and differently. {_UNTIE}")
+            found.append(tensor)
             if not torch.equal(self.base.anatomy.places[site].take(now).float(), self.base[site].float().cpu()):
                 self._saved[site] = tensor
 

@@ -258,13 +258,20 @@ def test_an_adapter_tied_like_its_model_counts_once(train: Train, tmp_path: Path
     torch.testing.assert_close(2 * adapter["embed"], twice, **CLOSE)
 
 
-def test_what_a_tied_model_cannot_hold(train: Train) -> None:
+def test_what_a_tied_model_cannot_hold(train: Train, tmp_path: Path) -> None:
     done = train("llama", tied=True, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     with pytest.raises(CheckpointError, match=r"embed_tokens.* alone, .*Untie"):
         done.adapter()
     done = train("llama", tied=True, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     with pytest.raises(CheckpointError, match=r"trains embed twice.*Untie"):
         done.adapter()
+    for left in ("embed_tokens", "lm_head"):  # one of the two as it was is another head all the same
+
+        def as_it_was(tensors: dict[str, torch.Tensor], left: str = left) -> dict[str, torch.Tensor]:
+            return {k: done.base["embed"] if f"{left}.weight" in k else v for k, v in tensors.items()}
+
+        with pytest.raises(CheckpointError, match=r"trains embed twice.*Untie"):
+            Adapter(with_tensors(done.folder, tmp_path / left, as_it_was), done.base)
 
 
 # --- names and damage ---------------------------------------------------------------------------------------------------------
