@@ -64,10 +64,8 @@ def land(delta: Delta, on: Weights, *, base: str | os.PathLike[str] | None = Non
     used = {*takes.values(), HEAD} if HEAD in on.anatomy.ties else set(takes.values())
     as_it_is = not restricted and all(s == t for s, t in takes.items()) and len(takes) == len(there)
     if any(s.part in _BY_TOKEN for s in takes):
-        notes = [
-            *notes,
-            *_other_tokens(delta, on, base, min(there[t][0] for s, t in takes.items() if s.part in _BY_TOKEN)),
-        ]
+        common = min(min(there[t][0], here[s][0]) for s, t in takes.items() if s.part in _BY_TOKEN)
+        notes = [*notes, *_other_tokens(delta, on, base, common)]
     return Landed(
         delta if as_it_is else _Fitted(delta, {s: here[s] for s in takes}, takes, on.anatomy),
         sorted(s for s in there if s not in used),

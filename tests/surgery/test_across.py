@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from surgery.across import land
 from surgery.checkpoint import Checkpoint
@@ -268,6 +269,15 @@ def test_layers_and_widths_must_agree(cases, tmp_path):
         land(Given({"embed": torch.zeros(100, 16)}), host)
 
 
+def test_a_heads_bias_has_a_row_for_each_token_too(tmp_path):
+    host = save_tiny("llama", tmp_path / "host", tied=False)
+    tensors = load_file(host / "model.safetensors")
+    save_file(tensors | {"lm_head.bias": torch.zeros(100)}, host / "model.safetensors")
+    landed = land(Given({"head.bias": torch.arange(104.0)}), Checkpoint(host))
+    assert list(landed.restricted) == [Site(None, "head.bias")]
+    assert torch.equal(landed.delta["head.bias"], torch.arange(100.0))
+
+
 def test_sites_the_target_lacks(cases):
     _, _, host, _ = cases("llava")
     biased = Given({"0.attn.q.bias": torch.ones(48), "1.attn.k.bias": torch.ones(24), "1.mlp.up": torch.ones(40, 32)})
@@ -308,6 +318,11 @@ def test_rows_that_stand_for_other_tokens(tmp_path):
     stored = StoredDelta(tmp_path / "vector")
     assert land(stored, host).notes == []  # not known
     assert land(stored, host, base=base.folder).notes == [note]
+    longer = Given({"embed": torch.zeros(110, 32)})  # of which the model has 104
+    assert land(longer, host, base=base.folder).notes[-1] == note.replace("100", "104")
+    said["added_tokens"] += [{"id": 80, "content": "<new>"}]
+    (host.folder / "tokenizer.json").write_text(json.dumps({"model": pieces, "added_tokens": said["added_tokens"]}))
+    assert land(tuned - base, host).notes == [note.replace("2 of", "3 of")]
     (host.folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
         land(tuned - base, host)
