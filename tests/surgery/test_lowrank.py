@@ -205,6 +205,16 @@ EVERYTHING = {
 }
 
 
+def test_a_module_trained_whole_that_holds_several_sites_or_lies_transposed(train: Train) -> None:
+    for family, fused in (("phi3", "qkv_proj"), ("gpt2", "c_attn")):
+        done = train(
+            family, tied=False, target_modules=["down_proj" if family == "phi3" else "c_fc"], modules_to_save=[fused]
+        )
+        sum_, expected = done.base + done.adapter(), of_module(done.merged, done.base)
+        for site in done.base:
+            torch.testing.assert_close(sum_[site], expected[site], **CLOSE)
+
+
 @pytest.mark.parametrize("what", EVERYTHING)
 def test_whatever_else_an_adapter_may_train(train: Train, what: str) -> None:
     done = train("qwen2", tied=False, **EVERYTHING[what])  # qwen2 has biases
@@ -456,9 +466,10 @@ def test_truncated_is_the_best(bases: Callable[[str, bool], Path], tmp_path: Pat
     assert whole.rank("0.mlp.down") == 32
     assert none[Site.parse("0.mlp.down")] < 1e-6
     torch.testing.assert_close(whole["0.mlp.down"], delta["0.mlp.down"], **CLOSE)
-    still, zero = truncated(delta.keep("*.attn.q") + 0.0 * delta.keep("0.mlp.down"), 2)
-    assert "0.mlp.down" not in still
-    assert zero[Site.parse("0.mlp.down")] == 0
+    still, zero = truncated(delta.keep("*.attn.q") + 0.0 * delta.keep(["0.mlp.down", "norm"]), 2)
+    for site in ("0.mlp.down", "norm"):
+        assert site not in still
+        assert zero[Site.parse(site)] == 0
     with pytest.raises(ValueError, match="a rank is 1 or more"):
         truncated(delta, 0)
     with pytest.raises(ValueError, match=r"changes no matrix \(norm\)"):
@@ -483,7 +494,7 @@ def test_peft_reads_what_is_written(family: str, bases: Callable[[str, bool], Pa
     base = Checkpoint(bases(family, False))
     tuned = Checkpoint(save_tiny(family, tmp_path / "tuned", tied=False, seed=1))
     delta = 0.1 * (tuned - base)
-    short, _ = truncated(delta.keep(["*.attn.[qkvo]", "1-2.mlp.up", "1.mlp.down", "embed", "head"]), 4)
+    short, _ = truncated(delta.keep(["*.attn.[qkvo]", "1.mlp.up", "2.mlp.[gu]*", "1.mlp.down", "embed", "head"]), 4)
     folder = save_adapter(short, tmp_path / "adapter", base)
     written = write(base + short, tmp_path / "model")
     expected = logits_of(load_module(written.folder, "auto"))
