@@ -46,8 +46,8 @@ edits:
   - add: {direction: "several.safetensors:u", at: "*.attn.o.h1", reads: v.json}
   - add: {direction: [1, 2.5, -3e-2, 0, 0, 0, 0, 0, 0, 0, 0, 0], at: 0.attn.q.h2, strength: 1e-3}
   - scale: {factor: 0.5, at: ["1.mlp.down", "2.attn.v.h1"]}
-  - truncate: {rank: 4, at: "0-1.mlp.*"}
-  - swap: {layers: [0, 2]}
+  - truncate: {rank: 4, at: "0-1.mlp.*", strength: 0.5}
+  - swap: {layers: [0, 2], strength: 0.75}
   - replace: {layers: {1: 2}, from: other}
   - replace: {layers: [0], from: other, strength: 0.25}
 """
@@ -65,8 +65,8 @@ def test_a_list_is_its_edits_in_order(home, base):
     expected = apply(AddDirection(U.to(torch.bfloat16).float(), reads=V), expected, "*.attn.o.h1")
     expected = apply(AddDirection(third, 1e-3), expected, "0.attn.q.h2")
     expected = apply(Scale(0.5), expected, ["1.mlp.down", "2.attn.v.h1"])
-    expected = apply(TruncateRank(4), expected, "0-1.mlp.*")
-    expected = apply(SwapLayers(0, 2), expected)
+    expected = apply(TruncateRank(4, 0.5), expected, "0-1.mlp.*")
+    expected = apply(SwapLayers(0, 2, 0.75), expected)
     expected = apply(ReplaceLayers(other, [0], 0.25), apply(ReplaceLayers(other, {1: 2}), expected))
     for site in base:
         assert torch.equal(point[site].float(), expected[site].float()), site
@@ -130,7 +130,7 @@ def test_text_is_a_list_too(base):
         ("- remove: {direction: [0, 0], at: norm}", "A direction is one finite, non-zero vector"),
         ("- remove: {direction: [1, .nan], at: norm}", "direction holds values that are NaN or infinite"),
         ("- remove: {direction: [1, a], at: norm}", "direction is not a list of numbers: [1, 'a']"),
-        ("- swap: {layers: [1]}", "a swap is of two layers: swap: {layers: [3, 4]}"),
+        ("- swap: {layers: [0, 1, 2]}", "a swap is of two layers: swap: {layers: [3, 4]}"),
         ("- swap: {layers: {1: 2}}", "layers must be layer numbers, as in swap: {layers: [3, 4]}; found {1: 2}"),
         ("- swap: {layers: [1, 1]}", "Layer 1 swapped with itself changes nothing"),
         ("- swap: {layers: [1, two]}", "a layer must be a whole number, not 'two'"),

@@ -7,7 +7,8 @@ import torch
 from mergekit.merge_methods import registered_methods
 from mergekit.sparsify import SparsificationMethod, sparsify
 
-from surgery.merging import merge, rules
+from surgery.checkpoint import Checkpoint
+from surgery.merging import Merged, merge, plan, read_recipe, rules
 from surgery.merging.rules import Cut
 from tests.siblings import (
     DETERMINISTIC,
@@ -143,6 +144,17 @@ def test_a_whole_tensor_is_the_callers_own(homes):
     point = point_of(of(homes("llama"), "passthrough", ("a",), base=False))
     point["1.mlp.down"].fill_(9)
     assert not (point["1.mlp.down"] == 9).any()
+
+
+def test_a_recipe_in_float64_is_computed_in_float64(homes):
+    home = homes("llama")
+    models = [{"model": str(home / name), "parameters": {"weight": weight}} for name, weight in (("base", 1), ("a", 2))]
+    made = plan(read_recipe({"merge_method": "linear", "dtype": "float64", "models": models}))
+    base, other = Checkpoint(home / "base"), Checkpoint(home / "a")
+    point = Merged(made, base)
+    for site in base:
+        mean = (base[site].double() + 2 * other[site].double()) / 3
+        torch.testing.assert_close(point[site], mean, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("case", ["slerp", "model_stock", "breadcrumbs"])

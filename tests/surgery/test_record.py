@@ -68,6 +68,18 @@ def test_a_replay(run, tmp_path):
     broken = replay(run, tmp_path / "other", {"scale": lambda model, factor, to: scale(model, 2 * factor, to)})
     assert not broken.ok
     assert broken.differing[0].startswith("model.safetensors: tensor model.layers.0.self_attn.o_proj.weight differs")
+    said = json.loads((run / "record.json").read_text())
+    said["results"]["reproducible"] = ["*.json"]  # the others may come out otherwise each time
+    (run / "record.json").write_text(json.dumps(said))
+    partly = replay(run, tmp_path / "partly", {"scale": lambda model, factor, to: scale(model, 2 * factor, to)})
+    assert partly.ok
+    assert "config.json" in partly.equal
+    assert "model.safetensors" not in partly.equal
+
+
+def test_time_goes_on_from_where_a_record_was_left(tmp_path):
+    Record("scale", {}, seconds=5.0).save(tmp_path)
+    assert 5 <= Record.load(tmp_path).seconds < 60
 
 
 def test_a_replay_that_cannot_be(run, tmp_path):

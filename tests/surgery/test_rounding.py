@@ -6,6 +6,7 @@ import torch
 
 from surgery import Checkpoint, Scale, apply, write
 from surgery.rounding import generator, stochastic
+from surgery.sites import Site
 from surgery.weights import linear_sites
 from tests.families import save_tiny
 
@@ -73,6 +74,17 @@ def test_a_change_too_small_for_bf16_survives_on_average(tmp_path):
     for site in linear_sites(base):  # each tensor has draws of its own
         literal = stochastic(small[site], torch.bfloat16, generator(0, base.anatomy.places[site].name))
         assert torch.equal(Checkpoint(first.folder)[site], literal)
+
+
+def test_what_shares_a_tensor_with_a_change_is_rounded_by_chance_too(tmp_path):
+    base = Checkpoint(save_tiny("phi3", tmp_path / "model"))
+    written = write(
+        apply(Scale(2.0), base, "0.attn.q"), tmp_path / "out", dtype=torch.bfloat16, rounding="stochastic", seed=3
+    )
+    place = base.anatomy.places[Site.parse("0.attn.k")]
+    literal = place.take(stochastic(base.stored(place.name), torch.bfloat16, generator(3, place.name)))
+    assert torch.equal(Checkpoint(written.folder)["0.attn.k"], literal)
+    assert not torch.equal(base["0.attn.k"].bfloat16(), literal)
 
 
 def test_a_word_that_is_no_rounding_is_refused(tmp_path, unchecked):
