@@ -368,6 +368,12 @@ def test_faults_between_models(home: Path) -> None:
         vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
         path.write_text(json.dumps(said))
 
+    def another_token(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        said = json.loads(path.read_text())
+        said["model"]["vocab"]["<new>"] = said["model"]["vocab"].pop("q")
+        path.write_text(json.dumps(said))
+
     def more_tokens(folder: Path) -> None:
         path = folder / "tokenizer.json"
         said = json.loads(path.read_text())
@@ -399,6 +405,7 @@ def test_faults_between_models(home: Path) -> None:
         (template, "warning", "template", ["another chat template than base", "chat_template:"]),
         (lambda f: (f / "chat_template.jinja").unlink(), "note", "template", ["base has one, tuned none"]),
         (tokens, "error", "tokenizer", ["numbers its tokens otherwise", "2 differ", "tokenizer_source: base"]),
+        (another_token, "error", "tokenizer", ["numbers its tokens otherwise", "1 differ", "'<new>' there and 'q' here"]),
         (more_tokens, "warning", "tokenizer", ["lacks 1 of its tokens", "same ids"]),
         (other(tied=False), "error", "tie", ["has a head of its own, and base ties", "Untie base first"]),
         (as_float, "warning", "dtype", ["stored in float32, and base in bfloat16", "--dtype"]),
@@ -406,6 +413,10 @@ def test_faults_between_models(home: Path) -> None:
     for change, severity, kind, words in cases:
         restore()
         found(beside(home, change), severity, kind, *words)
+    restore()
+    pair = [{"model": m, "layer_range": [0, 2], "parameters": {"weight": 0.5}} for m in ("base", "tuned")]
+    report = beside(home, lambda f: configure(f, num_key_value_heads=1), models=None, slices=[{"sources": pair}])
+    found(report, "error", "heads", "has 1 key/value heads")  # of ranges of layers as well
     restore()
     for change in (longer, tokens):  # a tokenizer source lines rows up by token
         report = beside(home, change, tokenizer_source="union")
