@@ -128,6 +128,7 @@ def test_experts_packed_in_the_file(base, live, tmp_path):
     assert len(packed.tensors) < len(base.tensors)
     assert all(torch.equal(packed[s], base[s]) for s in base)
     facts, _ = examine("packed", Place(packed.folder))
+    assert facts is not None
     assert facts.shapes() == {str(s): tuple(shape) for s, shape in packed.shapes().items()}
     write(apply(Scale(2.0), packed, ["0.mlp.e1.down", "0.mlp.e2.up"]), tmp_path / "moved")
     moved = Checkpoint(tmp_path / "moved")

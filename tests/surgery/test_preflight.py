@@ -760,7 +760,7 @@ def test_weights_may_sum_to_0_where_nothing_divides_by_the_sum(home: Path) -> No
 def test_experts_packed_in_the_files_of_one_model_alone(home: Path) -> None:
     module, _ = tiny("mixtral")
     for name, original in (("apart", True), ("packed", False), ("tight", False)):
-        module.save_pretrained(home / name, save_original_format=original)
+        module.save_pretrained(str(home / name), save_original_format=original)
 
     def report(*names: str) -> Report:
         return check_recipe(recipe(home, models=[{"model": m, "parameters": {"weight": 0.5}} for m in names]))
