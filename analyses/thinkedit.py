@@ -257,7 +257,7 @@ def rank_heads(
     Source: the ranking of ThinkEdit, arXiv 2503.22048, by linearity. Differs: ``rank="contrast"`` subtracts what the head writes in long answers to the
     same question: what a head writes in all answers alike is not what makes one short.
     """
-    lengths = span_lengths(runs, recipe.span)
+    lengths = span_lengths(runs, recipe.span, recipe.over)
     if recipe.rank == "contrast" or recipe.how == "paired":
         labels = longest_and_shortest(lengths, [t.question for t in runs])
     else:
@@ -266,7 +266,7 @@ def rank_heads(
     chosen = [i for i, label in enumerate(labels) if label in wanted]
     if not chosen:
         raise ValueError(
-            f"None of the {len(runs)} runs counts as short ({sum(n is not None for n in lengths)} have a span {recipe.span!r}): heads are ranked on "
+            f"None of the {len(runs)} runs counts as short ({sum(n is not None for n in lengths)} have a span {recipe.over!r}): heads are ranked on "
             "short answers. Give more samples a question, a higher cap, or thresholds that fit."
         )
     read = [runs[i] if recipe.how == "paired" else one_early(runs[i], recipe.over) for i in chosen]

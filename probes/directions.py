@@ -607,11 +607,14 @@ class Length(NamedTuple):
     censored: bool
 
 
-def span_lengths(runs: Sequence[Transcript], of: str = "thinking") -> list[Length | None]:
-    """The length of a span in each run; None where the run has no such span: it is missing, not of length 0."""
+def span_lengths(runs: Sequence[Transcript], of: str = "thinking", over: str | None = None) -> list[Length | None]:
+    """The length of a span in each run; None where the run has no such span: it is missing, not of length 0.
+
+    over: the part that is read (``"thinking[:16]"``), where a run without a token of it is missing too.
+    """
     found: list[Length | None] = []
     for run in runs:
-        if of not in run.spans:
+        if of not in run.spans or (over is not None and not positions(run, over)):
             found.append(None)
             continue
         begin, end = run.spans[of]
@@ -703,7 +706,7 @@ def length_direction(
     of = of or ("thinking" if name == "sentence" else name)
     lengths = span_lengths(runs, of)
     _require_lengths(runs, lengths, of)
-    lengths = [length if positions(run, over) else None for run, length in zip(runs, lengths, strict=True)]
+    lengths = span_lengths(runs, of, over)
     _require_lengths(runs, lengths, over)
     questions = [run.question for run in runs]
     match how:

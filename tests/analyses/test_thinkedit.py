@@ -31,6 +31,7 @@ from surgery.edits import RemoveDirection
 from surgery.model import Model
 from surgery.runs import Runs
 from surgery.sites import Site
+from surgery.transcript import positions
 from surgery.weights import apply
 from tests.families import FAMILIES, tiny
 from tests.oracles import thinkedit as oracle
@@ -125,6 +126,18 @@ def test_thresholds_take_the_topic_for_length(planted: PlantedLength, runs: Runs
     confounded = find(planted.model, runs.of(runs.questions[:24]), runs.of(runs.questions[24:]), SHORT)
     assert abs(float(confounded.direction["1.mid"] @ planted.topic)) > 0.3
     assert planted.topic_head in confounded.heads(3 / 16)
+
+
+def test_an_answer_that_lacks_the_part_that_is_read_ranks_no_head(planted: PlantedLength, runs: Runs) -> None:
+    """As for the direction it is missing: the shortest of the others stands for its question."""
+    some, part = runs.of(runs.questions[24:]), replace(TWO, over="thinking[4:]")
+    direction = find(planted.model, runs.of(runs.questions[:24]), some, TWO).direction
+    there = [t for t in some if len(positions(t, "thinking")) > 4]
+    assert {t.question for t in there} == {t.question for t in some}
+    expected = rank_heads(planted.model, direction, there, part)
+    got = rank_heads(planted.model, direction, some, part)
+    assert got.question == expected.question
+    torch.testing.assert_close(got.scores, expected.scores)
 
 
 def test_only_the_first_tokens_may_be_read(planted: PlantedLength, runs: Runs) -> None:

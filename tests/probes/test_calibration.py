@@ -69,6 +69,8 @@ def test_intervals_redraw_whole_questions():
     wider = reliability(p, y, g, bins=4, draws=60, seed=3, folds=5)
     assert wider.ece.high - value == pytest.approx(1.5 * (found.ece.high - value))
     assert wider.brier.high - wider.brier.low == pytest.approx(1.5 * (found.brier.high - found.brier.low))
+    wrong = reliability([1.0] * 9 + [0.5], [False] * 10, np.arange(10), folds=5).brier
+    assert (wrong.value, wrong.high) == (pytest.approx(0.925), 1.0)  # no squared distance is above 1
 
 
 def test_what_is_calibrated_is_within_chance_and_what_is_too_sure_is_not():
