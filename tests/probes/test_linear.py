@@ -9,7 +9,7 @@ import torch
 
 from probes.activations import Activations, collect
 from probes.fitting import BINS, PENALTIES, Settings, select
-from probes.held_out import deal, units
+from probes.held_out import deal, shuffled, units
 from probes.linear import ProbeTable, _judge, _spread, _Task, probe, probe_rows, untrained
 from surgery.model import Model
 from surgery.sites import Site
@@ -49,14 +49,16 @@ def test_a_probe_is_the_plain_pipeline():
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    def fitted(rows, C):
+    def fitted(rows, C, labels=None):
         pipe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000))
-        return pipe.fit(X[rows], y[rows])
+        return pipe.fit(X[rows], (y if labels is None else labels)[rows])
 
     values, y, g = world()
     X, y, g = values[HIGH].double().numpy(), y.numpy().astype(bool), units(g.numpy())
     fold = deal(g, y, folds=3, seed=3)
     scores = np.empty(len(y))
+    nulls = [shuffled(y, g, seed=4), shuffled(y, g, seed=5)]
+    strayed = np.empty((2, len(y)))
     for k in range(3):
         train, test = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
         inner = deal(units(g[train]), y[train], folds=3, seed=3)
@@ -66,8 +68,13 @@ def test_a_probe_is_the_plain_pipeline():
                 seen, held = train[inner != j], train[inner == j]
                 p = fitted(seen, C).predict_proba(X[held])[:, 1]
                 losses[C] -= np.log(np.where(y[held], p, 1 - p)).sum()
-        scores[test] = fitted(train, min(losses, key=lambda C: losses[C])).predict_proba(X[test])[:, 1]
-    found = row(probe_rows(activations(values), y, g, seed=3, **FAST), HIGH)
+        best = min(losses, key=lambda C: losses[C])
+        scores[test] = fitted(train, best).predict_proba(X[test])[:, 1]
+        for own, null in zip(strayed, nulls, strict=True):  # the control is told, and judged by, shuffled labels
+            own[test] = fitted(train, best, null).predict_proba(X[test])[:, 1]
+    found = row(probe_rows(activations(values), y, g, seed=3, **FAST | {"shuffles": 2}), HIGH)
+    controls = [oracle.auc(own, null, fold) for own, null in zip(strayed, nulls, strict=True)]
+    assert (found.shuffled, found.shuffled_most) == pytest.approx((sum(controls) / 2, max(controls)), abs=1e-6)
     assert found.value == pytest.approx(oracle.auc(scores, y, fold), abs=1e-6)
     assert found.accuracy == pytest.approx(((scores > 0.5) == y).mean(), abs=1e-6)
     assert found.log_loss == pytest.approx(-np.log(np.where(y, scores, 1 - scores)).mean(), abs=1e-6)

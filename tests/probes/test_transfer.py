@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from probes.activations import Activations, collect
-from probes.held_out import deal, units
+from probes.held_out import deal, shuffled, units
 from probes.transfer import TransferTable, along, transfer, transfer_rows
 from surgery.model import Model
 from surgery.sites import Site
@@ -88,16 +88,24 @@ def test_a_pair_is_the_plain_pipeline():
     part = np.array([["here", "shifted", "elsewhere"].index(name) for name in sets])
     fold = deal(g, 2 * part + y, folds=3, seed=1)
     assert all(len(np.unique(g[(fold == k) & (part == p)])) in (6, 7) for k in range(3) for p in range(3))
-    scores = np.full(len(y), np.nan)
+    scores, strayed, nulls = np.full(len(y), np.nan), np.full((2, len(y)), np.nan), np.stack([y, y])
+    for i, p in np.ndindex(2, 3):  # labels are dealt out again inside each set
+        nulls[i, part == p] = shuffled(y[part == p], g[part == p], seed=2 + i)
     for k in range(3):
         train, test = (part == 2) & (fold != k), (part == 0) & (fold == k)
         _, C = select(X[train], y[train], g[train], Settings("classes", None, 1, 1, 1))
         pipe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000)).fit(X[train], y[train])
         scores[test] = pipe.predict_proba(X[test])[:, 1]
+        for own, null in zip(strayed, nulls, strict=True):
+            own[test] = pipe.fit(X[train], null[train]).predict_proba(X[test])[:, 1]
     mine = part == 0
     tokens = np.arange(len(y)) * 7 % 40 + 1.0
-    found = cell(transfer_rows(acts, y, g, sets, lengths=tokens, folds=3, draws=50, seed=1), "elsewhere", "here")
+    options = {"folds": 3, "draws": 50, "seed": 1, "shuffles": 2}
+    found = cell(transfer_rows(acts, y, g, sets, lengths=tokens, **options), "elsewhere", "here")
     assert found.value == pytest.approx(oracle.auc(scores[mine], y[mine], fold[mine]), abs=1e-6)
+    controls = [oracle.auc(own[mine], null[mine], fold[mine]) for own, null in zip(strayed, nulls, strict=True)]
+    assert [found.shuffled_least, found.shuffled_most] == pytest.approx(sorted(controls), abs=1e-6)
+    assert found.shuffled == pytest.approx(sum(controls) / 2, abs=1e-6)
     tenths = np.searchsorted(np.quantile(tokens[mine], np.linspace(0.1, 0.9, 9)), tokens[mine], side="right")
     pairs = list(zip(fold[mine], tenths, strict=True))  # rows of one fold and about one length
     assert found.same_length == pytest.approx(oracle.auc(scores[mine], y[mine], pairs), abs=1e-6)
