@@ -274,6 +274,40 @@ def test_the_floor_compares_answers_as_the_curve_does(tmp_path):
     assert EarlyAnswers.load(path).chance.value == 0  # by the text, as it was before keys were kept
 
 
+def test_the_floor_compares_answers_to_different_questions_only():
+    """Both intervals by hand: neither two answers to one question nor two copies of a question that was drawn twice are a pair."""
+    said = [("q0", "1"), ("q0", "1"), ("q1", "1"), ("q1", "2"), ("q1", "2"), ("q2", "2"), ("q3", "3")]
+    rows = [
+        Reading(i, q, 1, cut, k, k, bool(cut) or i % 2 == 0, None) for i, (q, k) in enumerate(said) for cut in (0, 1)
+    ]
+    found = EarlyAnswers(tuple(rows), 0, 0, 7, Cost(), seed=3)
+    area = [0.0, 0.5, 0.0, 0.5, 0.0, 0.5, 0.0]
+    chance, corrected = [], []
+    for times in [[1, 1, 1, 1], *resamples(4, 2000, 3)]:
+        weight = [times[int(q[1])] for q, _ in said]
+        pairs = [(i, j) for i in range(7) for j in range(7) if said[i][0] != said[j][0]]
+        asked = sum(weight[i] * weight[j] for i, j in pairs)
+        equal = sum(weight[i] * weight[j] for i, j in pairs if said[i][1] == said[j][1])
+        if asked:
+            chance.append(equal / asked)
+        if asked and equal < asked:
+            corrected.append(np.dot(weight, area) / sum(weight) / (1 - equal / asked))
+    for one, drawn in ((found.chance, chance), (found.aoc_corrected, corrected)):
+        assert one.value == pytest.approx(drawn[0])
+        assert (one.low, one.high) == pytest.approx(tuple(np.quantile(drawn[1:], [0.025, 0.975])))
+
+
+def test_a_token_across_the_end_of_the_thinking_is_cut_in_two():
+    """Every cut but the last is closed with the marker encoded by itself; the last goes on as the transcript did."""
+    tokenizer = families.characters()
+    tokenizer.add_tokens(["b<"])
+    model = Model(families.tiny("llama")[0], tokenizer)
+    trace = _prepare(model, model.transcript("q", "<think>ab. ab</think>7"))
+    assert trace is not None
+    text = [tokenizer.decode(trace.sequence(cut)) for cut in range(len(trace.cuts))]
+    assert [t.split("<think>")[1] for t in text] == ["</think>", "ab.</think>", "ab. ab</think>"]
+
+
 def test_no_share_is_certain():
     both = [reading(i, cut, "7", "said 7") for i in range(64) for cut in (0, 1)]
     found = EarlyAnswers(tuple(both), 0, 0, 64, Cost())

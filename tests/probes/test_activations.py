@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -221,6 +222,9 @@ def test_bfloat16_is_widened_exactly():
     model, runs = setup(dtype=torch.bfloat16)
     acts = collect(model, runs, at="**")
     assert all(v.dtype == torch.float32 and torch.equal(v, v.bfloat16().float()) for v in acts.values.values())
+    mean = collect(model, runs[-1:], at="1.resid", over="all", pool="mean")["1.resid"]
+    every = collect(model, runs[-1:], at="1.resid", over="all")["1.resid"]
+    torch.testing.assert_close(mean[0], every.mean(0), rtol=1e-5, atol=1e-6)
 
 
 # --- streaming ------------------------------------------------------------------------------------------------------------------
@@ -364,6 +368,10 @@ def test_a_folder_holds_what_collect_gives(tmp_path, small_shards, pool):
     assert len(parts) == len(list((tmp_path / "a").glob("rows-*")))
     assert torch.equal(torch.cat([p["1.resid"] for p in parts]), Activations.load(tmp_path / "a")["1.resid"])
     assert all(len(p) <= 12 or len(p.transcript.unique()) == 1 for p in parts)
+    assert all(len(a) + len(b) > 12 for a, b in pairwise(parts))
+    few = [model.transcript("q", f"<think>{'ab' * 7}</think>1"), model.transcript("q", "1")]
+    options = {"over": ("thinking",), "pool": pool}  # a full shard, and nothing after it
+    same(stored(model, few, tmp_path / "b", **options), collect(model, few, at=["1.resid", "2.attn.z.h0"], **options))
 
 
 def test_interrupted_it_goes_on_where_it_stopped(tmp_path, small_shards):

@@ -182,6 +182,8 @@ def test_erasers_at_sites(tmp_path):
     assert torch.equal(again(acts)[MID], erased[MID])
     assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
     assert "2 sites" in repr(found)
+    Erasers({RESID: found[RESID], Site(10, "mid"): found[MID]}, {}).save(tmp_path / "e.safetensors")
+    assert list(Erasers.load(tmp_path / "e.safetensors")) == [RESID, Site(10, "mid")]  # in the order of layers
     some = [None if i % 4 == 0 else int(k) for i, k in enumerate(z)]
     kept = [i for i in range(200) if i % 4]
     assert torch.equal(leace(acts, some)[MID].left, fitted(X[kept], z[kept]).left)

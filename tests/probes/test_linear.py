@@ -110,6 +110,8 @@ def test_a_planted_signal_is_found_where_it_is():
     beaten = dataclasses.replace(high, embedding=said["low"])
     rows = tuple(beaten if r is high else r for r in table.rows)
     assert not dataclasses.replace(table, rows=rows).summary()["above"].item()
+    mostly = dataclasses.replace(table.chosen[0], sites=("0.resid", "2.resid", "2.resid"))
+    assert dataclasses.replace(table, chosen=(mostly,)).summary()["site"].item() == "2.resid"
     assert math.isnan(high.untrained)
     assert math.isnan(high.length)
 

@@ -221,3 +221,12 @@ def test_steering_and_mixing(outside):
             first, second = (steering(), mixed(model, tuned, 0.5))[:: 1 if outside else -1]
             with first, second:
                 torch.testing.assert_close(model.module(ids).logits, (base + logits) / 2)
+
+
+def test_a_cache_that_is_cut_is_cut_for_both():
+    base, tuned = pair()
+    with mixed(base, tuned, 0.5), torch.no_grad():
+        whole = base.module(input_ids=IDS, use_cache=True)
+        whole.past_key_values.crop(8 - IDS.shape[1])
+        again = base.module(input_ids=IDS[:, 8:], past_key_values=whole.past_key_values).logits
+    torch.testing.assert_close(again, whole.logits[:, 8:], rtol=1e-4, atol=1e-4)

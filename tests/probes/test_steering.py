@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from probes.activations import collect
 from probes.steering import Steering, steered, stream_norms
 from surgery.model import Model
 from surgery.rows import rows_are
@@ -183,6 +184,13 @@ def test_each_question_its_own_strength():
             with steered(model, vector(), strength=strength, at="1.resid", over=over):
                 alone = model.generate(QUESTIONS, samples=2, temperature=1.0, seed=3, max_new_tokens=5)
             assert [t.ids for t in together[2 * i : 2 * i + 2]] == [t.ids for t in alone[2 * i : 2 * i + 2]]
+    runs = [model.transcript("q", "abcab"), model.transcript("q", "a"), model.transcript("q", "abc")]
+    with steered(model, vector(), strength=strengths[:3], at="1.resid"):
+        together = collect(model, runs, at="2.resid", batch_size=2)  # not in the order of their lengths
+    for i, strength in enumerate(strengths[:3]):
+        with steered(model, vector(), strength=strength, at="1.resid"):
+            alone = collect(model, [runs[i]], at="2.resid")["2.resid"]
+        torch.testing.assert_close(together["2.resid"][together.transcript == i], alone, rtol=1e-4, atol=1e-4)
     few = steered(model, vector(), strength=[1.0, 2.0], at="1.resid", over="all")
     with few, pytest.raises(ValueError, match="2 strengths are given, but there is a row 3"):
         model.generate(QUESTIONS, max_new_tokens=2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from probes.activations import Activations, collect
+from probes.fitting import Crossed, Settings, select
 from probes.held_out import deal, shuffled, units
 from probes.transfer import TransferTable, along, transfer, transfer_rows
 from surgery.model import Model
@@ -81,8 +82,6 @@ def test_a_pair_is_the_plain_pipeline():
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from probes.fitting import Settings, select
-
     acts, y, g, sets = planted(questions=20, turned=False)
     X, y, g = acts[HIGH].double().numpy(), y.numpy().astype(bool), units(g.numpy())
     part = np.array([["here", "shifted", "elsewhere"].index(name) for name in sets])
@@ -150,6 +149,7 @@ def test_the_site_is_chosen_where_it_is_learned():
     found = transfer_rows(both, y, g, sets, **FAST)
     assert {r.site for r in found.rows} == {"2.resid"}
     assert cell(found, "here", "here").embedding < 0.7
+    assert Crossed(np.empty(0), ((EMBED, 1.0), None, (HIGH, 1.0), (HIGH, 0.1))).site == HIGH
     only = transfer_rows(both, y, g, sets, among=[EMBED], **FAST)
     assert cell(only, "here", "here").value == cell(found, "here", "here").embedding
 
