@@ -44,6 +44,20 @@ def test_the_mass_in_whole_tables(family, queries):
             assert float(found.uniform[i, layer]) == pytest.approx(even, abs=1e-6)
 
 
+def test_half_precision_is_added_up_in_single():
+    model, runs = setup("llama")
+    model.module.bfloat16()
+    found = attention(model, runs, to=TO, over=OVER, batch_size=1)
+    for i, t in enumerate(runs):
+        ids = torch.tensor([t.ids])
+        with torch.no_grad(), eager(model):
+            tables = model.module(input_ids=ids, attention_mask=torch.ones_like(ids), output_attentions=True).attentions
+        mass, others, even = literal(model, t, "llama", 1, tables[1][0].float())
+        assert found.mass[i, 1].tolist() == pytest.approx(mass, abs=1e-5)
+        assert found.others[i, 1].tolist() == pytest.approx(others, abs=1e-5)
+        assert float(found.uniform[i, 1]) == pytest.approx(even, abs=1e-6)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "mistral", "gpt-neox"])
 def test_the_mass_while_generating(family):
     """Every token is generated over the cache, and its attention looked at as it comes."""

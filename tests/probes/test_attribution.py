@@ -94,6 +94,26 @@ def test_scores_are_those_of_vectors_made_one_by_one(family):
             torch.testing.assert_close(found.scores[i, columns], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_half_precision_is_scored_in_single():
+    """Activations as bf16 has them, and all that is made of them in fp32."""
+    model, runs = setup("llama")
+    model.module.bfloat16()
+    u = direction(1)
+    found = contributions(model, u, runs)
+    before = per_transcript(model, runs, "3.resid", u)
+    torch.testing.assert_close(found.scores[:, -1].float(), before, rtol=1e-5, atol=1e-5)
+    z = collect(model, runs, at="1.attn.z", over="thinking")
+    made = head_outputs(z["1.attn.z"], model.weights["1.attn.o"].float(), HEADS) @ (u / u.norm()).double()
+    columns = [found.sites.index(Site(1, "attn.o", h)) for h in range(HEADS)]
+    for i in range(len(runs)):
+        expected = made[z.transcript == i].mean(0)
+        torch.testing.assert_close(found.scores[i, columns], expected, rtol=1e-4, atol=1e-5)
+    silenced = ablations(model, u, runs, "1.attn.o.h2", how="zero").projection[:, 0]
+    with ablated(model, "1.attn.o.h2"):
+        after = per_transcript(model, runs, "3.resid", u)
+    torch.testing.assert_close(silenced.float(), before - after, rtol=1e-4, atol=1e-5)
+
+
 def test_a_direction_a_layer_ranks_heads_as_thinkedit_does():
     model, runs = setup("llama")
     vectors = {Site(layer, "mid"): direction(layer) for layer in range(LAYERS)}

@@ -162,6 +162,10 @@ def test_length_is_told_apart_from_what_goes_with_it():
     cuts = np.unique(np.quantile(tokens.numpy(), np.linspace(0, 1, BINS + 1)[1:-1]))
     assert len(cuts) == BINS - 1
     task = _Task.of(0, "", np.ones(300, bool), y.tolist(), range(300), tokens.numpy(), "classes", 3, 0)
+    part = _Task.of(0, "", np.arange(300) < 100, y.tolist(), range(300), tokens.numpy(), "classes", 3, 0)
+    own = tokens[:100].numpy()  # another span's lengths are no measure of this one's
+    tenths = np.unique(np.quantile(own, np.linspace(0, 1, BINS + 1)[1:-1]))
+    np.testing.assert_array_equal(part.bins, np.searchsorted(tenths, own, side="right"))
     scores, pairs = (
         np.random.default_rng(0).normal(size=300),
         list(zip(task.fold, np.searchsorted(cuts, tokens, side="right"), strict=True)),
