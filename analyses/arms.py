@@ -180,7 +180,7 @@ def option_nll(model: Model, questions: Sequence[Question], *, batch_size: int =
 
     The options are ``meta["options"]``, or those of a last line "Answer format: a/b/c". An option's score is the log-likelihood of all its
     tokens as an answer, and the scores are normalised over the options: 0 is certain, log(options) a guess.
-    Raises ValueError where a question names no options or its answer is none of them.
+    Raises ValueError where a question names no options, an empty one, or its answer is none of them.
     """
     named = [options(question) for question in questions]
     tried = [
@@ -206,6 +206,10 @@ def options(question: Question) -> list[str]:
         raise ValueError(
             f"{question.question[:60]!r} needs options among which the answer {question.answer!r} is: give meta['options'], or end the "
             f"question with a line 'Answer format: a/b/c'. Found {found or 'none'}."
+        )
+    if not all(option.strip() for option in found):
+        raise ValueError(
+            f"{question.question[:60]!r} names the options {found}: an option without a word has no likelihood; leave it out."
         )
     return found
 

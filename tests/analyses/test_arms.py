@@ -148,6 +148,8 @@ def test_a_choice_is_normalised_over_the_options() -> None:
         assert found == pytest.approx(-math.log(scores[question.answer] / sum(scores.values())), rel=1e-4)
         assert chosen == (max(scores, key=lambda option: scores[option]) == question.answer)
     assert options(Question("Which?", "b", meta={"options": ["a", "b"]})) == ["a", "b"]
+    with pytest.raises(ValueError, match="an option without a word has no likelihood"):
+        options(Question("Which?\nAnswer format: a/b/", "b"))
 
 
 @pytest.mark.parametrize("question", [Question("Which?", "b"), Question("Which? Answer format: a/c", "b")])
