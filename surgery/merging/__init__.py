@@ -2,9 +2,9 @@
 
 A recipe is mergekit's YAML, unchanged. mergekit's own classes parse it, plan it and hold the rules; what is ours is around them:
 references are checked before anything is computed, tensors come by file name from `Checkpoint`, one output tensor exists at a time,
-and `write` hashes, verifies and renames. New tokenizers where mergekit's table of the architecture fits the files, several GPUs and
-families that only mergekit knows go through mergekit's own executor into a temporary folder, and pass the same verification before
-the result appears. New tokenizers of other models are built by mergekit, and our stream lines up the rows by its rules.
+and `write` hashes, verifies and renames. A new tokenizer is built by mergekit, and the stream lines up the embeddings' rows by its
+rules. Several GPUs and families that only mergekit knows go through mergekit's own executor into a temporary folder, and pass the same
+verification before the result appears.
 
 Differs: mergekit computes in the dtype it finds, or in the recipe's ``dtype``; here arithmetic is float32 (float64 where the recipe
 says so) and ``out_dtype``, else ``dtype``, only says what is stored. ``surgery: {compute: mergekit}`` in the recipe computes as

@@ -48,7 +48,7 @@ class Plan:
     dtype:   in which the output is stored; None where each tensor keeps the layout's.
     sources: each model as written -> its folder, and its adapter's.
     carried: tensors that mergekit's table of the architecture does not list: they are the layout's own.
-    vocabulary: the tokens of the result, where the stream builds them anew; None where they are the layout's, or the executor builds them.
+    vocabulary: the tokens of the result, where the recipe asks for a tokenizer; None where they are the layout's, or the executor builds them.
     left:    each model as written -> its tensors that no family's table names and the layout lacks: the output is without them.
     rules:   how each output tensor is computed, by its name.
     """
@@ -123,38 +123,25 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
     order = references(config)
     main = config.base_model or order[0]
     folders = {names[r]: (Path(r.model.path), Path(r.lora.path) if r.lora else None) for r in order}
-    sources, refused = _open(order, names)
-    why = refused
+    sources, why = _open(order, names)
     aligned = bool(config.tokenizer or config.tokenizer_source)
-    if aligned:
-        why = "the tokenizer and the rows of the embeddings are built anew"
     if multi_gpu:
         if torch.cuda.device_count() == 0:
             raise RecipeError("multi_gpu: there is no GPU here. Leave it out: the merge then runs on the processor.")
-        why = "several GPUs are asked for"
-    ours = not (refused or multi_gpu)  # whether our stream can do what mergekit's executor cannot
+        why = why or "several GPUs are asked for"
     left = _left(sources, main, names, layered=bool(_pieces(config)))
     with quiet(), loaders(order):
         architecture = _architecture(config)
         try:
             planned = _planned(config, architecture)
-            misfit = None if refused else _misfit(config, planned, sources, main, names, "" if ours else why)
+            misfit = _misfit(config, planned, sources, main, names, why) if len(sources) == len(order) else None
         except RecipeError as error:
             planned, misfit = [], error
-        if (
-            misfit is None
-            and ours
-            and aligned
-            and config.modules is None
-            and sources[main].layout.anatomy.tower is not None
-        ):
-            misfit = RecipeError("mergekit does not find how many tokens such a model has.")
-        if misfit is not None and not ours:
+        if misfit is not None and why:
             raise misfit
         if misfit is not None:
             architecture = _table(config, architecture, sources, main, misfit)
             planned = _planned(config, architecture)
-            why = ""
     said = _dtype(config.out_dtype or config.dtype) if dtype is None else dtype
 
     def executor(why: str) -> Plan:
@@ -164,6 +151,11 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
     _require_tokens(config, sources, {ref: names[ref] for ref in order})
     if aligned and main in sources:
         _require_placeholders(config, sources[main].layout, names[main])
+        if why and sources[main].layout.anatomy.tower is not None:
+            raise RecipeError(
+                f"mergekit's executor, needed because {why}, does not find how many tokens {names[main]} has beside its tower. "
+                "Leave that out: our stream then lines up its tokens."
+            )
     if why:
         return executor(why)
     if any(weight.force_dtype for weight, _ in planned):

@@ -19,7 +19,7 @@ from torch import Tensor
 from surgery.borrowing import own_draws
 from surgery.checkpoint import INDEX, Checkpoint, load_module, point_hash, read_headers
 from surgery.hashing import hash_bytes
-from surgery.headers import SINGLE, read_config
+from surgery.headers import SINGLE
 from surgery.merging.planning import Plan, Road, loaders, plan, quiet, spans
 from surgery.merging.point import Merged
 from surgery.merging.recipe import DTYPES, Recipe, RecipeError, read_recipe
@@ -27,7 +27,6 @@ from surgery.proof import Loops, VerificationError, judge_generation, prove_foun
 from surgery.record import hash_folder
 from surgery.reverse import NO_UNDO
 from surgery.side_files import copy_file, side_files
-from surgery.sites import Site
 from surgery.tensorfile import TensorFile, header_bytes
 from surgery.whole import new_folder, require_new
 from surgery.writing import Written, write
@@ -40,7 +39,6 @@ _TOKENIZER = {  # mergekit's, where it makes one
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
 }  # fmt: skip
-_EMBED = Site(None, "embed")
 _SHARD = 5_000_000_000  # bytes, of a model whose layers no input has
 
 
@@ -284,25 +282,11 @@ def _executed(made: Plan, partial: Path, inner: Path, seed: int, multi_gpu: bool
             f"mergekit's executor cannot run this recipe: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
     tokenizer_made = bool(config.tokenizer or config.tokenizer_source)
-    if tokenizer_made and made.is_known:
-        _count_tokens(inner, Checkpoint(made.layout))
     its_own = {"config.json", *(_TOKENIZER if tokenizer_made else ())}
     kept = [name for name in side_files(made.layout) if name not in its_own]
     for name in kept:
         copy_file(made.layout, inner, name)
     return _judged(inner, made, kept)
-
-
-def _count_tokens(folder: Path, layout: Checkpoint) -> None:
-    """Say in a vision-language model's configuration how many tokens its language model has: mergekit says it beside the tower only."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    embedding = read_headers(folder)[0].get(layout.anatomy.places[_EMBED].name)
-    if embedding is None or not isinstance(config.get("text_config"), dict):
-        return
-    if "vocab_size" not in read_config(layout.folder):
-        config.pop("vocab_size", None)
-    config = _recounted(config, embedding.shape[0])
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _recounted(config: dict[str, Any], rows: int) -> dict[str, Any]:

@@ -156,8 +156,7 @@ def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None
             "method": plan.method,
             "dtype": dtype,
             "share": _share(plan, reference),
-            "executor": (aligned and (made is None or made.road == "executor"))
-            or any(p.kind == "family" for p in problems),
+            "executor": (made is not None and made.road == "executor") or any(p.kind == "family" for p in problems),
             "lined_up": aligned,
         }
         return _with_forecast(str(path), problems, reference, to, hub, **job)

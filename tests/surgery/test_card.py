@@ -47,7 +47,7 @@ def test_a_card(tmp_path):
     assert Path(written.folder).name in card
 
 
-def test_what_became_of_a_model_in_which_no_site_is_listed(homes, tmp_path):
+def test_what_became_of_a_model_in_which_no_site_is_listed(homes, tmp_path, gpu):
     home = homes("llama")
 
     def card_of(write_it):
@@ -58,12 +58,14 @@ def test_what_became_of_a_model_in_which_no_site_is_listed(homes, tmp_path):
     base = Checkpoint(home / "base")
     slices = [{"sources": [{"model": str(home / "a"), "layer_range": [0, n]}]} for n in (2, 3)]
     stack = {"merge_method": "passthrough", "slices": slices}
-    executed = of(home, "model_stock", tokenizer={"source": "base"})
+    executed = of(home, "model_stock")
     assert "\nAn exact copy, nothing changed.\n" in card_of(lambda seal: write(base, tmp_path / "copy", seal=seal))
     half = card_of(lambda seal: write(base, tmp_path / "half", dtype=torch.bfloat16, seal=seal))
     assert "\nNo site changed, stored in another dtype.\n" in half
     assert " tensors merged by our stream.\n" in card_of(lambda seal: merge(stack, tmp_path / "stack", seal=seal))
-    assert " tensors merged by mergekit's executor.\n" in card_of(lambda s: merge(executed, tmp_path / "made", seal=s))
+    assert " tensors merged by mergekit's executor.\n" in card_of(
+        lambda s: merge(executed, tmp_path / "made", multi_gpu=True, seal=s)
+    )
 
 
 def test_no_path_in_a_word_of_an_option(tmp_path):

@@ -55,7 +55,7 @@ def test_recipes_from_model_cards(file, tiny):
     done = merge(recipe, "out")
     assert (tiny / "out" / RECIPE).read_text() == text
     asked = yaml.safe_load(text)
-    assert done.road == ("executor" if "tokenizer" in text else "stream")
+    assert done.road == "stream"
     assert asked["merge_method"] in done.checks[0]
     config = json.loads((tiny / "out" / "config.json").read_text())
     stored = asked.get("out_dtype") or asked["dtype"]
@@ -524,13 +524,11 @@ def test_weights_that_the_output_has_no_place_for(case, homes, tmp_path):
 
 
 @pytest.mark.parametrize("road", ["stream", "executor"])
-def test_tensors_that_the_output_leaves_behind_are_named(road, homes, tmp_path):
+def test_tensors_that_the_output_leaves_behind_are_named(road, homes, tmp_path, gpu):
     """What the family does not know of, as a head for scores: said before and after, by the check and in the record."""
     home = shutil.copytree(homes("llama"), tmp_path / "home")
     changed(home / "b", lambda _: {f"score.{i}.weight": torch.ones(2) for i in range(4)})
     recipe = of(home, "task_arithmetic", each=WEIGHTS)
-    if road == "executor":
-        recipe["tokenizer"] = {"source": "base"}
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
     report = check_recipe(tmp_path / "recipe.yml")
     assert report.ok
@@ -539,7 +537,7 @@ def test_tensors_that_the_output_leaves_behind_are_named(road, homes, tmp_path):
     first = "first score.0.weight, score.1.weight, score.2.weight"
     assert f"has 4 tensors that {home / 'base'} lacks, {first}: the result is without them" in problem.found
     assert f"4 tensors of {home / 'b'} are left behind, {first}" in str(plan(read_recipe(recipe)))
-    done = merge(recipe, tmp_path / "out")
+    done = merge(recipe, tmp_path / "out", multi_gpu=road == "executor")
     assert done.road == road
     assert f"4 tensors of {home / 'b'} are left behind, {first}" in done.checks[0]
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump({**recipe, "base_model": str(home / "b")}))
@@ -637,15 +635,15 @@ def test_an_adapters_change_is_put_together_once_at_most(
 # --- mergekit's executor ------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_executor_makes_is_judged(homes, tmp_path):
+def test_what_the_executor_makes_is_judged(homes, tmp_path, gpu):
     home = shutil.copytree(homes("llama"), tmp_path / "home")
     recipe = of(home, "model_stock", tokenizer={"source": "base"})
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    done = merge(recipe, tmp_path / "out")
+    done = merge(recipe, tmp_path / "out", multi_gpu=True)
     assert torch.equal(torch.get_rng_state(), before)
     assert done.road == "executor"
-    assert "by mergekit's executor, because the tokenizer" in done.checks[0]
+    assert "by mergekit's executor, because several GPUs" in done.checks[0]
     assert "every value finite" in done.checks
     assert furthest(by_mergekit(recipe, tmp_path / "theirs"), tensors_of(tmp_path / "out")) == 0
     assert (tmp_path / "out" / "generation_config.json").is_file()
@@ -653,19 +651,21 @@ def test_what_the_executor_makes_is_judged(homes, tmp_path):
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, home / "a" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationError, match=r"model\.norm\.weight has values that are NaN"):
-        merge(recipe, tmp_path / "bad")
+        merge(recipe, tmp_path / "bad", multi_gpu=True)
     gone = str(tmp_path / "theirs" / "x")
     with pytest.raises(FileNotFoundError, match="x is not a folder"):
         merge(of(home, "model_stock", tokenizer={"source": gone}), tmp_path / "bad")
     shutil.copytree(home / "b", tmp_path / "theirs" / "x")
     (tmp_path / "theirs" / "x" / "tokenizer.json").write_text("{}")
     with pytest.raises(RecipeError, match="mergekit's executor cannot run this recipe"):
+        merge(of(home, "model_stock", ("b", "c"), tokenizer={"source": gone}), tmp_path / "bad", multi_gpu=True)
+    with pytest.raises(RecipeError, match=r"mergekit cannot build the tokenizer: .*\. Leave the tokenizer out"):
         merge(of(home, "model_stock", ("b", "c"), tokenizer={"source": gone}), tmp_path / "bad")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "out", "theirs"]
 
 
 @pytest.mark.parametrize("source", [None, "base", "union"])
-def test_what_the_executor_is_proved_against(source, homes, tmp_path, monkeypatch):
+def test_what_the_executor_is_proved_against(source, homes, tmp_path, monkeypatch, gpu):
     """The base, as far as the recipe leaves it alone: its side files, and its configuration."""
     from mergekit import merge as mergekits
 
@@ -687,10 +687,10 @@ def test_what_the_executor_is_proved_against(source, homes, tmp_path, monkeypatc
             path.write_text(json.dumps(json.loads(path.read_text()) | fault))
 
     monkeypatch.setattr(mergekits, "run_merge", run)
-    if source is None:
-        monkeypatch.setattr("surgery.merging.planning._open", lambda order, names: ({}, "it is asked for"))
     recipe = of(home, "model_stock", **({} if source is None else {"tokenizer": {"source": source}}))
-    done = merge(recipe, tmp_path / "out", seal=lambda f, m: Record("merge", {}, checks=m.checks).save(f))
+    done = merge(
+        recipe, tmp_path / "out", multi_gpu=True, seal=lambda f, m: Record("merge", {}, checks=m.checks).save(f)
+    )
     assert done.road == "executor"
     assert done.base_hash == Checkpoint(home / "base").hash() != done.hash
     for name, text in theirs.items():
@@ -705,10 +705,10 @@ def test_what_the_executor_is_proved_against(source, homes, tmp_path, monkeypatc
         undo(tmp_path / "out", tmp_path / "back")
     faults.append({"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}})
     with pytest.raises(VerificationError, match=r"logits are up to .* from the predicted ones"):
-        merge(recipe, tmp_path / "bad")
+        merge(recipe, tmp_path / "bad", multi_gpu=True)
     faults.append({"num_hidden_layers": 4})
     with pytest.raises(VerificationError, match=r"written model failed to load: it is a llama of 4 layers but lacks 9"):
-        merge(recipe, tmp_path / "bad")
+        merge(recipe, tmp_path / "bad", multi_gpu=True)
 
 
 def test_a_family_without_a_table_is_judged_by_name(tmp_path):

@@ -431,10 +431,10 @@ def test_a_vocabulary_that_all_have_changes_nothing(homes, tmp_path):
     assert lined_up.hash == plain.hash
 
 
-@pytest.mark.parametrize("method", ["ties", "model_stock"])
-def test_rows_of_tokens_as_mergekit_makes_them(method, homes, tmp_path):
+@pytest.mark.parametrize(("method", "family"), [("ties", "mixtral"), ("model_stock", "llama")])
+def test_rows_of_tokens_as_mergekit_makes_them(method, family, homes, tmp_path):
     """With a token of the recipe's own, rows that fill up, and rules that look at the whole tensor."""
-    home = shutil.copytree(homes("mixtral"), tmp_path / "home")
+    home = shutil.copytree(homes(family), tmp_path / "home")
     with_tokens(home / "b", added="<own>", swapped=(20, 31))
     wanted = {"<new>": {"source": {"kind": "model_token", "model": str(home / "a"), "token": "!"}}}
     how = {"source": "union", "pad_to_multiple_of": 8, "tokens": wanted}
@@ -459,12 +459,16 @@ def test_a_placeholder_that_would_have_no_row_is_refused_at_once(homes, tmp_path
 
 
 @pytest.mark.parametrize("source", ["a", "b"])
-def test_a_placeholder_that_another_tokenizer_numbers_otherwise(source, homes, tmp_path):
+def test_a_placeholder_that_another_tokenizer_numbers_otherwise(source, homes, tmp_path, gpu):
     home = shutil.copytree(homes("qwen2.5-vl (vision)", layout="old"), tmp_path / "home")
     for name in ("base", "a", "b", "c"):
         with_tokens(home / name, *SEEN, swapped=(20, 100) if name == "b" else None)
     recipe = of(home, "model_stock", tokenizer={"source": str(home / source)})
     if source == "a":
+        with pytest.raises(
+            RecipeError, match=r"several GPUs .* does not find how many tokens .*base has .* Leave that out"
+        ):
+            merge(recipe, tmp_path / "out", multi_gpu=True)
         merge(recipe, tmp_path / "out")
         return
     with pytest.raises(RecipeError, match=r"image_token_id 100, which is <image>.* is 20 in .*home/b"):
