@@ -95,7 +95,10 @@ class _Tensors(Mapping[Site, Tensor]):
         return len(self.shapes())
 
     def shape(self, site: Site | str) -> torch.Size:
-        """Of one site's tensor, ``[out, in]`` for a matrix; of a head's slice where the site names a head. Raises as reading it does for one that is not there."""
+        """Of one site's tensor, ``[out, in]`` for a matrix; of a head's slice where the site names a head.
+
+        Raises as reading it does for one that is not there.
+        """
         return self.shapes()[self._existing(site)]
 
     @abstractmethod
@@ -449,8 +452,10 @@ def apply(edit: Edit | Rewiring, weights: Weights, at: Patterns | None = None) -
 
     edit: ``(site, W) -> W``, applied in fp32 at the sites that the patterns `at` match; `W` is ``[out, in]``, or a head's rows or columns
           of it; a head whose whole tensor is named too is not edited twice. One with a method ``bound(weights, sites)`` is first
-          asked for its form there (what a norm's gain has a say in), one with ``check(site, shape)`` whether it fits, at every site. Or ``weights -> weights`` (`SwapLayers`), which takes no patterns.
-    Raises ValueError when the patterns match nothing, the edit does not fit or the weights are quantised, TypeError for patterns that are missing or too many.
+          asked for its form there (what a norm's gain has a say in), one with ``check(site, shape)`` whether it fits, at every site. Or
+          ``weights -> weights`` (`SwapLayers`), which takes no patterns.
+    Raises ValueError when the patterns match nothing, the edit does not fit or the weights are quantised, TypeError for patterns that are
+    missing or too many.
     """
     takes = sum(p.default is p.empty for p in inspect.signature(edit).parameters.values())
     if at is None:

@@ -41,7 +41,10 @@ _THREADS = 8  # more would wait for the interpreter and for memory
 
 @dataclass(frozen=True)
 class Written:
-    """What `write` did. hashes: BLAKE3 per tensor. kept: asked and kept per computed site, `moved` of which changed. checks: what was verified, in words."""
+    """What `write` did. hashes: BLAKE3 per tensor. kept: asked and kept per computed site, `moved` of which changed.
+
+    checks: what was verified, in words.
+    """
 
     folder: Path
     hash: str
@@ -109,8 +112,8 @@ def write(
         matter and generate nothing.
     seal: called with the finished folder and what is known about it, before it appears under its name: the place to add a record.
 
-    Raises FileExistsError if `to` exists, ValueError for non-finite values and for a quantised model's codes in another `dtype` (naming the site), CheckpointError where the files have a head
-    of its own that config.json ties, VerificationError if the proof fails.
+    Raises FileExistsError if `to` exists, ValueError for non-finite values and for a quantised model's codes in another `dtype` (naming the
+    site), CheckpointError where the files have a head of its own that config.json ties, VerificationError if the proof fails.
     """
     layout = weights.layout
     if layout is None:
