@@ -157,18 +157,21 @@ class Surgical(_Host):
         """The transformers module inside whatever wraps it."""
         return without_adapter(self.accelerator.unwrap_model(self.model))
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, counted = super().get_batch_samples(*args, **kwargs)
         self._owed = bool(self._terms)  # asked once a step, also of one that is made again
-        if self._objective is not None and batch_samples:
-            for batch in batch_samples:
+        if self._objective is not None and batches:
+            for batch in batches:
                 require_rows(batch)
-            sums = functools.reduce(lambda a, b: a + b, map(Totals.of, batch_samples))
+            sums = functools.reduce(lambda a, b: a + b, map(Totals.of, batches))
             if self.args.world_size > 1:
-                mine = torch.tensor([sums.tokens, sums.sequences, sums.groups], dtype=torch.float64, device=device)
+                mine = torch.tensor(
+                    [sums.tokens, sums.sequences, sums.groups], dtype=torch.float64, device=self.args.device
+                )
                 gathered: Any = self.accelerator.gather(mine[None])
                 sums = Totals(*gathered.sum(0).tolist())
             self._totals = sums
-        return super()._get_num_items_in_batch(batch_samples, device)
+        return batches, counted
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

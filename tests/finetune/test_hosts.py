@@ -335,6 +335,31 @@ def test_a_term_counts_once_where_the_host_divides_by_micro_batches(said: bool |
     assert seen == [0, 1, 0, 0] * 2
 
 
+def test_an_evaluation_between_micro_batches_leaves_the_step_as_it_was(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    def term(module: torch.nn.Module, step: int) -> Tensor:
+        return 1e-3 * sum((p**2).sum() for p in module.parameters())
+
+    norms = []
+    for looks in (False, True):
+        m = model()
+        trainer = host_of(
+            m, taught(m, 5), False, str(tmp_path), eval_dataset=True, terms=[term], compute_metrics=lambda p: {"rows": len(p.predictions)}
+        )  # fmt: skip
+
+        class Looks(TrainerCallback):
+            def on_substep_end(self, *_: Any, trainer: Any = trainer, **__: Any) -> None:
+                trainer.evaluate()
+
+        if looks:
+            trainer.add_callback(Looks())
+        trainer.train()
+        assert any("eval_rows" in entry for entry in trainer.state.log_history) == looks
+        norms.append([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_terms_are_computed_in_the_precision_of_the_run(autocast: bool) -> None:
     m = model()
