@@ -142,7 +142,7 @@ class Collate:
                 "trainer drops columns that the model does not know: give its arguments remove_unused_columns=False."
             )
         ids = [torch.tensor(i) for row in rows for i in row["input_ids"]]
-        weights = [torch.tensor(w) for row in rows for w in row["token_weights"]]
+        weights = [torch.tensor(w, dtype=torch.float32) for row in rows for w in row["token_weights"]]
         pad = torch.nn.utils.rnn.pad_sequence
         padded = pad(weights, batch_first=True)
         padded[:, 0] = 0

@@ -81,6 +81,10 @@ def test_a_batch_is_padded_numbered_and_grouped() -> None:
     assert found["attention_mask"].sum(1).tolist() == [len(t.ids) for t in (a, b, c)]
     assert (found["labels"][:, 0] == -100).all()  # nothing comes before the first token
     assert torch.equal(found["labels"] != -100, found["token_weights"] != 0)
+    whole, half = (Example(t, (0, *(w,) * (len(t.ids) - 1))) for t, w in ((a, 1), (b, 0.5)))
+    mixed = Collate(m.pad_id)(rows_of([(whole,), (half,)]))
+    assert mixed["token_weights"].dtype == torch.float32  # and a half is no whole number
+    assert mixed["token_weights"].sum() == len(a.ids) - 1 + 0.5 * (len(b.ids) - 1)
     assert Totals.of(found) == Totals(len(a.ids) + len(b.ids) - 2 + 1.5 * (len(c.ids) - 1), 3.0, 2.0)
 
 
