@@ -226,6 +226,10 @@ def test_every_option_changes_the_positions() -> None:
     found = [places(**o) for o in options]
     assert all(a != b for i, a in enumerate(found) for b in found[:i])
     assert places(select="random") == found[5]
+    with overlay_(model("phi3"), density=0.1, select="random") as overlay:  # one module, three draws
+        stir(overlay.parameters())
+        k, v = (overlay.delta()[f"0.attn.{part}"] for part in "kv")
+    assert not torch.equal(k != 0, v != 0)
 
 
 # --- what becomes of it -------------------------------------------------------------------------------------------------------
@@ -247,15 +251,17 @@ def test_delta_goes_to_a_file_and_back_sparse(family: str, tmp_path: Path) -> No
     assert torch.equal(stored[site], delta[site])  # it is as it was when asked for
 
 
-@pytest.mark.parametrize("family", FUSED)
-def test_merging_is_adding_the_delta(family: str) -> None:
-    m, plain = model(family), model(family)
+@pytest.mark.parametrize(("family", "dtype"), [*((f, torch.float32) for f in FUSED), ("llama", torch.bfloat16)])
+def test_merging_is_adding_the_delta(family: str, dtype: torch.dtype) -> None:
+    m, plain = model(family, dtype=dtype), model(family, dtype=dtype)
     overlay = overlay_(m, density=0.1)
     stir(overlay.parameters())
-    expected = plain.weights + overlay.delta()
+    change = overlay.delta()
+    expected = plain.weights + change
     overlay.merge_()
     for site in m.weights:
-        assert torch.equal(m.weights[site], expected[site]), site
+        whole = plain.weights[site].double() + change[site].double() if site in change else plain.weights[site]
+        assert torch.equal(m.weights[site], whole.to(dtype)), site
     assert not overlay.parameters()
     with plain.installed(expected):
         assert torch.equal(logits(m), logits(plain))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from analyses.tasks import chained_sums
+from finetune.examples import Example
 from finetune.retention import EWC, BehaviourCloning, Fisher, Kickstarting, Replay, drawn, fisher_diagonal
 from finetune.tune import tune
 from surgery.model import Model
@@ -48,13 +50,22 @@ def logits(m: Model, t: Transcript) -> list[list[float]]:
         return m.module(input_ids=torch.tensor([t.ids])).logits[0].double().tolist()
 
 
-def as_texts(m: Model, transcripts: list[Transcript]) -> list[oracle.Text]:
-    """Completions as the oracles' lists."""
+def as_texts(m: Model, transcripts: list[Transcript], weight: Callable[[int], float] = lambda i: 1.0) -> list[oracle.Text]:
+    """Completions as the oracles' lists, each token with a weight by its place."""
     found = []
     for t in transcripts:
         own, (begin, end) = logits(m, t), t.spans["completion"]
-        found.append([(own[i - 1], t.ids[i], 1.0) for i in range(begin, end)])
+        found.append([(own[i - 1], t.ids[i], weight(i)) for i in range(begin, end)])
     return found
+
+
+def by_place(i: int) -> float:
+    return (0.25, 3.0)[i % 2]
+
+
+def weighed(t: Transcript) -> Example:
+    begin, end = t.spans["completion"]
+    return Example(t, tuple(by_place(i) if begin <= i < end else 0.0 for i in range(len(t.ids))))
 
 
 def value(term: Any, m: Model, step: int = 0) -> float:
@@ -126,6 +137,8 @@ def test_replay_is_the_sources_own_loss() -> None:
     told = source(now)
     term = Replay(told, weight=0.5, batch_size=6)
     assert value(term, now) == pytest.approx(0.5 * oracle.nll(as_texts(now, told)), rel=1e-4)
+    uneven = Replay([weighed(t) for t in told], batch_size=6)
+    assert value(uneven, now) == pytest.approx(oracle.nll(as_texts(now, told, by_place)), rel=1e-4)
     chosen = [told[i] for i in drawn(6, 2, seed=4, step=2)]
     few = Replay(told, batch_size=2, seed=4)
     assert value(few, now, 2) == pytest.approx(oracle.nll(as_texts(now, chosen)), rel=1e-4)

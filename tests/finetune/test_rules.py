@@ -334,8 +334,13 @@ def test_normalise_scales_the_prior_to_the_weights() -> None:
     for scale in (1.0, 30.0):
         twin = copy.deepcopy(m)
         drift = DRIFT(scale * expert(twin), twin, 0.01, "absolute")
-        Host(twin, drift, torch.optim.SGD(twin.module.parameters())).step(losses(twin, 1))
-        found = twin.weights.parameter(site).grad
+        host = Host(twin, drift, torch.optim.SGD(twin.module.parameters()))
+        host.step(losses(twin, 1))
+        found = twin.weights.parameter(site).grad.clone()
+        host.finish()
+        along, moved = (scale * expert(m)[site]).double(), twin.weights[site].double() - m.weights[site].double()
+        far = float((moved * along).sum() / along.square().sum())  # of the prior as it was given
+        assert drift.merged().sites[site] == pytest.approx(far, rel=1e-3)
         plain = copy.deepcopy(m)
         losses(plain, 1)[0]().backward()
         d, w, raw = expert(m)[site], m.weights[site], plain.weights.parameter(site).grad
