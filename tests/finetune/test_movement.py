@@ -128,6 +128,8 @@ def test_what_is_trained_by_an_adapter_is_seen(family: str) -> None:
                 p.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
     seen = {s: as_trained(m, s) for s in start.sites}
     change = ChangeNorm(m, start=start)(m, 1)
+    with learner.disable_adapter():
+        assert all(torch.equal(as_trained(m, s), start[s]) for s in start.sites)
     learner.merge_and_unload()
     for site, W in seen.items():
         assert torch.allclose(W, m.weights[site].float(), atol=1e-5), site

@@ -25,6 +25,7 @@ from finetune.objectives import (
     dft,
     dpo,
     entropy,
+    improbable,
     kl_divergence,
     kl_from_base,
     kl_to_base,
@@ -209,6 +210,10 @@ def test_dft_s_gradient_is_that_of_the_probabilities() -> None:
     c = case(seed=3)
     expected = torch.tensor(oracle.dft_logit_gradient(c.texts()), dtype=torch.float64)
     torch.testing.assert_close(gradient(dft, c.p), expected)
+    wide = case((9,), (0,), (1,), spread=3.0)
+    chances = [oracle.probability(token) for token in wide.texts()[0]]
+    assert improbable(wide.p).tolist() == [chance < 0.01 for chance in chances]
+    assert any(0.01 < chance < 0.1 for chance in chances)
 
 
 @pytest.mark.parametrize("of", [kl_to_base, kl_from_base, entropy], ids=repr)

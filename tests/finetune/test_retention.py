@@ -263,11 +263,12 @@ def test_the_diagonal_is_the_mean_of_squared_gradients_a_sequence_at_a_time() ->
         m.module.zero_grad()
         begin, end = t.spans["completion"]
         logs = m.module(input_ids=torch.tensor([t.ids])).logits[0].log_softmax(-1)
-        sum(logs[i - 1, t.ids[i]] for i in range(begin, end)).backward()
+        sum(by_place(i) * logs[i - 1, t.ids[i]] for i in range(begin, end)).backward()
         for name, p in m.module.named_parameters():
             expected[name] += p.grad.square() / 3
     m.module.zero_grad()
-    found = fisher_diagonal(m, [told[:2], told[2]])  # each sequence of a group is one
+    first, *others = map(weighed, told)
+    found = fisher_diagonal(m, [first, others])  # each sequence of a group is one
     assert found.sequences == 3
     for name, p in m.module.named_parameters():
         scale = float(expected[name].max())
