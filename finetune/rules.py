@@ -471,7 +471,7 @@ class DRIFT(TrainerCallback):
     @torch.no_grad()
     def _take_up(self, state: Any) -> None:
         """Where the run began: measured at its first step, taken from the checkpoint by one that resumes."""
-        self._lines = []
+        self._lines, self._fresh = [], None
         if not state.global_step:
             self._starts = {part.site: part.along() for part in self._parts}
             return

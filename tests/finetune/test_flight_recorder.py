@@ -488,6 +488,8 @@ def test_a_resumed_account_knows_what_was_spent(clock: Clock, tmp_path: Path) ->
     ends = [read_log(log)[-1] for log in (broken, tmp_path / "whole")]
     for one in ("training_seconds", "measuring_seconds", "budgeted_seconds"):
         assert ends[0][one] == ends[1][one]
+    flown(Recorder(model(), [sometimes(costing(clock, 0.01), "new")], broken), clock, 400, first=200)
+    assert min(steps_of(broken, "new")) > 200  # the starting weights are gone
 
 
 def test_a_killed_run_leaves_a_log_that_is_gone_on_with(tmp_path: Path) -> None:
