@@ -66,10 +66,11 @@ class _SparseProduct(torch.autograd.Function):
         rows, above = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, ctx.out)
         of_x = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
         of_values = torch.empty_like(values)
-        for strip, dense, (part, at) in _strips(values, indices, ctx.out, rows):
-            if of_x is not None:
-                of_x.addmm_(above[:, strip], dense)
-            of_values[part] = (above[:, strip].T @ rows).view(-1).index_select(0, at).to(values.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            for strip, dense, (part, at) in _strips(values, indices, ctx.out, rows):
+                if of_x is not None:
+                    of_x.addmm_(above[:, strip], dense)
+                of_values[part] = (above[:, strip].T @ rows).view(-1).index_select(0, at).to(values.dtype)
         return None if of_x is None else of_x.view(x.shape), of_values, None, None
 
 

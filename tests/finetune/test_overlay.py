@@ -79,6 +79,11 @@ def test_product_and_gradients_are_the_dense_ones(strip: int, monkeypatch: pytes
     torch.testing.assert_close(sparse_product(x, values, where, 9), x @ dense.T, rtol=1e-13, atol=1e-13)
     assert torch.autograd.gradcheck(lambda x, values: sparse_product(x, values, where, 9), (x, values))
     assert torch.autograd.gradcheck(lambda values: sparse_product(x.detach(), values, where, 9), (values,))
+    narrow = [t.detach().float().requires_grad_() for t in (x, values)]
+    with torch.autocast("cpu", torch.bfloat16):  # the precision of x, there and back
+        slopes = torch.autograd.grad(sparse_product(narrow[0], narrow[1], where, 9).square().sum(), narrow)
+    for found, exact in zip(slopes, torch.autograd.grad((x @ dense.T).square().sum(), (x, values)), strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_product_of_no_entries_is_zero() -> None:

@@ -50,7 +50,9 @@ def logits(m: Model, t: Transcript) -> list[list[float]]:
         return m.module(input_ids=torch.tensor([t.ids])).logits[0].double().tolist()
 
 
-def as_texts(m: Model, transcripts: list[Transcript], weight: Callable[[int], float] = lambda i: 1.0) -> list[oracle.Text]:
+def as_texts(
+    m: Model, transcripts: list[Transcript], weight: Callable[[int], float] = lambda i: 1.0
+) -> list[oracle.Text]:
     """Completions as the oracles' lists, each token with a weight by its place."""
     found = []
     for t in transcripts:
