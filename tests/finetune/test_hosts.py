@@ -445,8 +445,8 @@ def test_the_loss_of_an_evaluation_is_the_objective(trl: bool, measured: bool, t
         expected = float(doubled(predict(m.module, batch(m, data))))
     more: dict[str, Any] = {"compute_metrics": lambda p: {"rows": len(p.predictions)}} if measured else {}
     trainer = host_of(
-        m, data, trl, str(tmp_path), objective=doubled, eval_dataset=True, per_device_eval_batch_size=4, **more
-    )
+        m, data, trl, str(tmp_path), objective=doubled, eval_dataset=True, per_device_eval_batch_size=4, corrupt=MaskedThought(m.pad_id, 1, 0), **more
+    )  # fmt: skip
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert not measured or found["eval_rows"] == 4
@@ -493,8 +493,13 @@ def test_the_reference_is_the_starting_model_at_every_step(method: Any) -> None:
         means.append(float(torch.nn.functional.cross_entropy(p.reference(), p.targets)))
         return nll(p)
 
+    def hidden(found: dict[str, Tensor], step: int, steps: int) -> dict[str, Tensor]:
+        return found | {"input_ids": torch.where(found["labels"] != -100, m.pad_id, found["input_ids"])}
+
     watched.reference = True  # type: ignore[attr-defined]
-    done = tune(m, told, method=method, objective=watched, steps=3, batch_size=4, lr=1e-2, autocast=False)
+    done = tune(
+        m, told, method=method, objective=watched, corrupt=hidden, steps=3, batch_size=4, lr=1e-2, autocast=False
+    )
     assert means == [pytest.approx(float(start.mean()), rel=1e-4)] * 3
     assert done.losses[-1] < done.losses[0]
 

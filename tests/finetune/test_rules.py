@@ -850,11 +850,13 @@ def test_the_coefficient_reaches_later_callbacks(tmp_path: Path) -> None:
             heard.append(logs.get("pull_merged"))
 
     m = model()
-    trainer = trainer_of(m, str(tmp_path), [DRIFT(expert(m), m, log_every=3), Listener()], "plain")
+    drift = DRIFT(expert(m), m, log_every=3)
+    trainer = trainer_of(m, str(tmp_path), [drift, Listener()], "plain")
     for _ in range(2):  # what the end of a run was found to be is not told of the next one's beginning
         trainer.train()
         assert [x is None for x in heard[:4]] == [True, True, False, True]
         heard.clear()
+        assert [line.step for line in drift.readings.lines if line.site == "all"] == [3, 4]
 
 
 @pytest.mark.parametrize(

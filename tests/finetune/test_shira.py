@@ -49,6 +49,10 @@ def test_it_is_adamw_on_the_entries_that_peft_draws() -> None:
         if hasattr(layer, "shira_indices")
     }
     owned = {name: plain.module.get_submodule(name).weight for name in drawn}
+    beside = [
+        layer.scaling["default"] for layer in with_adapter(model(), "lora", 3).modules() if hasattr(layer, "lora_A")
+    ]
+    assert set(beside) == {2.0}  # of a LoRA: alpha is twice its rank
     plain.module.requires_grad_(False)
     numbers = {name: torch.nn.Parameter(torch.zeros(index.shape[1])) for name, index in drawn.items()}
     adamw = torch.optim.AdamW(numbers.values(), lr=1e-2, weight_decay=0.0)
