@@ -66,11 +66,11 @@ def check(home: Path, address: str, *words: str, **said: str) -> subprocess.Comp
     return done
 
 
-def download(home: Path, address: str, ref: str) -> Path:
+def download(home: Path, address: str, *refs: str) -> list[Path]:
     """Into the hub's cache, as `merge` and `apply` do."""
-    done = run(home, address, "-c", f"from surgery.model import find; print(find({ref!r}))")
+    done = run(home, address, "-c", f"from surgery.model import find\nfor ref in {refs}: print(find(ref))")
     assert done.returncode == 0, done.stderr
-    return Path(done.stdout.strip())
+    return [Path(line) for line in done.stdout.splitlines()]
 
 
 def most_asked(hub: StandIn) -> int:
@@ -100,8 +100,7 @@ def test_headers_are_fetched_and_no_weights(hub: StandIn, tmp_path: Path) -> Non
     assert re.search(r"roughly \d+ s after a download of \d+ MB", again.stdout), again.stdout
     assert not [file for file in hub.served if file.endswith((".json", ".jinja"))]  # they are in the cache now
     hub.served.clear()
-    for model in models:
-        download(tmp_path, hub.address, model)
+    download(tmp_path, hub.address, *models)
     assert sum(hub.served.values()) == report["forecast"]["download"]
 
 
@@ -319,8 +318,8 @@ def test_without_the_hub_one_error_says_both_ways(tmp_path: Path, answer: str) -
 
 def test_a_copy_in_the_cache_is_judged_without_a_network(hub: StandIn, tmp_path: Path) -> None:
     save_tiny("llama", hub.folder / "lab" / "base@v2", dtype=torch.bfloat16, seed=4)
-    for ref in ("lab/base", "lab/base@v2", "lab/tuned"):
-        assert (download(tmp_path, hub.address, ref) / "config.json").is_file()
+    for found in download(tmp_path, hub.address, "lab/base", "lab/base@v2", "lab/tuned"):
+        assert (found / "config.json").is_file()
     hub.asked.clear()
     (hub.folder / "lab" / "base" / "config.json").unlink()
     for words in ({}, {"HF_HUB_OFFLINE": "1"}):
@@ -333,7 +332,7 @@ def test_a_copy_in_the_cache_is_judged_without_a_network(hub: StandIn, tmp_path:
 
 def test_half_a_copy_in_the_cache_is_not_judged(hub: StandIn, tmp_path: Path) -> None:
     """Whoever loaded a tokenizer only has a snapshot without weights; whoever broke off a download, one without a shard."""
-    snapshot = download(tmp_path, hub.address, "lab/base")
+    (snapshot,) = download(tmp_path, hub.address, "lab/base")
     next(snapshot.glob("*.safetensors")).unlink()
     done = check(tmp_path, hub.address, "lab/base")
     assert done.returncode == 0, done

@@ -68,6 +68,7 @@ def capture_rows(folder: str | Path, rounds: int) -> list[dict[str, Any]]:
             "bare": bare,
             "all": lambda: forward(model, rows, streams),
             "middle": lambda: forward(model, rows, middle),
+            "every": lambda: collect(model, told, over="all"),
             "rows": lambda: collect(model, told),
             "means": lambda: collect(model, told, over=("prompt", "thinking", "answer"), pool="mean"),
             "nnsight": through("nnsight"),
@@ -80,6 +81,7 @@ def capture_rows(folder: str | Path, rounds: int) -> list[dict[str, Any]]:
     return [
         row(f"capturing {every} against the bare forward pass (s)", took["all"], took["bare"], ALL, note),
         row(f"capturing {middle[0]} with early stop against the bare forward pass (s)", took["middle"], took["bare"], EARLY, note),
+        row(f"collect(): every token's row of {every}, against the bare forward pass (s)", took["every"], took["bare"], ALL, note),
         row(f"collect(): rows of {every} over the completion, against the bare forward pass (s)", took["rows"], took["bare"], None, note),
         row(f"collect(): means of {every} over three spans, against the bare forward pass (s)", took["means"], took["bare"], None, note),
         row(f"capturing {every} against nnsight (s)", took["all"], took["nnsight"], None, note),
