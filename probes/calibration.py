@@ -96,9 +96,9 @@ def reliability(
     groups: questions, which are drawn whole. folds: of how many these are the cross-fitted predictions, as in `probes.held_out.auc_score`.
     bins:   of each kind, 2 or more; equal probabilities are never parted, so that there may be fewer of equal rows.
 
-    Intervals: percentile for Brier, ending at 0 and 1. An ECE of draws is above that of the rows as much as that is above the truth, so its interval is the
-    draws' turned over (Efron and Tibshirani 1993, section 13.4: the basic bootstrap), ending at 0. Raises ValueError for what is no
-    probability, and for rows that do not match.
+    Intervals: percentile for Brier, ending at 0 and 1. An ECE of draws is above that of the rows as much as that is above the truth, so
+    its interval is the draws' turned over (Efron and Tibshirani 1993, section 13.4: the basic bootstrap), ending at 0. Raises ValueError
+    for what is no probability, and for rows that do not match.
     """
     p, y, g = np.asarray(probabilities, dtype=float), np.asarray(labels, dtype=bool), units(groups)
     if not p.shape == y.shape == g.shape or p.ndim != 1 or not len(p):
@@ -118,9 +118,8 @@ def reliability(
     weight = np.array([b.rows for b in of_bins]) / len(y)
     said, was = (np.array([getattr(b, name) for b in of_bins]) for name in ("said", "was"))
     likely = np.clip(np.where(y, p, 1 - p), _SURE, None)
-    brier = mean_score((p - y) ** 2, np.ones(len(y)), g, what="Brier score", **options)
     return Reliability(
-        brier=replace(brier, high=min(brier.high, 1.0)),
+        brier=mean_score((p - y) ** 2, np.ones(len(y)), g, most=1.0, what="Brier score", **options),
         ece=ece,
         ece_mass=ece_mass,
         floor=floor,

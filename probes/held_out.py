@@ -133,6 +133,7 @@ def mean_score(
     groups: ArrayLike,
     *,
     flip: bool = False,
+    most: float = math.inf,
     folds: int | None = None,
     draws: int = 1000,
     seed: int = 0,
@@ -141,7 +142,7 @@ def mean_score(
     """``sum(above) / sum(below)``, or one less it with `flip`, with a percentile interval from drawing whole groups.
 
     above, below: 0 or more. An accuracy is hits over ones; an R² is one less squared errors over squared deviations. folds: as in `auc_score`;
-    the widened interval of the ratio ends at 0.
+    the widened interval of the ratio ends at 0, and at `most`, the largest that it can be.
     """
     unit = units(groups)
     sums = np.stack([np.bincount(unit, above), np.bincount(unit, below)])
@@ -151,7 +152,7 @@ def mean_score(
         return no_interval(1 - ratio if flip else ratio, count, f"{what}, no interval")
     times = resamples(count, draws, seed)
     low, high = _ends(ratio, times @ sums[0], times @ sums[1], folds)
-    found = Estimate(ratio, max(low, 0.0), high, count, seed, f"{what}, {_how(draws, folds)}")
+    found = Estimate(ratio, max(low, 0.0), min(high, most), count, seed, f"{what}, {_how(draws, folds)}")
     return opposite(found) if flip else found
 
 

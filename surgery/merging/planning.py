@@ -48,9 +48,9 @@ class Plan:
     dtype:   in which the output is stored; None where each tensor keeps the layout's.
     sources: each model as written -> its folder, and its adapter's.
     carried: tensors that mergekit's table of the architecture does not list: they are the layout's own.
-    vocabulary: the tokens of the result, where the recipe asks for a tokenizer; None where they are the layout's, or the executor builds them.
     left:    each model as written -> its tensors that no family's table names and the layout lacks: the output is without them.
     rules:   how each output tensor is computed, by its name.
+    vocabulary: the tokens of the result, where the recipe asks for a tokenizer; None where they are the layout's, or the executor builds them.
     """
 
     recipe: Recipe
