@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import os
 import re
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from mergekit.common import ModelPath, ModelReference
     from mergekit.config import MergeConfiguration, OutputSliceDefinition
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+    from transformers import PretrainedConfig
 
 Road = Literal["stream", "executor"]
 _LAYER = re.compile(r"\.\d+\.")
@@ -360,19 +363,26 @@ def _adapted(layout: Checkpoint, folder: str) -> Weights:
 
 @contextmanager
 def loaders(references: Iterable[ModelReference]) -> Iterator[None]:
-    """mergekit's cache of open models, without what an earlier call left and with adapters' base models for their names."""
+    """mergekit's cache of open models, without what an earlier call left and with adapters' base models for their names; and each model's
+    configuration is read once, which mergekit reads anew for every slice, parameter and question."""
     from mergekit.common import ModelReference
     from mergekit.io.tasks import LoaderCache
 
-    cache = LoaderCache.loaders
-    kept = dict(cache)
+    cache, configured = LoaderCache.loaders, ModelReference.config
+    kept, read = dict(cache), functools.cache(configured)
     cache.clear()
+
+    def config(ref: ModelReference, trust_remote_code: bool = False) -> PretrainedConfig:
+        return copy.deepcopy(read(ref, trust_remote_code))  # the output's is made of one
+
+    ModelReference.config = config
     try:
         for ref in references:
             if ref.lora is not None:
                 cache[ref] = ModelReference(model=ref.model).lazy_loader(lazy_unpickle=False)
         yield
     finally:
+        ModelReference.config = configured
         cache.clear()
         cache.update(kept)
 

@@ -760,3 +760,27 @@ def test_chat_templates(template, homes, tmp_path):
     with pytest.raises(RecipeError, match=r"chat_template: Invalid chat template: nonsense\. Give auto"):
         merge(of(home, "model_stock", chat_template="nonsense"), tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("recipe", ["linear", "sliced"])
+def test_each_configuration_is_read_once_for_the_plan(recipe, tiny, monkeypatch):
+    """mergekit reads it for every slice and question; a large recipe is then as slow as its models are deep."""
+    from mergekit import common
+
+    models = ["tiny/base", "tiny/a", "tiny/b"]
+    if recipe == "linear":
+        said = {"models": [{"model": name, "parameters": {"weight": 1.0}} for name in models]}
+    else:
+        pieces = [[{"model": name, "layer_range": [0, 1], "parameters": {"weight": 1.0}} for name in models]] * 2
+        said = {"slices": [{"sources": sources} for sources in pieces]}
+    asked = read_recipe({"merge_method": "linear", "dtype": "float32", **said})
+    seen = Counter()
+    real, method = common.AutoConfig.from_pretrained, common.ModelReference.config
+    monkeypatch.setattr(
+        common.AutoConfig, "from_pretrained", lambda path, **options: seen.update([path]) or real(path, **options)
+    )
+    made = plan(asked)
+    by_mergekit = {path: count for path, count in seen.items() if not isinstance(path, Path)}
+    assert by_mergekit == dict.fromkeys(models, 1)
+    assert common.ModelReference.config is method
+    assert made.dtype == torch.float32
