@@ -372,8 +372,8 @@ def loaders(references: Iterable[ModelReference]) -> Iterator[None]:
     kept, read = dict(cache), functools.cache(configured)
     cache.clear()
 
-    def config(ref: ModelReference, trust_remote_code: bool = False) -> PretrainedConfig:
-        return copy.deepcopy(read(ref, trust_remote_code))  # the output's is made of one
+    def config(self: ModelReference, trust_remote_code: bool = False) -> PretrainedConfig:
+        return copy.deepcopy(read(self, trust_remote_code))  # the output's is made of one
 
     ModelReference.config = config
     try:
