@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -202,7 +203,7 @@ class Scores:
         """Positions, ascending, and scores of the units that reach a bound."""
         positions, scores = [], []
         for start, strip in self._strips():
-            at = (strip >= bound).nonzero().squeeze(1)
+            at = _places(strip, bound)
             positions.append(at + start * self.grid[1])
             scores.append(strip[at])
         return torch.cat(positions), torch.cat(scores)
@@ -223,6 +224,13 @@ class Scores:
             yield start, self.of(slice(start, min(start + rows, self.grid[0]))).reshape(-1)
 
 
+def _places(scores: Float[Tensor, " n"], bound: float) -> Int[Tensor, " m"]:
+    """Where scores reach a bound, ascending."""
+    if scores.device.type == "cpu":  # numpy compares and finds three times as fast as torch
+        return torch.from_numpy(np.flatnonzero(scores.detach().numpy() >= bound))
+    return (scores >= bound).nonzero().squeeze(1)
+
+
 @dataclass(frozen=True)
 class _Scored:
     scores: Scores
@@ -238,7 +246,7 @@ def largest(scored: Sequence[Scores], count: int) -> list[Int[Tensor, " n"]]:
     total, home = sum(s.units for s in scored), scored[0].device
     # Some of the rows bound the threshold from below, so that only a few candidates are ever ordered.
     sample = torch.cat([s.sample().to(home) for s in scored])
-    for slack in (1.1, 2.0, math.inf):
+    for slack in (1.3, 3.0, math.inf):
         reach = min(len(sample), math.ceil(min(slack * count / total, 1.0) * len(sample)) + 32)
         bound = -math.inf if slack == math.inf else float(sample.kthvalue(len(sample) - reach + 1).values)
         found = [s.above(bound) for s in scored]
