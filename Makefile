@@ -10,7 +10,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help study test lint benchmarks
+.PHONY: help study test lint style types tests benchmarks
 
 help: ## these lines
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,13 +23,20 @@ $(READY): pyproject.toml constraints.txt
 study: $(READY) ## the main job: tune a real model, cut it open, judge it (TO=runs/first)
 	$(VENV)/bin/surgery study --to $(TO)
 
-lint: $(READY) ## style, types and the direction of imports
+lint: style types ## style, types and the direction of imports
+
+test: style ## lint and every test, types being looked at beside the tests
+	$(MAKE) --no-print-directory -j2 types tests
+
+style: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: $(READY)
 	$(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports
 
-test: lint ## lint, then every test
+tests: $(READY)
 	$(VENV)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 benchmarks: $(READY) ## the figures of tests/benchmarks/RESULTS.md, measured again
