@@ -27,14 +27,15 @@ _SKETCH, _ROUNDS = 4, 4  # columns and rounds of the search for the largest sing
 class Start:
     """Matrices as they were when this was made: what monitors compare with.
 
-    Make it before training begins; a resumed run then compares with the same. It holds a copy of each matrix.
+    Make it before training begins; a resumed run then compares with the same. It holds a copy of each matrix, in 16 bits where these say
+    all (as of a bf16 model that is loaded in float32 to be trained).
 
     sites: by default every attention and MLP matrix.
     """
 
     def __init__(self, model: Model, sites: Sequence[Site] | None = None):
         weights = model.weights
-        self._held = {s: weights[s].clone() for s in (linear_sites(weights) if sites is None else sites)}
+        self._held = {s: _copy(weights[s]) for s in (linear_sites(weights) if sites is None else sites)}
         self._norms: dict[Site, float] = {}
         self._principal: dict[tuple[Site, float, int], Tensor] = {}
 
@@ -50,6 +51,11 @@ class Start:
         """How many entries the matrix has."""
         return self._held[site].numel()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies."""
+        return sum(W.nbytes for W in self._held.values())
+
     def norm(self, site: Site) -> float:
         if site not in self._norms:
             self._norms[site] = _norm(self[site])
@@ -62,6 +68,16 @@ class Start:
             W = self._held[site]
             self._principal[key] = principal_indices(W, filter_rank, budget(W.shape, density)).long()
         return self._principal[key]
+
+
+def _copy(W: Tensor) -> Tensor:
+    """The same numbers, in bfloat16 or float16 where that is exact."""
+    W = W.detach()
+    for dtype in (torch.bfloat16, torch.float16):
+        half = W.to(dtype)
+        if W.dtype.itemsize > 2 and torch.equal(half.to(W.dtype), W):
+            return half
+    return W.clone()
 
 
 def as_trained(model: Model, site: Site) -> Float[Tensor, "out in"]:

@@ -103,6 +103,21 @@ def test_the_monitor_gives_means_and_each_matrix() -> None:
     assert {k for k in found if k.endswith(".relative")} == {f"{s}.relative" for s in start.sites if s.layer in (0, 2)}
 
 
+@pytest.mark.parametrize(("stored", "size"), [("bfloat16", 2), ("float16", 2), ("float32", 4), ("float64", 8)])
+def test_the_start_is_held_in_as_many_bits_as_say_all(stored: str, size: int) -> None:
+    m = model()
+    held = getattr(torch, stored)
+    for p in m.module.parameters():
+        p.data = (p.data.double() / 3).to(held).to(torch.promote_types(held, torch.float32))
+    before = {site: m.weights[site].clone() for site in linear_sites(m.weights)}
+    start = Start(m)
+    assert start.nbytes == size * sum(W.numel() for W in before.values())
+    with torch.no_grad():
+        for p in m.module.parameters():
+            p.zero_()  # a copy it is
+    assert all(torch.equal(start[site], W.float()) for site, W in before.items())
+
+
 def test_default_layers_are_spread_over_the_depth() -> None:
     assert spread_layers(30, 4) == [0, 10, 19, 29]
     assert spread_layers(3, 4) == [0, 1, 2]
