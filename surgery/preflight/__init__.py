@@ -28,7 +28,8 @@ from surgery.preflight.facts import (
     examine,
     hub_cache,
     locate,
-    moved_by,
+    moved_by_adapter,
+    moved_by_delta,
 )
 from surgery.preflight.forecast import Forecast, forecast, in_bytes
 from surgery.preflight.hub import Hub
@@ -103,10 +104,10 @@ def check_apply(
             folder = place.folder
             if (folder / DELTA).is_file():
                 problems += check_delta(place, facts) if facts else []
-                moved += moved_by(folder / DELTA, place.sizes.get(DELTA))
+                moved += moved_by_delta(folder / DELTA, place.sizes.get(DELTA))
             elif (folder / CONFIG).is_file():
                 problems += check_adapter(place, facts) if facts else []
-                moved += moved_by(folder / WEIGHTS, place.sizes.get(WEIGHTS))
+                moved += moved_by_adapter(place, facts) if facts else 0
             else:
                 there = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
                 found = f"holds neither a delta nor an adapter (there is: {there})"

@@ -492,7 +492,7 @@ def check_adapter(place: Place, base: Facts) -> list[Problem]:
         return [*problems, _said("adapter", folder, error)]
     misfits, absent = [], []
     pairs: dict[str, dict[str, tuple[int, ...]]] = {}
-    names = Names(base.tensors, base.name_of("embed") if base.tied else None)
+    names = _names(base)
     for entry in entries:
         module, kind = split_key(entry.name)
         name = names.find(module if kind is None else f"{module}.weight")
@@ -594,8 +594,27 @@ def check_delta(place: Place, base: Facts) -> list[Problem]:
     return problems
 
 
-def moved_by(path: Path, size: int | None = None) -> int:
-    """How many numbers of a model a delta's or adapter's file moves: what it stores sparse or dense, and what its factors multiply to.
+def moved_by_adapter(place: Place, base: Facts) -> int:
+    """How many numbers of `base` an adapter moves: of the matrices that factors are added to, of biases, and of what it holds whole."""
+    try:
+        entries, _ = read_header(place.folder / WEIGHTS, place.sizes.get(WEIGHTS))
+    except CheckpointError:
+        return 0
+    names, moved = _names(base), set()
+    for entry in entries:
+        module, kind = split_key(entry.name)
+        of_module = "bias" if kind == "lora_B.bias" else "weight"
+        moved.add(names.find(module if kind is None else f"{module}.{of_module}"))
+    return sum(math.prod(base.tensors[name].shape) for name in moved if name is not None)
+
+
+def _names(base: Facts) -> Names:
+    """Which of a model's tensors an adapter's keys mean."""
+    return Names(base.tensors, base.name_of("embed") if base.tied else None)
+
+
+def moved_by_delta(path: Path, size: int | None = None) -> int:
+    """How many numbers of a model a delta's file moves: what it stores sparse or dense, and what its factors multiply to.
 
     size: of the file in bytes, where no more than its header is here.
     """
@@ -605,11 +624,10 @@ def moved_by(path: Path, size: int | None = None) -> int:
         return 0
     shapes = {e.name: e.shape for e in entries}
     moved = sum(math.prod(shape) for name, shape in shapes.items() if name.endswith(".value"))
-    for left, right in ((".left", ".right"), (".lora_B.weight", ".lora_A.weight")):
-        for name, shape in shapes.items():
-            other = shapes.get(name.removesuffix(left) + right)
-            if name.endswith(left) and other and len(shape) == len(other) == 2:
-                moved += shape[0] * other[1]
+    for name, shape in shapes.items():
+        other = shapes.get(name.removesuffix(".left") + ".right")
+        if name.endswith(".left") and other and len(shape) == len(other) == 2:
+            moved += shape[0] * other[1]
     return moved
 
 

@@ -21,6 +21,7 @@ from surgery.checkpoint import Checkpoint, load_module
 from surgery.edits import Scale
 from surgery.lowrank import Adapter, Factored, factor_pair, joined, lora_sites, save_adapter, truncated
 from surgery.model import LiveWeights
+from surgery.preflight.facts import Place, examine, moved_by_adapter
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError
 from surgery.weights import apply
@@ -223,6 +224,9 @@ def test_whatever_else_an_adapter_may_train(train: Train, what: str) -> None:
     by_rows = done.adapter()  # another one, which has read nothing whole
     changed = {s for s in done.base if not torch.equal(done.base[s], expected[s])}
     assert set(adapter) == changed, "no more and no less than PEFT changes"
+    facts, _ = examine("base", Place(done.base.folder))
+    assert facts is not None
+    assert moved_by_adapter(Place(done.folder), facts) == sum(done.base[site].numel() for site in changed)
     for site in done.base:
         torch.testing.assert_close(sum_[site], expected[site], **CLOSE)
     for site in adapter:

@@ -20,7 +20,7 @@ from surgery.adapter_names import without_wrappers
 from surgery.checkpoint import Checkpoint, CheckpointError
 from surgery.delta import StoredDelta, save_delta
 from surgery.preflight import Report, check_apply, check_model, check_recipe
-from surgery.preflight.facts import moved_by
+from surgery.preflight.facts import moved_by_delta
 from surgery.preflight.forecast import UNDO_LIMIT, peak_memory
 from surgery.preflight.recipe import TABLED, asked, installed, lint, methods
 from tests.families import FAMILIES, save_tiny, tiny
@@ -716,7 +716,7 @@ def test_what_a_vector_moves_is_counted(home: Path) -> None:
     assert less.disk < few.disk  # the way back is smaller
     assert wide.disk > less.disk
     assert wide.memory < few.memory  # in another dtype there is none
-    assert moved_by(home / "little" / "delta.safetensors") == 32 * 40
+    assert moved_by_delta(home / "little" / "delta.safetensors") == 32 * 40
 
 
 def test_a_report_is_json(home: Path) -> None:
