@@ -114,7 +114,8 @@ def merge(
         write(Merged(made, source), to, dtype=made.dtype, loops=loops, seal=finish, progress=progress)
         return finished[0]
     with new_folder(to) as partial:
-        inner = partial / f"{to.name}.made"  # beside folders of the merge's own, whatever it is called
+        inner = partial / "made" / to.name  # apart from the merge's own folders, whatever it is called
+        inner.parent.mkdir()
         if source is None:
             written = _executed(made, partial, inner, chosen, multi_gpu, progress)
             no_way_back = "mergekit's executor wrote every tensor anew, and kept nothing of the base"
@@ -148,12 +149,12 @@ def _in_words(made: Plan, seed: int) -> str:
 def _lift(inner: Path, partial: Path) -> None:
     """Move the finished model's files up and drop everything else, so that the folder can be renamed into place."""
     for entry in partial.iterdir():
-        if entry != inner:
+        if entry != inner.parent:
             shutil.rmtree(entry)
-    moved = inner.rename(partial / ".done")
-    for path in moved.iterdir():
+    moved = inner.parent.rename(partial / ".done")
+    for path in (moved / inner.name).iterdir():
         path.rename(partial / path.name)
-    moved.rmdir()
+    shutil.rmtree(moved)
 
 
 def _skeleton(made: Plan, source: Checkpoint, folder: Path) -> Path:

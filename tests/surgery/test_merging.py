@@ -343,12 +343,13 @@ def test_stacked_layers(method, family, homes, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["layout", "layout.made", ".done", "model"])
-def test_what_a_stacked_merge_is_called_matters_to_nothing(name, homes, tmp_path):
-    """A merge's own folders on the way have names too."""
+def test_what_a_stacked_merge_is_called_matters_to_nothing(name, homes, tmp_path, capfd):
+    """A merge's own folders on the way have names too; the bar has the one that was asked for."""
     home = homes("llama")
     pieces = [{"sources": [{"model": str(home / "a"), "layer_range": [*span]}]} for span in ((0, 2), (1, 3))]
     recipe = {"merge_method": "passthrough", "slices": pieces}
-    done, plain = merge(recipe, tmp_path / name), merge(recipe, tmp_path / "plain")
+    done, plain = merge(recipe, tmp_path / name, progress=True), merge(recipe, tmp_path / "plain")
+    assert f"writing {name}: " in capfd.readouterr().err
     assert done.hash == plain.hash
     assert sorted(p.name for p in done.folder.iterdir()) == sorted(p.name for p in plain.folder.iterdir())
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "plain"])
