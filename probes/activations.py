@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from probes.capture import Keep, forward, only_activations, pad_right, require_s
 from probes.engines import Engine, reader
 from probes.shards import Folder, Stored
 from surgery.model import Model
-from surgery.rows import rows_are
+from surgery.rows import are_apart, has_hooks, rows_are
 from surgery.sites import Patterns, Site, match, nothing_matched
 from surgery.tensorfile import save_whole
 from surgery.transcript import Transcript, nobody_has, positions, require_several
@@ -134,6 +134,9 @@ def collect(
     engine: who runs the forward pass; the rows are the same, but that the others know no hooks on the module: inside `steered`, say, only
             ``torch`` will do. remote: on NDIF, with ``nnsight`` only.
 
+    The same tokens after the same tokens have the same row, to the bit, whatever follows them and whichever batch they are in, unless somebody
+    has hooks on the module: answers to one question do not differ over their prompt. (Of a folder, within each of its files.)
+
     The forward pass stops at the last site asked for. Rows come transcript by transcript, in token order (pooled: in the order of
     `over`), on the CPU. Raises ValueError for an unknown site or head, and when no transcript has any of the spans.
     """
@@ -215,6 +218,7 @@ def gradients(
         raise ValueError("torch.inference_mode() allows no gradient: leave it. torch.no_grad() is no hindrance here.")
     run = _Run(model, transcripts, at, over, pool, batch_size)
     run.through = lambda batch, keep: _backward(model, [transcripts[i] for i in batch], run.sites, of, keep)
+    run.apart = True
     return run.gather(range(len(transcripts)), progress)
 
 
@@ -298,6 +302,21 @@ class Rows:
         """The rows of a range of transcripts."""
         return slice(self.starts[transcripts.start], self.starts[transcripts.stop])
 
+    def alike(self, ids: Sequence[Sequence[int]], transcripts: range) -> Int[Tensor, " row"]:
+        """For each row of a range of transcripts, of these token ids, the first row there that reads the same tokens after the same tokens."""
+        beginnings: dict[tuple[int, int], int] = {}  # the beginning without its last token, that token -> its number
+        seen: dict[tuple[int, ...], int] = {}
+        first = []
+        for i in transcripts:
+            ends, last = [], -1
+            for token in ids[i]:
+                last = beginnings.setdefault((last, token), len(beginnings))
+                ends.append(last)
+            read = iter(self.tokens[i])
+            for count in self.counts[i]:
+                first.append(seen.setdefault(tuple(ends[p] for p in islice(read, count)), len(first)))
+        return torch.tensor(first)
+
     def taker(self, batch: Sequence[int], width: int) -> Keep:
         """A function from values ``[batch, width, d]`` of some transcripts to their rows ``[row, d]``, fp32, on the CPU."""
         flat = torch.tensor([k * width + p for k, i in enumerate(batch) for p in self.tokens[i]])
@@ -329,7 +348,12 @@ Through = Callable[[Sequence[int], Keep], Mapping[Site, Tensor]]
 
 
 class _Run:
-    """Forward passes over transcripts. through: takes a batch of them to rows, where it is not by a plain forward pass."""
+    """Forward passes over transcripts.
+
+    through: takes a batch of them to rows, where it is not by a plain forward pass. apart: whether what follows a token has a say in its row.
+    """
+
+    apart = False
 
     def __init__(
         self,
@@ -390,6 +414,11 @@ class _Run:
             into = torch.cat([torch.arange(rows.starts[i], rows.starts[i + 1]) for i in owners]) - part.start
             for site, found in batch.values.items():
                 values.setdefault(site, torch.empty(part.stop - part.start, found.shape[1]))[into] = found
+        if not (self.apart or are_apart() or has_hooks(self.model.module)):
+            first = rows.alike([text.ids for text in self.transcripts], chosen)
+            (again,) = torch.nonzero(first != torch.arange(len(first)), as_tuple=True)
+            for found in values.values():
+                found[again] = found[first[again]]
         return Activations(values, rows.transcript[part], rows.position[part], rows.span[part], self.over)
 
     def to_folder(self, to: Path, progress: bool) -> Activations:

@@ -106,6 +106,11 @@ def all_stay(module: nn.Module) -> bool:
     return any(number not in _asking for number in _hooks(module))
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody has a hook on a module, or on a part of it."""
+    return next(_hooks(module), None) is not None
+
+
 def _hooks(module: nn.Module) -> Iterator[int]:
     for part in module.modules():
         yield from part._forward_hooks

@@ -103,6 +103,30 @@ def test_a_batch_of_eight_is_eight_of_one(family):
     assert list(zip(*(column.tolist() for column in labels), strict=True)) == rows
 
 
+class Rounding(torch.nn.Linear):
+    """A layer that rounds by the shape of the batch, as fast kernels do."""
+
+    def forward(self, input):
+        return super().forward(input) * (1 + 1e-6 * input.shape[1])
+
+
+def test_the_same_tokens_have_the_same_row_whatever_follows():
+    """To the bit: else roundings would tell the answers to a question apart before they begin."""
+    model, _ = setup()
+    runs = [model.transcript("qq", text) for text in TEXTS]
+    layer = model.module.model.layers[1]
+    layer.mlp.down_proj.__class__ = Rounding
+    for pool in (None, "mean"):
+        acts = collect(model, runs, at="2.resid", over=("prompt", "answer"), pool=pool, batch_size=3)
+        first, *others = (acts["2.resid"][(acts.transcript == i) & (acts.span == 0)] for i in range(8))
+        assert all(torch.equal(first, other) for other in others)
+        ends = acts["2.resid"][acts.span == 1]
+        assert len(ends.unique(dim=0)) == len(ends)
+    with layer.register_forward_hook(lambda _, args, output: output + args[0].mean(1, keepdim=True)):
+        acts = collect(model, runs, at="2.resid", over="prompt[-1]", batch_size=8)  # a hook may look ahead
+    assert len(acts["2.resid"].unique(dim=0)) == 8
+
+
 OVER = ["thinking[-1]", "thinking[:3]", "sentence[0]", "/b.{0,1}/", "prompt~/q+/", "answer", "all"]
 
 
