@@ -60,7 +60,8 @@ class Reliability:
     ece:         expected calibration error: mean distance between what was said and what was, over bins of equal width, 0 to 1.
     ece_mass:    the same over bins of about equally many rows.
     floor, floor_mass: what of an ECE is chance: 95 % of draws of whole groups from calibrated probabilities that scatter as these do are
-                 below. An ECE under its floor is no sign of miscalibration.
+                 below. An ECE under its floor is no sign of miscalibration, and its interval begins at 0. An interval ends as far above the ECE
+                 as the draws do, and begins as far below it.
     reliability, resolution, uncertainty: Brier's parts over the bins of equal rows; ``reliability - resolution + uncertainty`` is the Brier
                  score where each row says the mean of its bin.
     bins:        those of equal rows, from unlikely to likely.
@@ -97,8 +98,8 @@ def reliability(
     bins:   of each kind, 2 or more; equal probabilities are never parted, so that there may be fewer of equal rows.
 
     Intervals: percentile for Brier, ending at 0 and 1. An ECE of draws is above that of the rows as much as that is above the truth, so
-    its interval is the draws' turned over (Efron and Tibshirani 1993, section 13.4: the basic bootstrap), ending at 0. Raises ValueError
-    for what is no probability, and for rows that do not match.
+    its interval begins as in the basic bootstrap (Efron and Tibshirani 1993, section 13.4), and ends as in the percentile one, which chance
+    makes too wide and never too narrow. Raises ValueError for what is no probability, and for rows that do not match.
     """
     p, y, g = np.asarray(probabilities, dtype=float), np.asarray(labels, dtype=bool), units(groups)
     if not p.shape == y.shape == g.shape or p.ndim != 1 or not len(p):
@@ -156,11 +157,12 @@ def _ece(
         return no_interval(value, count, f"{what}, no interval"), math.nan
     times = resamples(count, draws, seed)
     drawn = (times @ gaps) / (times @ rows)[:, None]
-    low, high = np.quantile(np.abs(drawn).sum(1), [0.025, 0.975])
     floor = float(np.quantile(np.abs(drawn - whole).sum(1), 0.95))
-    wider = widening(folds)
-    ends = max(0.0, value - wider * (high - value)), min(1.0, max(0.0, value + wider * (value - low)))
-    said = f"{what}, basic bootstrap over groups, {draws} draws" + (f", widened for {folds} folds" if folds else "")
+    # chance adds to a sum of distances: draws lie above the value, as it does above the truth. What is above them is too far, and as far below the
+    # value is far enough; their own lower end is none: a gap that chance closed would seem to be nothing for certain.
+    reach = widening(folds) * max(0.0, float(np.quantile(np.abs(drawn).sum(1), 0.975)) - value)
+    ends = 0.0 if value <= floor else max(0.0, value - reach), min(1.0, value + reach)
+    said = f"{what}, bootstrap over groups, {draws} draws" + (f", widened for {folds} folds" if folds else "")
     return Estimate(value, *ends, count, seed, said), floor
 
 

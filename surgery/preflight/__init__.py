@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.adapter_names import CONFIG, WEIGHTS
+from surgery.adapter_names import CONFIG
 from surgery.headers import DELTA
 from surgery.preflight.compare import compare
 from surgery.preflight.facts import (
