@@ -655,7 +655,7 @@ def reliability(curve: Any, ax: Axes | None = None) -> Axes:
                 label=f"{arm + ', ' if arm else ''}{name}",
             )
     ax.set(xlabel="probability that the probe says", ylabel="share that is so", xlim=(0, 1), ylim=(-0.03, 1.03))
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 

@@ -173,7 +173,7 @@ def probe_calibration(
         found.save(folder / "calibration.json")
         table.to_csv(folder / "calibration.csv", index=False)
         curve.to_csv(folder / "reliability.csv", index=False)
-        figures.save(figures.draw(figures.reliability, curve, width=4, ratio=0.9), folder / "reliability.png")
+        figures.save(figures.draw(figures.reliability, curve, ratio=0.65), folder / "reliability.png")
         record.save(folder)
     for row in found.rows:
         chance = "above chance" if row.ece > row.ece_floor else "within chance"
