@@ -1,4 +1,5 @@
-"""Changes of a model that have a strength: a steering, an edit of weights, a task vector; confined to layers or a span, and their random stand-ins."""
+"""Changes of a model that have a strength: a steering, an edit of weights, a task vector; confined to layers or a span, and their random
+stand-ins."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ _DRAWS = 2000
 class Reading:
     """The answer after ``cut`` of ``length`` sentences of transcript ``item``.
 
-    ``answer``: its text; ``key``: what it says, in the form in which answers are compared; ``same``: whether it is the answer after the whole thinking; ``correct``: whether it is the
-    gold one (None without a gold answer; an empty reading is not correct).
+    ``answer``: its text; ``key``: what it says, in the form in which answers are compared; ``same``: whether it is the answer after the whole
+    thinking; ``correct``: whether it is the gold one (None without a gold answer; an empty reading is not correct).
     """
 
     item: int
@@ -294,8 +294,8 @@ def early_answers(
     """Cut the thinking after each sentence (i = 0..T), close it, and read the answer greedily.
 
     ``questions``: with gold answers, or bare text; or transcripts, whose gold answer is what `analyses.labels.graded_by` keeps in their
-    ``meta``, as `surgery generate` does, if they have one. ``transcripts``: of those questions, any number of each; generated greedily when None, of at most
-    ``max_new_tokens``. ``batch_size``: transcripts a batch. ``max_answer_tokens``: at most so many tokens are read.
+    ``meta``, as `surgery generate` does, if they have one. ``transcripts``: of those questions, any number of each; generated greedily when None, of
+    at most ``max_new_tokens``. ``batch_size``: transcripts a batch. ``max_answer_tokens``: at most so many tokens are read.
     ``share=False`` computes every cut from scratch. ``seed``: of the intervals.
 
     Cuts are made between the transcript's own tokens: the prompt's ids, the thinking's up to a sentence's end, and the

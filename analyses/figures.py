@@ -414,7 +414,8 @@ def lengths(frame: Any, ax: Axes | None = None) -> Axes:
 def accuracy_under_length(frame: Any, ax: Axes | None = None) -> Axes:
     """The share of right answers among those of fewer than x tokens, at 30 lengths, with intervals (see `share`); missing answers are not right.
 
-    frame: columns arm, tokens, right, and question where one was answered several times: its answers stay together. An answer that was cut off is at least as long as it was seen.
+    frame: columns arm, tokens, right, and question where one was answered several times: its answers stay together. An answer that was cut off is at
+    least as long as it was seen.
     Source: the cumulative accuracy of Sun et al. 2025 (arXiv 2503.22048). Differs: nothing is drawn where no answer is that short.
     """
     from analyses.statistics import share

@@ -14,8 +14,8 @@ _PLAN = "plan.json"
 
 
 def require_unfinished(to: Path, kind: str) -> None:
-    """Raise where no work of this kind can begin or go on in a folder: FileExistsError where it holds finished work, which has its record, or something
-    else, or where another command is at work in it; OSError where it cannot be made or written to."""
+    """Raise where no work of this kind can begin or go on in a folder: FileExistsError where it holds finished work, which has its record, or
+    something else, or where another command is at work in it; OSError where it cannot be made or written to."""
     if (to / RECORD).exists():
         raise FileExistsError(
             f"{to} holds a finished {kind}; nothing is overwritten. Choose another --to, or remove it."

@@ -254,8 +254,8 @@ def rank_heads(
     """What every head writes along the brief side of a length direction, in runs that are read as the recipe says.
 
     Raises ValueError where no run is short, or for ``rank="contrast"`` where no question has a longer and a shorter answer.
-    Source: the ranking of ThinkEdit, arXiv 2503.22048, by linearity. Differs: ``rank="contrast"`` subtracts what the head writes in long answers to the
-    same question: what a head writes in all answers alike is not what makes one short.
+    Source: the ranking of ThinkEdit, arXiv 2503.22048, by linearity. Differs: ``rank="contrast"`` subtracts what the head writes in long answers to
+    the same question: what a head writes in all answers alike is not what makes one short.
     """
     lengths = span_lengths(runs, recipe.span, recipe.over)
     if recipe.rank == "contrast" or recipe.how == "paired":

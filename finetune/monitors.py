@@ -92,12 +92,14 @@ class Recorder(TrainerCallback):
     backward have been timed, each monitor's `trial` says what a measurement will take (without one, a third of a step is assumed: a forward
     pass), and a quarter more is set aside for the first. The starting values are then taken, for half of the budget at most, and
     `finetune.cadence.plan` deals out the rest anew after every step. Nothing is measured that what is left of the whole run's budget cannot
-    pay, so that it is overdrawn by no more than one measurement, or one trial, took longer than was set aside. A monitor that cannot be paid within the run is not measured; the ``plan`` line
-    names it, and what it would take, under ``no_time``. Watches with a cadence of their own cost what they cost.
+    pay, so that it is overdrawn by no more than one measurement, or one trial, took longer than was set aside. A monitor that cannot be paid within
+    the run is not measured; the ``plan`` line names it, and what it would take, under ``no_time``. Watches with a cadence of their own cost what they
+    cost.
 
     Steps are optimizer steps, however many micro-batches they have. A resumed run continues the file: lines from after the checkpoint
-    are dropped first, earlier ones kept, their cost with them (the steps before are taken to have lasted as long as those since). Where several processes train, the first measures. Raises ValueError for two
-    monitors of one name, a name that is the recorder's own, a negative budget, and, at the start of training, for sharded weights.
+    are dropped first, earlier ones kept, their cost with them (the steps before are taken to have lasted as long as those since). Where several
+    processes train, the first measures. Raises ValueError for two monitors of one name, a name that is the recorder's own, a negative budget, and, at
+    the start of training, for sharded weights.
     """
 
     def __init__(

@@ -344,8 +344,8 @@ class Glow(Additive):
     of weight times ℓ̄, in nats.
     alpha, beta: above 0. The source names no defaults; its code mentions 3 and 10. low, high: bounds of the weight.
 
-    What it remembers, one number a sequence, is of one run and goes into its checkpoints; the processes of a distributed run share it. Measuring without
-    gradients leaves it as it is; in a trainer's evaluation, whose sequences have no past, every weight is 1.
+    What it remembers, one number a sequence, is of one run and goes into its checkpoints; the processes of a distributed run share it. Measuring
+    without gradients leaves it as it is; in a trainer's evaluation, whose sequences have no past, every weight is 1.
     Source: "Learning from Mistakes: Negative Reasoning Samples Enhance Out-of-Domain Generalization".
     Differs: a sequence without a past has weight 1, where the code takes the batch's mean loss for its past, which would depend on how
     a batch is split.

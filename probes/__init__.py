@@ -15,7 +15,7 @@ directions   Direction: mean difference, pairs, PCA, logistic, mass-mean; arithm
 fitting      the fits inside: penalty, and site, chosen on folds inside the training rows
 linear       probe(): linear probes over layers and spans, beside their controls
 calibration  calibration(): are a probe's probabilities what they say, before and after scaling: ``from probes.calibration import calibration``
-transfer     transfer(): trained in one set, judged in another; along(): before, during and after the thinking: ``from probes.transfer import transfer``
+transfer     transfer(): trained in one set, judged in another; along(): before, during, after the thinking: ``from probes.transfer import transfer``
 erasure      LEACE: leace(), leace_streamed(), and check() of what is left
 passes       a forward pass of a batch, read at some places while it runs
 lens         what each stream says of the next token: ``from probes.lens import lens``

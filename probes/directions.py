@@ -688,13 +688,15 @@ def length_direction(
     runs: answers the model gave; several samples a question for ``how="paired"``.
     over: what is read, averaged within an answer: a span, or a part of one (``"thinking[:16]"``).
     of:   the span whose length counts, in tokens; by default the one that is read (sentences are of the thinking). A model without
-          think markers has ``"answer"`` (``"completion"`` counts the end-of-sequence token too, which only answers that ended have, and which would then be the direction).
+          think markers has ``"answer"`` (``"completion"`` counts the end-of-sequence token too, which only answers that ended have, and which would
+          then be the direction).
     how:  ``"paired"`` compares, inside each question, its longest with its shortest answers (`longest_and_shortest`, with `share`) and
           averages over questions, so that neither easy questions nor topics count. ``"thresholds"`` is the published recipe: answers of
           under `short` and over `long` tokens, whatever their questions, read one token early.
     Means over answers of different length also differ in how late their tokens come: ``over="thinking[:16]"`` reads all answers at the same
     places. An answer cut off inside the span is never counted short; one without the span, or without the part of it that is read, is
-    missing. Questions for the direction, for heads and for judging should be disjoint: that is the caller's part. The AUC of each site is held out by question.
+    missing. Questions for the direction, for heads and for judging should be disjoint: that is the caller's part. The AUC of each site is held out by
+    question.
 
     Raises ValueError where no run has the span, where every answer is cut off, where no question has a longer and a shorter answer, and
     where a class is empty.

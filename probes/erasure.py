@@ -302,8 +302,8 @@ def check(
 def told(X: Float[Tensor, "row d"], y: np.ndarray) -> float:
     """Nats a row that the best linear probe says about y beyond the classes' shares, on the rows it is fitted to; 0 or more.
 
-    At most the classes' entropy, which it reaches where a hyperplane separates them. An unpenalised logistic regression, by Newton's method on the rows'
-    principal axes; directions with less than 1e-10 of the largest variance are dropped as rounding.
+    At most the classes' entropy, which it reaches where a hyperplane separates them. An unpenalised logistic regression, by Newton's method on the
+    rows' principal axes; directions with less than 1e-10 of the largest variance are dropped as rounding.
     """
     rows = X.double() - X.double().mean(dim=0)
     values, axes = torch.linalg.eigh(rows.T @ rows / len(rows))

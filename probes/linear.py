@@ -103,8 +103,8 @@ class ProbeTable:
     """What `probe` found; reloads without a model.
 
     rows:   a `ProbeRow` for each site and span, the embedding first where it was not asked for.
-    chosen: for each span the value at sites, of those asked for, chosen without the held-out questions. The best row of the table is optimistic: it was
-            picked by the very numbers it is praised for.
+    chosen: for each span the value at sites, of those asked for, chosen without the held-out questions. The best row of the table is optimistic: it
+            was picked by the very numbers it is praised for.
     about:  kind, folds, seed, and what else the caller decided.
     """
 

@@ -41,7 +41,8 @@ def mixed(
 
     Logits come in fp32. Both models keep a cache, and both share the computation of a common prefix. What is steered in the base acts on its
     module: on both, where the other is weights of this one; another model is steered in a block of its own. What is recorded are the base's
-    activations. Leaving the block, by an exception too, gives everything back. Raises ValueError for a scale that is not finite, a floor out of range, and models with other tokens.
+    activations. Leaving the block, by an exception too, gives everything back. Raises ValueError for a scale that is not finite, a floor out of
+    range, and models with other tokens.
     """
     scales = torch.as_tensor(scale, dtype=torch.float32).detach().cpu().reshape(-1)
     if not scales.numel() or not bool(torch.isfinite(scales).all()):

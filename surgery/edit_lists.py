@@ -111,7 +111,8 @@ def read_edit(entry: Any, where: str, folder: Path = Path()) -> Step:
 
 
 def read_numbers(ref: str | Path) -> Tensor:
-    """The numbers of one direction, fp32, from ``FILE.safetensors`` (which holds a single one), ``FILE.safetensors:NAME``, or a ``.json`` list of numbers.
+    """The numbers of one direction, fp32, from ``FILE.safetensors`` (which holds a single one), ``FILE.safetensors:NAME``, or a ``.json`` list of
+    numbers.
 
     Raises ValueError for another kind of file, a file without such a vector, and a vector that is not finite; FileNotFoundError where
     there is no file.

@@ -5,9 +5,10 @@ Patterns match sites segment by segment: ``*.attn.o``, ``0-5.mlp.*``, ``*.attn.o
 
 Weights live at ``embed``, ``norm``, ``head`` and, in each layer, ``attn.q``, ``attn.k``, ``attn.v``, ``attn.o``, ``mlp.gate``,
 ``mlp.up``, ``mlp.down`` and the norms; a bias adds ``.bias``. Where a layer has experts they are ``mlp.e0.down`` and so on, chosen by
-``mlp.router``, and one that all tokens pass ``mlp.shared.down``, with its gate ``mlp.shared_router``. The language tower of a vision-language model has these same names. Activations live at ``resid``, the stream *entering* block *l*
-(so ``{n_layers}.resid`` leaves the last block, before the final norm), and ``mid``, the stream between attention and MLP; at ``attn.out`` and
-``mlp.out``, what each adds to it; and at ``attn.z``, what the heads give to ``attn.o``.
+``mlp.router``, and one that all tokens pass ``mlp.shared.down``, with its gate ``mlp.shared_router``. The language tower of a vision-language model
+has these same names. Activations live at ``resid``, the stream *entering* block *l* (so ``{n_layers}.resid`` leaves the last block, before the final
+norm), and ``mid``, the stream between attention and MLP; at ``attn.out`` and ``mlp.out``, what each adds to it; and at ``attn.z``, what the heads
+give to ``attn.o``.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ def write_whole(path: str | os.PathLike[str], text: str) -> Path:
 def new_folder(to: Path) -> Iterator[Path]:
     """A temporary folder beside `to` that becomes `to` when the block ends well and vanishes when it does not.
 
-    All of it is on the disk before it has its name, so that a power cut leaves it whole or not at all too. Leftovers of processes that were killed are removed. Raises FileExistsError when `to` exists.
+    All of it is on the disk before it has its name, so that a power cut leaves it whole or not at all too. Leftovers of processes that were killed
+    are removed. Raises FileExistsError when `to` exists.
     """
     require_new(to)
     to.parent.mkdir(parents=True, exist_ok=True)

@@ -141,7 +141,8 @@ def open_bridge(model: Model) -> TransformerBridge:
 
 
 def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that the bridge does not load again from the hub to have it begin with a BOS: it measures what the tokenizer does, and adds one itself."""
+    """A copy that the bridge does not load again from the hub to have it begin with a BOS: it measures what the tokenizer does, and adds one
+    itself."""
     own = copy.deepcopy(tokenizer)
     own.init_kwargs = {"name_or_path": own.name_or_path, **own.init_kwargs, "add_bos_token": True}
     return own

@@ -64,7 +64,8 @@ def main() -> None:
 
 
 def _at_home(word: str) -> str:
-    """A word with its ``~/`` spelt out: shells leave it in ``--to=~/out`` and where it is quoted, and the output would be in a folder called ``~``."""
+    """A word with its ``~/`` spelt out: shells leave it in ``--to=~/out`` and where it is quoted, and the output would be in a folder called
+    ``~``."""
     option, given, path = word.partition("=") if word.startswith("--") else ("", "", word)
     return f"{option}{given}{os.path.expanduser(path)}" if path.startswith("~/") else word
 

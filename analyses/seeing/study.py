@@ -116,13 +116,14 @@ def seeing(
 
     seeds       of everything that is drawn while models are made and tuned; the held-out items are the same for all
     course      sizes and lengths
-    arms        in the order of the table, after the untuned model; merge-sft and sft-merge are matched to drift and sft, which are made for them anyway
+    arms        in the order of the table, after the untuned model; merge-sft and sft-merge are matched to drift and sft, which are made for them
+                anyway
     alpha, rule of DRIFT, see there
     items       held-out sums, none of whose expressions and pictures was learned from
     to          a folder that keeps every seed as soon as it is judged: a study that was interrupted goes on
 
-    Errors: ValueError for no or repeated seeds, an unknown arm or rule, or no items; FileExistsError for a folder that holds something else, or a study with
-    other settings.
+    Errors: ValueError for no or repeated seeds, an unknown arm or rule, or no items; FileExistsError for a folder that holds something else, or a
+    study with other settings.
     Source: the vision-language setting of DRIFT (Directional Reasoning Injection for Fine-Tuning), with the controls that its paper lacks.
     Differs: models and task are small enough to be made here; encoder and projector stay as they are while the arms train, as there.
     """

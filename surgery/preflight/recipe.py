@@ -38,7 +38,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Method:
-    """What a merge method asks for. base: required, optional, or ignored (an ordinary input). inputs, others: least and most, of all models and of all but the base."""
+    """What a merge method asks for. base: required, optional, or ignored (an ordinary input). inputs, others: least and most, of all models and of
+    all but the base."""
 
     base: str = "ignored"
     inputs: tuple[int, int | None] = (1, None)
@@ -103,7 +104,8 @@ def installed() -> str | None:
 
 @dataclass(frozen=True)
 class Source:
-    """One model of a slice. text: as written; model, lora: folders or hub ids, with ``@revision`` where one is given; layers: first and one past last, None for all."""
+    """One model of a slice. text: as written; model, lora: folders or hub ids, with ``@revision`` where one is given; layers: first and one past
+    last, None for all."""
 
     text: str
     model: str

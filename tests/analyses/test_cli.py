@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -23,6 +24,9 @@ from analyses.tasks import side_of
 from surgery.checkpoint import Checkpoint
 from surgery.specimen import _description
 from tests.families import save_tiny
+
+if TYPE_CHECKING:
+    from tests.analyses.conftest import Said
 
 ROOT = Path(__file__).parent.parent.parent
 

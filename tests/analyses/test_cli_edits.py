@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import pytest
@@ -25,6 +26,9 @@ from surgery.runs import fingerprint
 from surgery.sites import Site
 from surgery.weights import apply, linear_sites
 from tests.families import save_tiny
+
+if TYPE_CHECKING:
+    from tests.analyses.conftest import Said
 
 ROOT = Path(__file__).parent.parent.parent
 U = torch.randn(32, generator=torch.Generator().manual_seed(5))

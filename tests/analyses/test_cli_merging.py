@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from surgery.checkpoint import Checkpoint
 from surgery.hashing import hash_bytes
 from tests.families import save_tiny
 from tests.siblings import sibling
+
+if TYPE_CHECKING:
+    from tests.analyses.conftest import Said
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = """\

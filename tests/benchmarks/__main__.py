@@ -2,7 +2,8 @@
 
 python -m tests.benchmarks [SECTION ...] [STUDY]
 
-SECTION: write, merge, merge-large, memory, realign, check, lift, training, drift, recorder, capture, steering, probes, faithfulness, thinkedit; by default all. The other sections stay as they were.
+SECTION: write, merge, merge-large, memory, realign, check, lift, training, drift, recorder, capture, steering, probes, faithfulness, thinkedit; by
+         default all. The other sections stay as they were.
 STUDY:   folder of a finished study whose time is to be stated.
 """
 

@@ -1,4 +1,5 @@
-"""Rows that have ended leave the batch also where a model is steered, recorded, mixed or has parts silenced: whoever follows the passes does not notice."""
+"""Rows that have ended leave the batch also where a model is steered, recorded, mixed or has parts silenced: whoever follows the passes does not
+notice."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
