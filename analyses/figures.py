@@ -453,7 +453,7 @@ _PANEL_AXES = {
 
 def edit_sweep(frame: Any, ax: Axes | None = None, *, panel: str = "strengths", measure: str = "length") -> Axes:
     """A measure along one panel of a judged edit: a line an arm with intervals; random heads and random directions as bands, from the
-    smallest to the largest of their draws.
+    smallest to the largest of their draws, each of which is a dash.
 
     frame: columns panel, x, arm, draw, measure, value, low, high. In the panel ``layers`` the untouched model is the dotted line.
     """
@@ -489,6 +489,7 @@ def edit_sweep(frame: Any, ax: Axes | None = None, *, panel: str = "strengths", 
                 linewidth=0,
                 label=f"{arm} (range of {lines['draw'].nunique()})",
             )
+            ax.scatter(lines["x"], lines["value"], color=shade, marker="_", s=40, linewidth=1)
             continue
         line = lines.sort_values("x")
         ax.plot(line["x"], line["value"], color=shade, marker="o", markersize=3, label=arm)

@@ -89,7 +89,10 @@ def undo(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """The original of a written model, byte for byte, from the way back kept beside it."""
+    """The original of a written model, byte for byte, from the way back kept beside it.
+
+    The folder is as the original was: with the record that it had, where it had one, and none of the undoing.
+    """
     from surgery.reverse import undo
 
     to = to or _beside(folder, "original")

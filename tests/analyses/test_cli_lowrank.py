@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from surgery.delta import StoredDelta
 from surgery.lowrank import Adapter
 from surgery.record import verify
 from tests.families import save_tiny
+
+if TYPE_CHECKING:
+    from tests.analyses.conftest import Said
 
 
 @pytest.fixture(scope="module")

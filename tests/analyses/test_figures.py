@@ -410,6 +410,8 @@ def test_controls_of_an_edit_are_bands_of_their_draws() -> None:
     assert [line.get_ydata().tolist() for line in ax.lines] == [[1, 2]]
     band = ax.collections[1].get_paths()[0].vertices
     assert {tuple(corner) for corner in band.tolist()} == {(0, 1), (1, 1), (1, 3)}
+    dashes = ax.collections[-1].get_offsets().tolist()  # at one place, or of one draw, the band has no area
+    assert sorted(dashes) == [[0, 1], [0, 1], [0, 1], [1, 1], [1, 2], [1, 3]]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["edit", "random heads (range of 3)"]
     ax = figures.edit_sweep(FRAMES["edit-layers"], Figure().subplots(), panel="layers")
     assert list(ax.lines[0].get_ydata()) == [0.1, 0.1]  # the untouched model
