@@ -182,6 +182,8 @@ def frontier(frame: Any, ax: Axes | None = None, *, measure: str | None = None) 
     frame:   columns strength, measure, value, low, high and perhaps arm, draw and knee, as in `sweep`; KL among the measures.
     measure: by default target, length or accuracy, whichever is there first. Raises ValueError for one that is not there, or without KL.
     """
+    from matplotlib.ticker import MaxNLocator
+
     ax = _axes(ax)
     there = list(dict.fromkeys(frame["measure"]))
     effects = [m for m in ("target", "length", "accuracy", *there) if m in there and m not in _COSTS]
@@ -219,6 +221,7 @@ def frontier(frame: Any, ax: Axes | None = None, *, measure: str | None = None) 
     ax.set_xscale(
         "function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
     )
+    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))  # more would lie on each other where square roots are near
     if dearest := float(table.loc[~random, "value_kl"].max()):
         most = min(4 * dearest, float(table["value_kl"].max()))
         ax.set_xlim(-0.002 * most, 1.1 * most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,13 @@ def test_a_frontier_pairs_effect_and_cost_by_strength_and_rings_the_knee() -> No
     assert ax.get_ylabel() == figures.SWEEP_LABELS["length"]
     at = ax.transScale.transform([(0, 1), (0.1, 1), (0.4, 1)])[:, 0]
     assert at[2] - at[1] == pytest.approx(at[1] - at[0])  # square roots
+    small = own.assign(value=own["value"].where(own["measure"] != "kl", own["value"] / 100))
+    drawn = figures.draw(figures.frontier, small).axes[0]
+    shown = [t.get_window_extent() for t in drawn.get_xticklabels() if 0 <= t.get_position()[0] <= drawn.get_xlim()[1]]
+    assert len(shown) > 2
+    assert all(left.x1 < right.x0 for left, right in pairwise(shown)), (
+        "the numbers of the axis do not lie on each other"
+    )
     for wrong, options in (
         (own[own["measure"] == "length"], {}),
         (own, {"measure": "kl"}),
