@@ -221,7 +221,8 @@ def frontier(frame: Any, ax: Axes | None = None, *, measure: str | None = None) 
     ax.set_xscale(
         "function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
     )
-    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))  # more would lie on each other where square roots are near
+    # more numbers would lie on each other where square roots are near
+    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     if dearest := float(table.loc[~random, "value_kl"].max()):
         most = min(4 * dearest, float(table["value_kl"].max()))
         ax.set_xlim(-0.002 * most, 1.1 * most)
