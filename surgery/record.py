@@ -91,8 +91,12 @@ class Record:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Record:
-        """The record of a folder. Raises RecordError where there is none, and for one that is damaged."""
+        """The record of a folder. Raises RecordError where there is no such folder, or none in it, and for one that is damaged."""
         path = Path(folder) / RECORD
+        if not path.parent.exists():
+            raise RecordError(
+                f"There is no folder {folder}: nothing to compare. Give the folder of a surgery command's output."
+            )
         if not path.is_file():
             raise RecordError(
                 f"{folder} has no {RECORD}: it was not made by a surgery command, the command did not finish, or `surgery undo` gave it back "

@@ -102,6 +102,8 @@ def test_a_replay_that_cannot_be(run, tmp_path):
 
 
 def test_no_record_and_a_damaged_one(run, tmp_path):
+    with pytest.raises(RecordError, match=r"There is no folder .*nowhere: nothing to compare"):
+        Record.load(tmp_path / "nowhere")
     with pytest.raises(RecordError, match=r"has no record\.json: it was not made by a surgery command"):
         verify(tmp_path)
     for text in ("{", "[]", '{"command": "x", "arguments": {}, "nonsense": 1}'):
