@@ -77,8 +77,8 @@ class Surgical(_Host):
                labelled rows of one text each, padded on the right: of `Collate`, or of the trainer's own collator without packing.
     corrupt:   changes the inputs of a micro-batch. terms: losses added once an optimizer step (in every
                process the same one, of which the mean over processes is one).
-    reference: the frozen starting model, for an objective that asks for it; by default the adapter switched off where nothing but one
-               trains, else a copy made now. Nothing is copied for an objective that does not ask.
+    reference: the frozen starting model, for an objective that asks for it; by default the adapter switched off where nothing trains but one
+               that adds nothing yet, else a copy made now. Nothing is copied for an objective that does not ask.
     The loss of an evaluation is the objective too, by the totals of all its data, so that it does not matter how they are batched (with
     several processes, the mean over batches by their items, each by its own totals). What an objective remembers of training sequences has
     no part in it.
@@ -119,6 +119,8 @@ class Surgical(_Host):
                 )
         if objective is not None:
             self._require_no_other_loss(objective)
+        if objective is not None or terms:
+            _require_beside_layers(self.accelerator.unwrap_model(self.model))
         self._objective, self._corrupt, self._terms = objective, corrupt, tuple(terms)
         self._totals: Totals | None = None
         self._evaluated: tuple[Totals, list[Tensor]] | None = (
@@ -138,6 +140,14 @@ class Surgical(_Host):
 
     def _require_no_other_loss(self, objective: Objective) -> None:
         """Raises ValueError for settings of a loss that the objective takes the place of."""
+        text = self._bare().config.get_text_config()
+        balanced = getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0.0)
+        if balanced:
+            raise ValueError(
+                f"router_aux_loss_coef ({balanced:g}) adds what balances the experts to the trainer's own loss, and the objective {objective!r} is "
+                "minimised in its place. Go without: SFTConfig(router_aux_loss_coef=0.0), or model.config.output_router_logits = False for a "
+                "plain Trainer; or leave objective out."
+            )
         given = {
             "compute_loss_func": self.compute_loss_func is not None,
             "label_smoothing_factor": self.args.label_smoothing_factor != 0,
@@ -491,10 +501,12 @@ def _within(wrapper: nn.Module, compute: Callable[[], Predictions]) -> Predictio
 
 
 _ADAPTED = ("lora_", "shira_")  # in the names of an adapter's parameters
+_ADDED = ("lora_B", "lora_embedding_B", "shira_weight")  # where these are zero, it adds nothing
 
 
 def _adapter_alone(module: nn.Module) -> bool:
-    """Whether what trains is an adapter, without which the module is the starting model."""
+    """Whether what trains is an adapter, without which the module is the starting model: one that was trained before, or has taken a part of
+    the weights (PiSSA), belongs to the start."""
     names = {name: p.requires_grad for name, p in module.named_parameters()}
     adapted = getattr(module, "_hf_peft_config_loaded", False) or any(
         part in name for name in names for part in _ADAPTED
@@ -502,4 +514,15 @@ def _adapter_alone(module: nn.Module) -> bool:
     others = (
         trains for name, trains in names.items() if not any(part in name for part in (*_ADAPTED, "modules_to_save"))
     )
-    return adapted and not any(others)
+    adds = any(bool(p.detach().any()) for name, p in module.named_parameters() if any(part in name for part in _ADDED))
+    return adapted and not adds and not any(others)
+
+
+def _require_beside_layers(model: Any) -> None:
+    """Raises ValueError for an adapter whose part is done by PEFT's model around the module, which no pass of ours goes through."""
+    config: Any = getattr(model, "active_peft_config", None)
+    if config is not None and (config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None)):
+        raise ValueError(
+            f"This {type(config).__name__} has PEFT read or lengthen each text before the model runs, which the passes of an objective or a term "
+            "leave out. Use an adapter that only lies beside layers, such as LoRA's. Leave objective and terms out where it must be this one."
+        )

@@ -104,7 +104,8 @@ def tune(
     data:        transcripts, or examples with weights of their own, or groups of them for an objective that compares (see
                  `finetune.examples`). batch_size counts these.
     over:        the span whose tokens have a loss, several, or {span: weight}; examples know it themselves.
-    objective:   what is minimised, a function of `Predictions` (see `finetune.objectives`). corrupt: changes inputs before the model sees
+    objective:   what is minimised, a function of `Predictions` (see `finetune.objectives`), and nothing that balances a mixture's experts,
+                 whatever its config has of a router_aux_loss_coef. corrupt: changes inputs before the model sees
                  them. terms: further losses, added once a step. callbacks: of the trainer, such as `DRIFT`.
     autocast:    compute in bf16 with the weights as they are.
     watch, log, budget, page: the monitors of a `finetune.monitors.Recorder`, the file their lines go to, the share of the training time that
@@ -180,6 +181,7 @@ def tune(
             save_strategy="steps" if save_every else "no", save_steps=save_every or steps, save_total_limit=2, report_to=list(report_to),
             disable_tqdm=not progress, remove_unused_columns=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
             dataloader_pin_memory=model.device.type == "cuda",
+            router_aux_loss_coef=0.0,  # the objective is the loss
         )  # fmt: skip
         one_device(args, model.device)
         with args.main_process_first(local=False):  # which may remove halves

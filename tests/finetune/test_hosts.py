@@ -650,13 +650,18 @@ def test_noise_on_the_embeddings_is_drawn_for_whole_rows(tmp_path: Path) -> None
         assert not torch.equal(noise[0], noise[1])
 
 
-def test_the_reference_is_the_start_where_weights_train_beside_an_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", ["weights", "what the adapter took", "an adapter that knows something"])
+def test_the_reference_is_the_start_where_that_is_not_the_model_without_its_adapter(
+    beside: str, tmp_path: Path
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     m = model()
-    wrapped: Any = get_peft_model(m.module, LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[arg-type]
-    beside = [(n, p) for n, p in wrapped.named_parameters() if "down_proj" in n]
-    for _, p in beside:
+    began: Any = {"what the adapter took": "pissa", "an adapter that knows something": False}.get(beside, True)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=began)
+    wrapped: Any = get_peft_model(m.module, config)  # type: ignore[arg-type]
+    trained = [(n, p) for n, p in wrapped.named_parameters() if "down_proj" in n] if beside == "weights" else []
+    for _, p in trained:
         p.requires_grad_(True)
     data = taught(m, 4)
     with torch.no_grad():
@@ -676,10 +681,29 @@ def test_the_reference_is_the_start_where_weights_train_beside_an_adapter(tmp_pa
         objective=watched,
         rows=rows_of(examples(data)),
         data_collator=Collate(m.pad_id),
-        optimizers=(LIFT(beside, lr=1e-2, density=0.5), None),
+        optimizers=(LIFT(trained, lr=1e-2, density=0.5) if trained else None, None),
         settings={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
     ).train()
     assert means == [pytest.approx(start, rel=1e-5)] * 3
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "LoraConfig"])
+def test_an_objective_refuses_adapters_that_read_the_whole_text(kind: str, tmp_path: Path) -> None:
+    import peft
+
+    own: Any = (
+        {"num_virtual_tokens": 4}
+        if kind[0] == "P"
+        else {"r": 2, "alora_invocation_tokens": [5, 6], "target_modules": ["q_proj"]}
+    )
+    with pytest.raises(ValueError, match=rf"{kind}.* beside layers.*Leave objective and terms out"):
+        plain(
+            model(),
+            tmp_path,
+            trl=True,
+            rows=told_plainly(),
+            peft_config=getattr(peft, kind)(task_type="CAUSAL_LM", **own),
+        )
 
 
 @pytest.mark.parametrize("what", ["glow", "masked thought"])
@@ -756,9 +780,11 @@ def test_columns_that_a_trainer_drops_are_named(tmp_path: Path) -> None:
         plain(model(), tmp_path, settings={"remove_unused_columns": True}).train()
 
 
-@pytest.mark.parametrize("what", ["label_smoothing_factor", "compute_loss_func", "loss_type"])
+@pytest.mark.parametrize("what", ["label_smoothing_factor", "compute_loss_func", "loss_type", "router_aux_loss_coef"])
 def test_a_loss_that_the_objective_would_replace_is_refused(what: str, tmp_path: Path) -> None:
-    m = model()
+    m = model("mixtral" if what == "router_aux_loss_coef" else "llama")
+    if what == "router_aux_loss_coef":
+        m.module.config.output_router_logits = True
     own: Any = {"compute_loss_func": lambda *_, **__: 0.0} if what == "compute_loss_func" else {}
     settings: Any = {"label_smoothing_factor": 0.1} if what == "label_smoothing_factor" else {}
     if what == "loss_type":
