@@ -141,6 +141,8 @@ def choices(rank: int, world: int) -> Any:
         found[select, k, joint] = [(len(local_part(m.W)), c.indices) for m, c in zip(dealt, chosen, strict=True)]
     dealt = deal(tied())
     found["ties"] = [(len(local_part(dealt)), choose_shards([Matrix("t", dealt, 5)], "magnitude", 1)[0].indices)]
+    both = choose_shards([Matrix(name, dealt, 12) for name in "tu"], "magnitude", 1, together=True)
+    found["ties together"] = [(len(local_part(dealt)), choice.indices) for choice in both]
     return found
 
 
@@ -698,6 +700,9 @@ def test_ties_between_shards_go_to_the_lowest_positions(world: str, request: pyt
     parts = [mine["ties"][0] for mine in found]
     assert put_together(parts, 30) == principal_indices(tied(), 1, 5, "magnitude").tolist()
     assert put_together(parts, 30) == [5 * 30 + 7, 6 * 30 + 7, 7 * 30 + 7, 8 * 30 + 7, 18 * 30 + 3]
+    for i, ones in enumerate((15, 7)):  # of 24 in two such matrices, the first has all that it can
+        parts = [mine["ties together"][i] for mine in found]
+        assert put_together(parts, 30) == sorted([*(30 * row + 7 for row in range(5, 5 + ones)), 18 * 30 + 3])
 
 
 @pytest.mark.parametrize("world", ["two", "three"])

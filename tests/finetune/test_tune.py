@@ -154,7 +154,7 @@ def test_training_is_trls_own() -> None:
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    ours, done = run(method="full", lr=1e-3, batch_size=4, accumulate=2)
+    ours, done = run(method="full", lr=1e-3, batch_size=4, accumulate=2, weight_decay=10.0)
     theirs = model()
     rows = []
     for t in taught(theirs):
@@ -163,7 +163,7 @@ def test_training_is_trls_own() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3,
-            weight_decay=0.0, seed=0, data_seed=0, bf16=False, use_cpu=True, logging_steps=1, save_strategy="no",
+            weight_decay=10.0, seed=0, data_seed=0, bf16=False, use_cpu=True, logging_steps=1, save_strategy="no",
             report_to=[], disable_tqdm=True, max_length=None, remove_unused_columns=False,
             dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False, dataloader_pin_memory=False,
         )  # fmt: skip
@@ -225,8 +225,9 @@ def test_clipping_acts_and_the_norm_is_that_before_it(method: Any) -> None:
     assert reported[0] == pytest.approx(reported[1], rel=1e-5)
     assert reported[0] == pytest.approx(reported[2], rel=1e-5)
     assert min(reported[0]) > 1
-    tightly, loosely = run(method=method, max_grad_norm=1e-9)[0], run(method=method, max_grad_norm=1.0)[0]
+    tightly, loosely, freely = (run(method=method, max_grad_norm=norm)[0] for norm in (1e-9, 1.0, 0.0))
     assert not same(tightly, loosely)
+    assert not same(freely, loosely)
     # Adam divides the scale away, but not below its eps: 1e-8
     start = dict(STARTS["llama"].named_parameters())
     far = {
