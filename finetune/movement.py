@@ -1,7 +1,7 @@
 """Monitors of what training does to the weights: how far they moved, in what shape, what of it bf16 would keep, and which way gradients point.
 
-All of them compare with a `Start`: matrices as they were before training. Weights are read as the forward pass uses them, with a LoRA
-adapter's product where one is being trained.
+All of them compare with a `Start`: matrices as they were before training. Weights are read as the forward pass uses them, with what an
+adapter makes of them where one is being trained.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.lift import budget, lift_of, principal_indices
+from surgery.borrowing import evaluating
 from surgery.model import Model
 from surgery.sites import Site
 from surgery.weights import linear_sites
 
 STORED = torch.bfloat16
 _SKETCH, _ROUNDS = 4, 4  # columns and rounds of the search for the largest singular value
+_ADDING = ("lora_", "shira_")  # the names of an adapter's parts that make a vector
+_UNITS = 1024  # unit vectors that go through a layer at once
 
 
 class Start:
@@ -81,13 +84,34 @@ def _copy(W: Tensor) -> Tensor:
 
 
 def as_trained(model: Model, site: Site) -> Float[Tensor, "out in"]:
-    """The matrix that the forward pass uses now, fp32: the module's own, and the product of an unmerged adapter on it."""
+    """The matrix that the forward pass uses now, fp32: the module's own, and what an unmerged adapter makes of it."""
     place, W = model.anatomy.places[site], model.weights[site].float()
     layer: Any = model.module.get_submodule(place.name.rpartition(".")[0])
-    if hasattr(layer, "get_delta_weight") and not layer.merged and not layer.disable_adapters:
-        for adapter in layer.active_adapters:
-            W = W + place.take(layer.get_delta_weight(adapter).detach()).float()
+    if not hasattr(layer, "active_adapters") or layer.merged or layer.disable_adapters:
+        return W
+    if not _adds(layer):
+        whole = _matrix_of(layer, W.shape[1])
+        return whole if place.rows is None else whole[place.rows]
+    for adapter in layer.active_adapters:
+        W = W + place.take(layer.get_delta_weight(adapter).detach()).float()
     return W
+
+
+def _adds(layer: Any) -> bool:
+    """Whether a layer's adapters are vectors that are added to its matrix, as LoRA's are, but not DoRA's, IA3's or OFT's."""
+    names, variants = layer.adapter_layer_names, getattr(layer, "lora_variant", {})
+    return all(name.startswith(_ADDING) for name in names) and not any(a in variants for a in layer.active_adapters)
+
+
+@torch.no_grad()
+def _matrix_of(layer: nn.Module, width: int) -> Float[Tensor, "out in"]:
+    """What a linear layer multiplies by, fp32: what it makes of the unit vectors, a strip of them at a time."""
+    like = next(p for p in layer.parameters() if p.is_floating_point())
+    with evaluating(layer):
+        bias = layer(like.new_zeros(1, width)).float()
+        strips = torch.arange(width, device=like.device).split(_UNITS)
+        units = (like.new_zeros(len(at), width).scatter_(1, at[:, None], 1) for at in strips)
+        return torch.cat([layer(rows).float() - bias for rows in units]).T
 
 
 def spread_layers(depth: int, count: int) -> list[int]:

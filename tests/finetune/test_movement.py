@@ -126,21 +126,29 @@ def test_default_layers_are_spread_over_the_depth() -> None:
         UpdateShape(model(), [9])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])  # gpt2 stores [in, out] and q, k, v in one
-def test_what_is_trained_by_an_adapter_is_seen(family: str) -> None:
-    """During LoRA training the module's own weights stand still; the monitors see what the forward pass uses."""
-    from peft import LoraConfig, get_peft_model
+@pytest.mark.parametrize(  # gpt2 stores [in, out] and q, k, v in one
+    ("family", "kind"), [("llama", "lora"), ("gpt2", "lora"), ("phi3", "lora"), ("gpt2", "dora"), ("phi3", "ia3")]
+)
+def test_what_is_trained_by_an_adapter_is_seen(family: str, kind: str) -> None:
+    """While an adapter trains the module's own weights stand still; the monitors see what the forward pass uses."""
+    from peft import IA3Config, LoraConfig, get_peft_model
 
     m = Model(*tiny(family))
     start = Start(m)
     names = sorted({m.anatomy.places[s].name.removesuffix(".weight") for s in start.sites})
-    config = LoraConfig(r=2, target_modules=names, task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2")
+    shared: Any = {"target_modules": names, "task_type": "CAUSAL_LM", "fan_in_fan_out": family == "gpt2"}
+    config = (
+        IA3Config(feedforward_modules=[n for n in names if "down" in n], **shared)
+        if kind == "ia3"
+        else LoraConfig(r=2, use_dora=kind == "dora", **shared)
+    )
     learner: Any = get_peft_model(m.module, config)  # type: ignore[arg-type]
-    assert ChangeNorm(m, start=start)(m, 0)["all"] == 0
+    assert ChangeNorm(m, start=start)(m, 0)["all"] == (0 if kind == "lora" else pytest.approx(0, abs=1e-6))
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, p in learner.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        for p in learner.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
     seen = {s: as_trained(m, s) for s in start.sites}
     change = ChangeNorm(m, start=start)(m, 1)
     with learner.disable_adapter():
