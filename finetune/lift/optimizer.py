@@ -205,7 +205,14 @@ class LIFT(torch.optim.Optimizer):
         self._collect()
         self._reopen()
         if not any(any(ledger.gathered) for ledger in chain(*self._ledgers)):
-            raise RuntimeError("no gradient has arrived since the last step: call backward on a loss before step")
+            named = list(self._parameters())
+            frozen = [name for name, p in named if not p.requires_grad]
+            raise RuntimeError(
+                f"no gradient has arrived: {len(frozen)} of {len(named)} parameters, first {frozen[0]}, were frozen since LIFT was given them, as by "
+                "PEFT where it puts an adapter beside a model's own weights; give LIFT what trains, after that"
+                if frozen
+                else "no gradient has arrived since the last step: call backward on a loss before step"
+            )
         for group, ledgers in zip(self.param_groups, self._ledgers, strict=True):
             if not any(any(ledger.gathered) for ledger in ledgers):
                 continue
