@@ -365,7 +365,7 @@ def test_loading_ones_own_state_changes_nothing():
             assert torch.equal(value, before["state"][k][key])
     backward(params, gradients(3))
     lift.load_state_dict(before)  # the gradient was of other weights
-    with pytest.raises(RuntimeError, match="no gradient .*call backward"):
+    with pytest.raises(RuntimeError, match=r"no gradient .*call backward"):
         lift.step()
     for p in params:
         p.requires_grad_(False)  # as PEFT does where an adapter is put beside them
