@@ -405,6 +405,10 @@ class Surgical(_Host):
         if self._settings is not None:
             mark_complete(checkpoint, self._settings)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        _require_same_adapters(Path(resume_from_checkpoint), self.accelerator.unwrap_model(model or self.model))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.unexpected_keys:
             raise ValueError(
@@ -516,6 +520,37 @@ def _adapter_alone(module: nn.Module) -> bool:
     )
     adds = any(bool(p.detach().any()) for name, p in module.named_parameters() if any(part in name for part in _ADDED))
     return adapted and not adds and not any(others)
+
+
+_OF_A_FILE = (
+    "inference_mode",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+)  # no part of what an adapter does
+
+
+def _require_same_adapters(checkpoint: Path, model: Any) -> None:
+    """Raises ValueError where a checkpoint's adapter is not that of the PEFT model which is to take it up: PEFT leaves out what does not fit."""
+    for name, config in getattr(model, "peft_config", {}).items() if hasattr(model, "get_base_model") else ():
+        folder = next((f for f in (checkpoint / name, checkpoint) if (f / "adapter_config.json").is_file()), None)
+        if folder is None:
+            continue
+        then, now = type(config).from_pretrained(str(folder)).to_dict(), config.to_dict()
+        told = [
+            f"{key} was {_in_order(then.get(key))}, now {_in_order(now.get(key))}"
+            for key in {**now, **then}
+            if key not in _OF_A_FILE and then.get(key) != now.get(key)
+        ]
+        if told:
+            raise ValueError(
+                f"{checkpoint} is of another adapter: {'; '.join(told[:3])}. Give the adapter of that run, or begin anew in another folder."
+            )
+
+
+def _in_order(setting: Any) -> Any:
+    return sorted(setting) if isinstance(setting, set) else getattr(setting, "value", setting)
 
 
 def _require_beside_layers(model: Any) -> None:

@@ -706,6 +706,26 @@ def test_an_objective_refuses_adapters_that_read_the_whole_text(kind: str, tmp_p
         )
 
 
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def trainer(steps: int, **own: Any) -> Any:
+        m = model()
+        config = LoraConfig(**({"r": 2, "target_modules": ["q_proj"]} | own))
+        settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": 1}
+        return plain(m, tmp_path, model=get_peft_model(m.module, config), settings=settings)  # type: ignore[arg-type]
+
+    trainer(1).train()
+    half = str(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"checkpoint-1 .*target_modules was \['q_proj'\], now \['v_proj'\]"):
+        trainer(2, target_modules=["v_proj"]).train(resume_from_checkpoint=half)
+    with pytest.raises(ValueError, match=r"checkpoint-1 .*lora_alpha was 8, now 2\D"):
+        trainer(2, lora_alpha=2).train(resume_from_checkpoint=half)
+    resumed = trainer(2)
+    resumed.train(resume_from_checkpoint=half)
+    assert resumed.state.global_step == 2
+
+
 @pytest.mark.parametrize("what", ["glow", "masked thought"])
 def test_what_knows_sequences_again_needs_their_numbers(what: str, tmp_path: Path) -> None:
     m = model()
