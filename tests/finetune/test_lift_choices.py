@@ -169,6 +169,7 @@ def test_one_threshold_may_leave_a_matrix_without_entries():
         lift.step()
     assert torch.equal(params[0], torch.ones(8, 8))
     assert not torch.equal(params[1][0, :4], torch.full((4,), 9.0))
+    assert [list(done.by_parameter.values()) for done in lift.refreshes] == [[1.0, 1.0]] * 3  # no mask is as it was
 
 
 def test_overrides_decide_by_the_last_pattern():

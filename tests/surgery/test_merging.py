@@ -421,8 +421,8 @@ TOKENS = {
         {"!": {"source": {"kind": "model_token", "model": "a", "token": "<new>"}}}, r"'!' is to come from .*home/a, whose tokenizer has no '<new>'\.",
     ),
     "an id without a row": (
-        {"!": {"source": {"kind": "model_token", "model": "a", "token_id": 5000}}},
-        r"'!' is to come from .*home/a, whose embedding has 100 rows and none of id 5000\.",
+        {"!": {"source": {"kind": "model_token", "model": "a", "token_id": 100}}},
+        r"'!' is to come from .*home/a, whose embedding has 100 rows and none of id 100\.",
     ),
 }  # fmt: skip
 
@@ -590,6 +590,18 @@ def test_adapters(homes, tmp_path):
     linear["models"][0]["model"] += f"+{tmp_path / 'adapter'}"
     merge(linear, tmp_path / "one")
     assert furthest(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "whole")) < 1e-6
+    each = {"b": {"weight": 0.75}, "c": {"weight": -0.75}}  # whose sum, 0, nothing is divided by
+    for name, more in {"lambda": {"lambda": 0.5, "normalize": True}, "three quarters": {}}.items():
+        chosen = ("b", "c") if more else ("b",)
+        sums = of(home, "task_arithmetic", chosen, each={m: each[m] for m in chosen}, parameters=more)
+        for base in (f"{home / 'a'}+{tmp_path / 'adapter'}", str(tmp_path / "whole")):
+            merge(sums | {"base_model": base}, tmp_path / name / ("typed" if "+" in base else "plain"))
+        found, expected = (tensors_of(tmp_path / name / kind) for kind in ("typed", "plain"))
+        assert furthest(found, expected) < 1e-6
+        start, b, c = (tensors_of(folder) for folder in (tmp_path / "whole", home / "b", home / "c"))
+        up = "model.layers.1.mlp.down_proj.weight"
+        by_hand = start[up] + (0.375 * (b[up] - c[up]) if more else 0.75 * (b[up] - start[up]))
+        torch.testing.assert_close(found[up], by_hand, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["ties", "ram", "linear"])
