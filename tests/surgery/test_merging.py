@@ -556,6 +556,11 @@ def test_mixed_dtypes_are_promoted_as_by_mergekit(homes, tmp_path):
     assert furthest(by_mergekit(recipe, tmp_path / "theirs"), tensors_of(tmp_path / "ours")) == 0
     merge(recipe, tmp_path / "half", dtype=torch.float16)
     assert {t.dtype for t in tensors_of(tmp_path / "half").values()} == {torch.float16}
+    for name in "bc":  # norms in float32 in each of them: a model's own dtypes are nothing to promote
+        kept = {n: t.float() if "norm" in n else t for n, t in tensors_of(home / name).items()}
+        save_file(kept, home / name / "model.safetensors", metadata={"format": "pt"})
+    merge(of(home, "linear", ("b", "c"), base=False, parameters={"weight": 0.5}), tmp_path / "own")
+    assert {n: t.dtype for n, t in tensors_of(tmp_path / "own").items()} == {n: t.dtype for n, t in kept.items()}
 
 
 def test_adapters(homes, tmp_path):
