@@ -26,6 +26,7 @@ from probes.directions import (
     pca_of_differences,
     span_lengths,
 )
+from probes.held_out import deal
 from surgery.model import Model
 from surgery.sites import Site
 from surgery.transcript import read_transcript
@@ -111,11 +112,13 @@ def test_logistic_is_scikit_learns_in_the_activations_own_coordinates():
 
     X, y, g, _ = planted()
     X = X * torch.logspace(-1, 1, X.shape[1])
+    X[:, 3] = 0.3  # a coordinate that never moves tells nothing
     found = logistic(activations({MID: X}), y, g, C=0.1)
     pipe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(X.double().numpy(), y.numpy())
     scores = torch.from_numpy(pipe.decision_function(X.double().numpy()))
     projected = X.double() @ found[MID].double()
     assert np.corrcoef(scores, projected)[0, 1] == pytest.approx(1, abs=1e-6)
+    assert found[MID][3] == 0
     assert found.norms[MID] > 0
     stronger = logistic(activations({MID: X}), y, g, C=10.0)
     assert cosine(found[MID], stronger[MID]) < 0.9999
@@ -123,6 +126,7 @@ def test_logistic_is_scikit_learns_in_the_activations_own_coordinates():
 
 def test_mass_mean_plain_and_whitened():
     X, y, g, _ = planted()
+    X = X * torch.logspace(-1.5, 1, X.shape[1])  # variances below 1e-3 of the largest are not divided by
     acts = activations({MID: X})
     assert torch.equal(mass_mean(acts, y, g)[MID], mean_difference(acts, y, g)[MID])
     found = mass_mean(acts, y, g, whitened=True)
@@ -155,6 +159,13 @@ def test_a_planted_direction_is_found_and_held_out(name):
         assert cosine(found[MID], u) > 0.8
     assert found.auc[MID].low > 0.55
     assert found.auc[MID].n == 60
+    # literally: each question's rows on what the other folds' questions give
+    fold, scores = torch.from_numpy(deal(g.numpy(), y.numpy(), seed=0)), torch.zeros(len(y), dtype=torch.float64)
+    for k in range(5):
+        seen = fold != k
+        scores[~seen] = X[~seen].double() @ METHODS[name](activations({MID: X[seen]}), y[seen], g[seen])[MID].double()
+    strata = (g if name in ("pairs", "pca") else fold).tolist()
+    assert found.auc[MID].value == pytest.approx(oracle.auc(scores.tolist(), y.tolist(), strata))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -201,11 +212,12 @@ def test_labels_of_transcripts_and_rows_that_are_left_out():
 
 def test_a_site_without_difference_is_left_out_and_named():
     X, y, g, _ = planted()
-    found = mean_difference(activations({MID: X, RESID: torch.ones_like(X)}), y, g)
+    same = X[:1] * (1 + 1e-7 * torch.randn(X.shape, generator=torch.Generator().manual_seed(0)))  # but for rounding
+    found = mean_difference(activations({MID: X, RESID: same}), y, g)
     assert found.sites == [MID]
     assert found.about["without_difference"] == ["2.resid"]
     with pytest.raises(ValueError, match="same mean at every site"):
-        mean_difference(activations({RESID: torch.ones_like(X)}), y, g)
+        mean_difference(activations({RESID: same}), y, g)
 
 
 def test_what_gives_no_direction():
@@ -289,6 +301,8 @@ def test_by_site_and_by_layer():
             Direction.of({MID: wrong})
     with pytest.raises(ValueError, match="at least one site"):
         Direction.of({})
+    half = torch.linspace(-1, 2, 7).bfloat16()
+    assert Direction.of({MID: half}).norms[MID] == pytest.approx(float(half.double().norm()))
 
 
 def test_cosines():
