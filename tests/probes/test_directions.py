@@ -348,7 +348,7 @@ def test_judged_on_rows_it_has_not_seen():
 
 def test_save_and_load(tmp_path):
     X, y, g, _ = paired_rows()
-    d = mean_difference(activations({MID: X, RESID: X * 2 + 1}), y, g)
+    d = mean_difference(activations({MID: X, RESID: X * 2 + 1, Site(10, "mid"): X}), y, g)
     path = tmp_path / "deep" / "d.safetensors"
     d.save(path)
     again = Direction.load(path)
@@ -406,6 +406,8 @@ def test_a_direction_belongs_to_its_model():
     moved = d.carried_to(other)
     moved.require(other)
     assert moved.about["measured_in"] == d.about["model"]
+    assert d.auc
+    assert (moved.auc, moved.halves) == ({}, {})  # they were measured in the first
     assert torch.equal(moved[1], d[1])
     with pytest.raises(ValueError, match="measured in different models"):
         d + moved
@@ -498,6 +500,8 @@ def test_longest_and_shortest():
     assert pick(5, 5) == [None, None]
     assert pick(5) == [None]
     assert pick(*range(8)) == [0, 0, None, None, None, None, 1, 1]
+    assert pick(*range(7)) == [0, None, None, None, None, None, 1]  # a whole number of at most the share
+    assert pick(0, 1, 2, 3, -10, -11, -12, -13) == [0, 0, None, None, None, None, 1, 1]  # a share of all, cut or not
     assert pick(*range(8), share=0.5) == [0] * 4 + [1] * 4
     assert pick(1, 2, 2, 2, 2, 2, 2, 2, share=0.5).count(None) == 6  # ties are on neither side
     assert pick(1, 5, 5, 9, share=0.5) == [0, None, None, 1]  # nor is one of two that tie, though others are longer
