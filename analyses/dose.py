@@ -338,7 +338,7 @@ def sweep(
     to         a folder that keeps every cell as soon as it is measured. A sweep that was interrupted goes on; strengths, layers, spans and
                controls may be added later; what is there is not measured again
 
-    Intervals resample questions, a question's samples together, and passages; of one sample a question, and where all answers agree, shares
+    Intervals resample questions, a question's samples together, and passages; of one sample a question, and where all draws agree, shares
     have Wilson intervals.
 
     Errors: ValueError for strengths that are not finite; an unknown measure; a layer or a span that the change does not have; a span whose

@@ -16,11 +16,11 @@ from numpy.typing import ArrayLike
 from probes.estimates import Estimate, check_level, numbered, percentile, resampled_means, resamples
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> Estimate:
+def wilson(successes: float, n: int, level: float = 0.95) -> Estimate:
     """A proportion and its Wilson score interval, in [0, 1]: usable for small ``n`` and at 0 or 1.
 
-    Trials must be independent: for several answers a question use ``bootstrap`` with clusters. No trials at all say
-    nothing: the value is NaN and the interval [0, 1].
+    Trials must be independent: for several answers a question use ``share`` with clusters. No trials at all say
+    nothing: the value is NaN and the interval [0, 1]. successes: part of one where a trial is a share itself.
 
     Errors: ValueError when ``successes`` is not in [0, n] or ``level`` not in (0, 1).
     Source: Wilson (1927), "Probable inference, the law of succession, and statistical inference", JASA 22.
@@ -86,7 +86,8 @@ def share(values: ArrayLike, clusters: Sequence | np.ndarray, *, seed: int = 0, 
     """The share of ones among zeros and ones, with an interval that is never of width zero.
 
     clusters: one label a value, as in ``bootstrap``. With one value a cluster the interval is Wilson's; with several, clusters are drawn; and
-    where all values agree, so that every draw would, it is Wilson's of as many clusters: answers to one question say no more than one.
+    where every draw would agree, as where all values do or each cluster has the same share, it is Wilson's of as many clusters: answers
+    to one question say no more than one. NaN where answers to one question alone differ.
 
     Errors: ValueError for no values, other ones than 0 and 1 (or true and false), and labels that do not match them.
     """
@@ -97,8 +98,10 @@ def share(values: ArrayLike, clusters: Sequence | np.ndarray, *, seed: int = 0, 
         raise ValueError("nothing to estimate from: no values were given")
     _, units = numbered(clusters, len(rows))
     if units < len(rows) and 0 < rows.sum() < len(rows):
-        return bootstrap(rows, clusters=clusters, seed=seed, level=level)
-    return wilson(round(units * float(rows.mean())), units, level)
+        found = bootstrap(rows, clusters=clusters, seed=seed, level=level)
+        if found.low != found.high:
+            return found
+    return wilson(units * float(rows.mean()), units, level)
 
 
 def paired_bootstrap(

@@ -54,6 +54,13 @@ def test_a_share_is_never_certain():
     twice = share([1.0, 0.0, 1.0, 1.0], list("aabb"), seed=3)
     assert twice == bootstrap([1.0, 0.0, 1.0, 1.0], clusters=list("aabb"), seed=3)
     assert share([True] * 4, list("aabb")) == wilson(2, 2)  # two questions, however often each was answered
+    # each question half right: all draws agree on a half, which three questions do not make certain
+    alike = share([1.0, 0.0] * 3, list("aabbcc"))
+    z = scipy.stats.norm.ppf(0.975)
+    reach = z / 2 / math.sqrt(3 + z * z)  # Wilson's, of a half of 3
+    assert alike.value == 0.5
+    assert (alike.low, alike.high, alike.n) == (pytest.approx(0.5 - reach), pytest.approx(0.5 + reach), 3)
+    assert math.isnan(share([1.0, 0.0], list("aa")).low)  # one question says nothing of how much another would differ
     for values, message in (([0.5], "0 and 1"), ([], "nothing to estimate from")):
         with pytest.raises(ValueError, match=message):
             share(values, ["a"] * len(values))
