@@ -212,13 +212,18 @@ def _bytes(thing: Any, within: frozenset[int] = frozenset()) -> Iterator[bytes |
             yield f"{entry.name}=".encode()
             yield from inner(getattr(thing, entry.name))
     elif isinstance(thing, Mapping):
+        yield b"{"
         for key, value in thing.items():
             yield f"{key}:".encode()
             yield from inner(value)
+            yield b","
+        yield b"}"
     elif isinstance(thing, list | tuple):
+        yield b"["
         for value in thing:
             yield from inner(value)
             yield b","
+        yield b"]"
     elif isinstance(thing, set | frozenset):  # its order is another in every process
         yield from inner(sorted(map(digest, thing)))
     elif isinstance(thing, re.Pattern):

@@ -420,7 +420,8 @@ def using(held: object) -> Callable[[Model, Sequence[Transcript]], list[float]]:
 def test_a_digest_tells_targets_apart_by_what_they_hold(model: Model) -> None:
     """Whatever a target closes over, is bound to or keeps as its own."""
     held = [
-        QUESTIONS[0], QUESTIONS[1], Site(1, "mid"), Site(2, "mid"), {"a": 1}, {"a": 2}, {"a": {"b": 2}}, frozenset("ab"), frozenset("ac"),
+        QUESTIONS[0], QUESTIONS[1], Site(1, "mid"), Site(2, "mid"), {"a": 1}, {"a": 2}, {"a": {"b": 2}}, [], {},
+        {"a": {"b": 2}, "c": 1}, {"a": {"b": 2, "c": 1}}, [[1], 2], [1, [], 2], frozenset("ab"), frozenset("ac"),
         np.arange(3), np.arange(3.0), np.arange(4), np.float32(0.5), len, math.sqrt, using(1), using(2), Words("a"), Words("b"), Question, Words,
         re.compile("a" * 300), re.compile("a" * 301), re.compile("a", re.IGNORECASE), Path("a"), None, math, torch.float32, torch.nn.Linear(2, 2),
         torch.nn.Linear(2, 2), Words("a").count, Words("b").count, "abc".count, "abd".count, vector(), vector(1), model, Model(*tiny("llama")),
