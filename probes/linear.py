@@ -553,8 +553,7 @@ def _spread(y: np.ndarray, g: np.ndarray, within: np.ndarray) -> Float[np.ndarra
 
 def _choose(task: _Task, mine: Mapping[Site, _Found], settings: Settings) -> Chosen:
     sites = list(mine)
-    losses = np.stack([np.where(np.isnan(f.inner), math.inf, f.inner) for f in mine.values()])
-    best: list[int] = losses.argmin(axis=0).tolist()
+    best: list[int] = np.stack([f.inner for f in mine.values()]).argmin(axis=0).tolist()  # NaN at all sites or at none
     predicted = np.empty(len(task.y))
     for k, i in enumerate(best):
         held = task.fold == k

@@ -260,6 +260,7 @@ def test_arithmetic_is_that_of_raw_vectors():
         assert torch.equal((-1 * -d)[site], d[site])
         assert torch.equal((-d)[site], -d[site])
         assert float((d + e)[site].norm()) == pytest.approx(1, abs=1e-6)
+    assert ((d + e).about["method"], (d - e).about["method"]) == ("sum", "difference")
     assert (2 * d).norms[MID] == 2 * d.norms[MID]
     assert (-2 * d).norms[MID] == 2 * d.norms[MID]
     with pytest.raises(ValueError, match=r"cancel at 1\.mid"):
