@@ -42,7 +42,8 @@ _SURE = 1e-12  # no probability is nearer to 0 or 1
 
 @dataclass(frozen=True)
 class Bin:
-    """Rows of which about the same was said. said: their mean probability; was: the share that is 1, with its 95 % interval over `n` groups."""
+    """Rows of which about the same was said. said: their mean probability; was: the share that is 1, with its 95 % interval over `n` groups;
+    NaN where the groups all have the same share, other than none or all, and nothing says how far it scatters."""
 
     said: float
     was: float
@@ -171,6 +172,7 @@ def _bin(p: np.ndarray, y: np.ndarray, g: np.ndarray, draws: int, seed: int) -> 
     least = 0.025 ** (1 / found.n)  # where all are 1, or none, every draw says so: as in `probes.held_out.auc_score`
     low = min(found.low, least) if found.value == 1 else found.low
     high = max(found.high, 1 - least) if found.value == 0 else found.high
+    low, high = (math.nan, math.nan) if low == high else (low, high)
     return Bin(float(p.mean()), found.value, low, high, found.n, len(y))
 
 

@@ -105,6 +105,10 @@ def test_a_bin_of_ones_only_does_not_say_it_is_sure():
     assert [(b.was, b.n, b.rows) for b in found.bins] == [(0, 5, 10), (1, 5, 10)]
     assert found.bins[0].high == pytest.approx(1 - 0.025 ** (1 / 5))
     assert found.bins[1].low == pytest.approx(0.025 ** (1 / 5))
+    half = reliability(np.repeat([0.1, 0.9], 10), np.arange(20) % 2, np.arange(20) // 2, bins=2).bins[0]
+    assert half.was == 0.5  # in each of its groups, so in every draw of them: there is nothing to judge the spread by
+    assert math.isnan(half.low)
+    assert math.isnan(half.high)
     alone = reliability([0.2, 0.7], [0, 1], ["q", "q"])
     assert math.isnan(alone.brier.low)
     assert math.isnan(alone.ece.low)
