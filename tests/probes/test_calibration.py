@@ -109,6 +109,9 @@ def test_a_bin_of_ones_only_does_not_say_it_is_sure():
     assert half.was == 0.5  # in each of its groups, so in every draw of them: there is nothing to judge the spread by
     assert math.isnan(half.low)
     assert math.isnan(half.high)
+    # bins are closed below, those of equal width and those of equal rows, but for the last, which holds a 1
+    assert reliability([1.0, 0.9], [0, 1], ["a", "b"]).ece.value == pytest.approx(0.45)
+    assert [b.rows for b in reliability([0.1, 0.2, 0.3], [0, 1, 1], list("abc"), bins=2).bins] == [1, 2]
     alone = reliability([0.2, 0.7], [0, 1], ["q", "q"])
     assert math.isnan(alone.brier.low)
     assert math.isnan(alone.ece.low)
