@@ -107,6 +107,8 @@ def test_rows_that_generation_repeats_keep_their_questions_scale():
 def test_a_floor_rules_out_what_the_base_all_but_excludes():
     low, high = torch.tensor([[0.0, -1.0, -5.0]]), torch.tensor([[0.0, 1.0, 50.0]])
     assert mix_logits(low, high, 2.0).argmax().item() == 2
+    half = [side.bfloat16() for side in (low + 0.3, high * 1.1)]  # of a model in bf16: mixed in fp32
+    assert torch.equal(mix_logits(*half, 0.7), half[0].float() + 0.7 * (half[1].float() - half[0].float()))
     ruled = mix_logits(low, high, 2.0, floor=0.1)
     assert ruled.argmax().item() == 1
     assert ruled.isinf().tolist() == [[False, False, True]]
