@@ -83,6 +83,7 @@ def test_in_half_precision_too():
     model, runs = setup("gemma2", dtype=torch.bfloat16)
     found = lens(model, runs, at="3.resid", over="all")
     assert float(found.kl.abs().max()) < 1e-2
+    assert unembed(model, torch.randn(2, 32)).dtype == torch.float32
 
 
 def test_committed():
