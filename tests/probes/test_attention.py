@@ -44,9 +44,10 @@ def test_the_mass_in_whole_tables(family, queries):
             assert float(found.uniform[i, layer]) == pytest.approx(even, abs=1e-6)
 
 
-def test_half_precision_is_added_up_in_single():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_added_up_in_single(dtype):
     model, runs = setup("llama")
-    model.module.bfloat16()
+    model.module.to(dtype)
     found = attention(model, runs, to=TO, over=OVER, batch_size=1)
     for i, t in enumerate(runs):
         ids = torch.tensor([t.ids])
@@ -149,6 +150,10 @@ def test_what_thinking_takes_is_counted_question_by_question():
     )  # the last two questions, and each weighs the same
     expected = (shared.mean() - after.mass[:2].mean()).item()
     assert table.loc["mass", "value"] == pytest.approx(expected)
+    lost = [
+        float(s - after.mass[i].mean()) for i, s in enumerate(shared)
+    ]  # of two, 95 % of draws reach from one to the other
+    assert table.loc["mass", ["low", "high"]].tolist() == pytest.approx(sorted(lost))
     assert set(table["n"]) == {2}
     assert before.drop(before)["value"].tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="no question in common"):
