@@ -323,8 +323,7 @@ def read(text: str | None, like: str) -> Fraction | str | None:
     """What an answer says, in a form that can be compared: a number, a letter or plain text, as ``like`` (a gold
     answer) is one. None when there is no answer, or none of that kind in it.
 
-    Numbers: inside the last ``\\boxed{}`` or after the last ``####`` if present; then after the last equals sign; then
-    **the last number**. Thousands commas, currency and per cent signs, units and words around it are ignored;
+    Numbers: **the last number**, inside the last ``\\boxed{}`` or after the last ``####`` if present. Thousands commas, currency and per cent signs, units and words around it are ignored;
     integers, decimals, fractions and mixed numbers are exact. Letters: the whole answer, or the last "(B)", "B.",
     "answer is B".
     """
@@ -333,7 +332,7 @@ def read(text: str | None, like: str) -> Fraction | str | None:
     final = _final(text)
     kind = _kind(like)
     if kind == "number":
-        found = _numbers(final.rsplit("=", 1)[-1]) or _numbers(final)
+        found = _numbers(final)
         return found[-1] if found else None
     if kind == "letter":
         if match := re.fullmatch(r"\W*([A-Za-z])\W*", final):

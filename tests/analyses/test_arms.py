@@ -21,7 +21,11 @@ from tests.families import save_tiny, tiny
 TRAIN = chained_sums(24, seed=1, terms=(2, 2))
 HELD = chained_sums(6, seed=2, terms=(2, 2), side="test")
 CHOICE = [Question(f"Is {n} even? Answer format: yes/no", "yes" if n % 2 == 0 else "no") for n in range(5)]
-WAYS: dict[str, dict[str, Any]] = {"lift": {"lr": 1e-2}, "still": {"lr": 0.0}, "full": {"method": "full", "lr": 1e-2}}
+WAYS: dict[str, dict[str, Any]] = {
+    "lift": {"lr": 1e-2},
+    "still": {"lr": 0.0, "steps": 1},
+    "full": {"method": "full", "lr": 1e-2},
+}
 SMALL: dict[str, Any] = {"steps": 3, "batch_size": 4, "autocast": False, "seeds": 2}
 
 
@@ -51,6 +55,7 @@ def test_every_arm_and_seed_is_measured_on_everything(found: Arms) -> None:
     assert set(found.measures) == {"answer_nll", "completion_nll", "accuracy", "even_nll", "even_accuracy", "text_nll"}
     sizes = {"answer_nll": 6, "completion_nll": 6, "accuracy": 2, "even_nll": 5, "even_accuracy": 5, "text_nll": 2}
     for run in found.runs:
+        assert len(run.losses) == {"untuned": 0, "still": 1}.get(run.arm, 3)  # a way's own options before those of all
         assert {name: len(values) for name, values in run.values.items()} == sizes
 
 
@@ -81,8 +86,12 @@ def _ends(table: np.ndarray) -> tuple[float, float]:
 
 
 def test_no_accuracy_is_certain() -> None:
-    runs = [Run("untuned", 0, {"accuracy": (0.0,) * 9}), *(Run("lift", s, {"accuracy": (1.0,) * 9}) for s in (0, 1))]
-    frame = Arms(tuple(runs)).frame().set_index("arm")
+    even = {"nll": (0.5,) * 9}  # is no share
+    runs = [Run("untuned", 0, {"accuracy": (0.0,) * 9} | even)]
+    runs += [Run("lift", s, {"accuracy": (1.0,) * 9} | even) for s in (0, 1)]
+    frame = Arms(tuple(runs)).frame().set_index("measure")
+    assert frame.loc["nll", "value"].tolist() == [0.5, 0.5]
+    frame = frame.loc["accuracy"].set_index("arm")
     assert frame.loc["untuned", "high"] == wilson(0, 9).high
     assert frame.loc["lift", "low"] == wilson(9, 9).low
 

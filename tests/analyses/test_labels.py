@@ -96,6 +96,7 @@ def test_any_key_of_meta_is_two_classes_or_a_number():
     assert of("10", 9, 2.5) == ((10.0, 9.0, 2.5), "number", "numbers from 2.5 to 10")
     for values, said in (
         (("a", "b", "c"), r"has 3 values, of which some are words \(a, b, c\)"),
+        ((1, 2, "inf"), r"has 3 values, of which some are words"),
         (([1], [2]), "lists or mappings"),
         (("a", "a"), "all of them are 1"),
         ((None, None), r"No transcript has a label 'k': there are right, length, and in meta nothing"),

@@ -33,6 +33,7 @@ def test_train_and_test_never_share_an_expression():
     assert not set(train) & set(test)
     assert {side_of(e) for e in train} == {"train"}
     assert {side_of(e) for e in test} == {"test"}
+    assert [side_of("".join(e.split())) for e in train[:99]] == ["train"] * 99  # however it is written
     either = [side_of(expression(q)) for q in chained_sums(2000, seed=0, side="all")]
     assert 0.21 < either.count("test") / 2000 < 0.29
 
@@ -155,6 +156,10 @@ def test_gym_tasks_with_several_right_answers_use_their_scorer():
         ("18", "so 3*6\n#### 18", True),
         ("18", "\\boxed{18} because 3 * 6 and 7", True),
         ("18", "\\boxed{\\frac{36}{2}}", True),
+        ("18", "\\boxed{3}, no: \\boxed{18}", True),
+        ("18", "#### 3, no:\n#### 18", True),
+        ("18", "18, as 3 * 6 = 20 - 2", False),  # the last number counts
+        ("6", "\\boxed{2 \\cdot 3}", False),  # and a formula does not, where the gold answer is a number
         ("17", "seventeen", False),
         ("17", "answer17", False),
         ("1", "1/0", False),

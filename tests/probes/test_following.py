@@ -263,6 +263,14 @@ def test_rows_repeated_halfway():
         assert seen.members(0, span) == by_definition(model, runs[0], span)
         assert seen.members(2, span) == [at for at in seen.members(0, span) if at >= half] != []
         assert seen.members(1, span) == seen.members(3, span) == []
+    asked = []
+    with following(model) as follower, rows_are([3, 5], [7, 2]):  # of two that were said to come, each twice
+        look = model.module.base_model.layers[0].register_forward_pre_hook(
+            lambda *_: asked.extend([follower.items.tolist(), follower.mask("completion").sum(1).tolist()])
+        )
+        model.module(input_ids=ids[:1, :6].expand(4, -1))
+        look.remove()
+    assert asked == [[7, 7, 2, 2], [3, 3, 1, 1]]
 
 
 def test_a_plain_generate_says_where_its_prompts_end():
