@@ -323,8 +323,8 @@ def read(text: str | None, like: str) -> Fraction | str | None:
     """What an answer says, in a form that can be compared: a number, a letter or plain text, as ``like`` (a gold
     answer) is one. None when there is no answer, or none of that kind in it.
 
-    Numbers: **the last number**, inside the last ``\\boxed{}`` or after the last ``####`` if present. Thousands commas, currency and per cent signs, units and words around it are ignored;
-    integers, decimals, fractions and mixed numbers are exact. Letters: the whole answer, or the last "(B)", "B.",
+    Numbers: **the last number**, inside the last ``\\boxed{}`` or after the last ``####`` if present. Thousands commas,
+    currency and per cent signs, units and words around it are ignored; integers, decimals, fractions and mixed numbers are exact. Letters: the whole answer, or the last "(B)", "B.",
     "answer is B".
     """
     if text is None or not text.strip():
