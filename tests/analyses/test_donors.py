@@ -85,6 +85,7 @@ def test_the_table_is_what_the_cells_say(found: Transfer) -> None:
         assert row["kl"] == pytest.approx(sum(cell.passages["kl"]) / sum(cell.passages["tokens"]))
     assert set(table["arm"]) == {"untouched", "vector", "permuted", "half", "random", "prompt", "vector + prompt"}
     assert sorted(table[table["arm"] == "random"]["draw"]) == list(range(9))
+    assert table[table["arm"] == "random"]["kl"].nunique() == 9
     tested = table[table["holm"].notna()]
     assert [(r.arm, r.alpha) for r in tested.itertuples()] == [
         ("vector", 1.0), ("permuted", 1.0), ("half", 1.0), ("prompt", 0.0), ("vector + prompt", 1.0),

@@ -33,6 +33,8 @@ def test_train_and_test_never_share_an_expression():
     assert not set(train) & set(test)
     assert {side_of(e) for e in train} == {"train"}
     assert {side_of(e) for e in test} == {"test"}
+    known = ["train", "test", "train", "train", "train", "train", "train", "train", "test", "train", "train", "train"]
+    assert [side_of(f"{n} + 1") for n in range(12)] == known  # for ever
     assert [side_of("".join(e.split())) for e in train[:99]] == ["train"] * 99  # however it is written
     either = [side_of(expression(q)) for q in chained_sums(2000, seed=0, side="all")]
     assert 0.21 < either.count("test") / 2000 < 0.29
@@ -162,6 +164,7 @@ def test_gym_tasks_with_several_right_answers_use_their_scorer():
         ("6", "\\boxed{2 \\cdot 3}", False),  # and a formula does not, where the gold answer is a number
         ("17", "seventeen", False),
         ("17", "answer17", False),
+        ("5", "Route-5", True),
         ("1", "1/0", False),
         ("17", "9" * 5000, False),
         ("B", "B", True),
@@ -182,6 +185,7 @@ def test_gym_tasks_with_several_right_answers_use_their_scorer():
         ("answer1", "answer1", True),
         ("answer1", "answer2", False),
         ("x^2+1", "$1 + x^2$", True),
+        ("1<x<2", "$(1,2)$", True),  # as the gold answer means it
         ("x^2+1", "1 + x^2", True),
         ("x^2+1", "$x^2$", False),
         ("x^2+1", "1", False),
