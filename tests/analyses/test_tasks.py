@@ -159,7 +159,7 @@ def test_gym_tasks_with_several_right_answers_use_their_scorer():
         ("18", "\\boxed{18} because 3 * 6 and 7", True),
         ("18", "\\boxed{\\frac{36}{2}}", True),
         ("18", "\\boxed{3}, no: \\boxed{18}", True),
-        ("18", "#### 3, no:\n#### 18", True),
+        ("true", "#### false, no:\n#### true", True),
         ("18", "18, as 3 * 6 = 20 - 2", False),  # the last number counts
         ("6", "\\boxed{2 \\cdot 3}", False),  # and a formula does not, where the gold answer is a number
         ("17", "seventeen", False),

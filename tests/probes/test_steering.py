@@ -70,7 +70,7 @@ def test_the_formulas_on_the_span_and_nowhere_else(family):
         v = vector(plain[site].shape[-1])
         length = stream_norms(model, site)[site]
         for how, formula in FORMULAS.items():
-            strengths = (-0.7, 2.0)[: 2 if family == "llama" else 1]
+            strengths = (-0.7, 2.0, 0.0)[: (3 if how == "clamp" else 2) if family == "llama" else 1]  # 0 clamps to 0
             for strength in strengths:
                 units = {site: length}
                 with steered(model, v, strength=strength, at=site, over=("prompt", "completion"), how=how, units=units):
@@ -293,6 +293,9 @@ def test_directions_by_site_and_by_layer():
         assert torch.equal(by_number, read(model, runs)[0])
     none = r"no vector for 0\.resid and has none for its layer; it is at 1\.mid, 2\.mid"
     with pytest.raises(ValueError, match=none), steered(model, many, at="*.resid"):
+        pass
+    either = {"1.mid": vector(), "1.resid": vector(1)}
+    with pytest.raises(ValueError, match=r"has 2 vectors for its layer"), steered(model, either, at="1.mlp.out"):
         pass
     with pytest.raises(ValueError, match="another model"), steered(model, Directions(units, many.norms, 7)):
         pass
