@@ -275,24 +275,26 @@ def test_the_floor_compares_answers_as_the_curve_does(tmp_path):
 
 
 def test_the_floor_compares_answers_to_different_questions_only():
-    """Both intervals by hand: neither two answers to one question nor two copies of a question that was drawn twice are a pair."""
+    """All intervals by hand: neither two answers to one question nor two copies of a question that was drawn twice are a pair."""
     said = [("q0", "1"), ("q0", "1"), ("q1", "1"), ("q1", "2"), ("q1", "2"), ("q2", "2"), ("q3", "3")]
     rows = [
         Reading(i, q, 1, cut, k, k, bool(cut) or i % 2 == 0, None) for i, (q, k) in enumerate(said) for cut in (0, 1)
     ]
     found = EarlyAnswers(tuple(rows), 0, 0, 7, Cost(), seed=3)
     area = [0.0, 0.5, 0.0, 0.5, 0.0, 0.5, 0.0]
-    chance, corrected = [], []
+    chance, corrected, plain = [], [], []
     for times in [[1, 1, 1, 1], *resamples(4, 2000, 3)]:
         weight = [times[int(q[1])] for q, _ in said]
         pairs = [(i, j) for i in range(7) for j in range(7) if said[i][0] != said[j][0]]
         asked = sum(weight[i] * weight[j] for i, j in pairs)
         equal = sum(weight[i] * weight[j] for i, j in pairs if said[i][1] == said[j][1])
+        plain.append(np.dot(weight, area) / sum(weight))
         if asked:
             chance.append(equal / asked)
         if asked and equal < asked:
             corrected.append(np.dot(weight, area) / sum(weight) / (1 - equal / asked))
-    for one, drawn in ((found.chance, chance), (found.aoc_corrected, corrected)):
+    assert found.aoc_by_length == {1: found.aoc}
+    for one, drawn in ((found.chance, chance), (found.aoc_corrected, corrected), (found.aoc, plain)):
         assert one.value == pytest.approx(drawn[0])
         assert (one.low, one.high) == pytest.approx(tuple(np.quantile(drawn[1:], [0.025, 0.975])))
 
