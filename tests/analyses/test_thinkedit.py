@@ -307,6 +307,15 @@ def test_the_edit_lengthens_and_its_controls_do_not(judged: Judged) -> None:
     assert effects.loc["kl", "before"] == 0
 
 
+def test_each_control_is_another(planted: PlantedLength, found: Found) -> None:
+    asked = planted.questions(2, seed=5)
+    options: dict[str, Any] = {"strengths": (), "shares": (), "texts": ["abc def"], "measures": ("kl",)}
+    cells = judge(planted.model, found, asked, controls=3, **options).sweeps["strengths"].cells
+    kl = {c.line.arm: c.passages["kl"] for c in cells if c.strength}
+    assert len({kl[f"random directions {draw}"] for draw in range(3)} | {kl["edit"]}) == 4
+    assert len({kl[f"random heads {draw}"] for draw in range(3)}) > 1
+
+
 def test_a_control_that_changes_as_much_the_other_way_is_as_extreme() -> None:
     rights = {
         "untouched": (True, True, False, None),
@@ -445,6 +454,10 @@ def test_an_arm_without_a_single_length_has_no_effect_no_p_and_no_crash(judged: 
 
 
 def test_a_contrast_needs_questions_with_a_short_and_a_long_answer(planted: PlantedLength, runs: Runs, found: Found):
+    # whatever the thresholds of the direction are, a question's answers are compared with each other
+    few = rank_heads(planted.model, found.direction, runs.of(runs.questions[:4]), Recipe(how="thresholds", short=1))
+    assert set(few.question) <= set(runs.questions[:4])
+    assert few.question
     one_each = Runs(tuple(runs.of([q])[0] for q in runs.questions[:6]))
     with pytest.raises(ValueError, match=r"counts as short|both a shorter and a longer answer"):
         rank_heads(planted.model, found.direction, one_each, TWO)

@@ -201,9 +201,10 @@ def test_the_pass_ends_at_the_last_site():
 @pytest.mark.parametrize("against", [None, 7])
 def test_logits_are_the_sum_of_what_parts_write(family, against):
     model, runs = setup(family, tied=False)
-    found = logit_contributions(model, runs, over="answer", against=against)
+    others = None if against is None else [against + i for i in range(len(runs))]  # another token for each transcript
+    found = logit_contributions(model, runs, over="answer", against=against if family == "gpt2" else others)
     for k, i in enumerate(found.transcript):
-        t = runs[i]
+        t, other = runs[i], against if family == "gpt2" or others is None else others[i]
         ids = torch.tensor([t.ids])
         with torch.no_grad():
             logits = model.module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
@@ -211,7 +212,7 @@ def test_logits_are_the_sum_of_what_parts_write(family, against):
         if cap is not None:
             logits = cap * torch.atanh(logits / cap)
         rows = [
-            logits[p - 1, t.ids[p]] - (logits[p - 1].mean() if against is None else logits[p - 1, against])
+            logits[p - 1, t.ids[p]] - (logits[p - 1].mean() if other is None else logits[p - 1, other])
             for p in range(*t.spans["answer"])
         ]
         expected = float(torch.stack(rows).mean())
