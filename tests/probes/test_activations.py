@@ -1,8 +1,10 @@
 """Rows are the activations of the module itself, whatever the batch; there is no padding among them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -319,6 +321,8 @@ def test_the_default_number_is_the_completions_likelihood():
         _, logits = literal(model, text, [])
         literally = [-logits[p - 1].log_softmax(-1)[text.ids[p]] for p in range(begin, len(text.ids))]
         assert float(completion_nll(logits, text)) == pytest.approx(float(sum(literally)) / len(literally), rel=1e-5)
+        half = logits.bfloat16()
+        assert float(completion_nll(half, text)) == pytest.approx(float(completion_nll(half.float(), text)), rel=1e-6)
 
 
 def test_gradients_leave_parameters_and_their_gradients_alone():
@@ -326,7 +330,14 @@ def test_gradients_leave_parameters_and_their_gradients_alone():
     weight = model.module.model.layers[0].mlp.up_proj.weight
     weight.grad = torch.ones_like(weight)
     frozen = model.module.model.norm.weight.requires_grad_(False)
-    found = gradients(model, runs, at="*.mid", over="thinking", pool="mean")
+    rows = []  # of logits: each transcript's own, without padding
+
+    def of(logits, text):
+        rows.append((len(logits), len(text.ids)))
+        return completion_nll(logits, text)
+
+    found = gradients(model, runs, of=of, at="*.mid", over="thinking", pool="mean")
+    assert all(own == given for given, own in rows)
     assert all(bool(v.any()) for v in found.values.values())
     assert torch.equal(weight.grad, torch.ones_like(weight))
     assert [p.requires_grad for p in (weight, frozen)] == [True, False]
@@ -475,6 +486,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         stored(model, runs[::-1], tmp_path / "a")
     with pytest.raises(ValueError, match=r"was collected from other model\. Give"):
         stored(setup(seed=1)[0], runs, tmp_path / "a")
+    for cut in (4, 5):  # the same tokens, of which others are averaged
+        parts = [dataclasses.replace(t, spans={**t.spans, "a": (2, cut), "b": (cut, 7)}) for t in runs]
+        with nullcontext() if cut == 4 else pytest.raises(ValueError, match=r"was collected from other tokens\. Give"):
+            stored(model, parts, tmp_path / "c", over=("a", "b"), pool="mean")
     with torch.no_grad():
         model.module.model.norm.weight[0] += 1
     with pytest.raises(ValueError, match=r"was collected from other model\. Give"):
