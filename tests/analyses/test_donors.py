@@ -13,7 +13,7 @@ import torch
 
 from analyses.controls import Planted, planted
 from analyses.donors import Pair, Transfer, train_pair, transfer
-from analyses.statistics import mcnemar
+from analyses.statistics import mcnemar, page
 from analyses.tasks import grade
 from finetune.rewards import Answer
 from surgery.delta import StoredDelta
@@ -91,6 +91,10 @@ def test_the_table_is_what_the_cells_say(found: Transfer) -> None:
         ("vector", 1.0), ("permuted", 1.0), ("half", 1.0), ("prompt", 0.0), ("vector + prompt", 1.0),
     ]  # fmt: skip
     assert (tested["holm"] >= tested["p"]).all()
+    along = [cells["vector", -0.5], cells["untouched", 0.0], cells["vector", 0.5], cells["vector", 1.0]]
+    assert found.trend() == page(
+        [[v is True for v in row] for row in zip(*(c.answers["right"] for c in along), strict=True)]
+    )
 
 
 def test_half_the_vector_at_one_is_the_vector_at_half(found: Transfer) -> None:
