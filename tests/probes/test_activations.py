@@ -14,6 +14,7 @@ from probes.activations import Activations, collect, completion_nll, gradients, 
 from probes.attribution import contributions
 from probes.capture import forward
 from probes.linear import probe
+from probes.shards import _cut
 from surgery.model import Model
 from surgery.sites import Site
 from surgery.transcript import positions, read_transcript
@@ -504,6 +505,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_the_folder_says_what_it_is_of(tmp_path):
     model, runs = setup()
+    assert _cut([2, 2, 2, 0, 5], 4) == ((0, 2), (2, 4), (4, 5))  # as many rows as fit, or a transcript that has more
     stored(model, runs, tmp_path / "a")
     about = json.loads((tmp_path / "a" / "capture.json").read_text())["about"]
     assert about["sites"] == ["1.resid", "2.attn.z.h0"]
