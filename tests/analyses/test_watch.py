@@ -151,6 +151,10 @@ def test_representation_is_the_measures_own_numbers(model: Model) -> None:
 
 def test_representation_of_many_tokens_is_of_a_fixed_draw(model: Model) -> None:
     told = taught(model)
+    # by default all layers of three, and of a span of five tokens four components
+    short = Representation(model, [model.transcript("q", "<think>ab</think>12345")], over=["answer"])(model, 0)
+    assert {f"answer.L{layer}.cka" for layer in (1, 2, 3)} == {k for k in short if ".L" in k and k.endswith("cka")}
+    assert short["answer.angle"] < 1e-6
     few = Representation(model, told, layers=[2], over=["thinking"], k=2, rows=12)
     again = Representation(model, told, layers=[2], over=["thinking"], k=2, rows=12)
     other = Representation(model, told, layers=[2], over=["thinking"], k=2, rows=12, seed=1)
