@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from analyses.changes import Editing
@@ -40,7 +41,7 @@ from probes.directions import (
     one_early,
     span_lengths,
 )
-from probes.estimates import Estimate, no_interval
+from probes.estimates import Estimate, no_interval, percentile, resampled_means
 from probes.steering import Steering
 from surgery.anatomy import Anatomy
 from surgery.edit_lists import DIRECTION
@@ -338,8 +339,8 @@ class Judged:
     def effects(self) -> DataFrame:
         """What the edit, as the recipe has it, changed: a row a measure.
 
-        Columns: measure, before, after, difference, low, high (95 %, questions resampled in pairs; of lengths the restricted mean, see
-        `Sweep.frame`; NaN where no answer has the span, or none was followed that far), n,
+        Columns: measure, before, after, difference, low, high (95 %, questions or passages resampled in pairs; general text in nats a token
+        of all passages; of lengths the restricted mean, see `Sweep.frame`; NaN where no answer has the span, or none was followed that far), n,
         heads_low, heads_high (smallest and largest difference of the random heads), heads_p, and so for random directions. A p is the share
         of controls, the edit counted among them, that change the measure as much either way: with 19 controls it cannot be below 0.05. NaN
         where the edit's difference is, and without controls.
@@ -476,8 +477,8 @@ def _panel(name: str, table: Any) -> DataFrame:
 
 def _effect(measure: str, before: Cell, after: Mapping[str, Cell], until: float, seed: int) -> dict[str, Any] | None:
     """A row of `Judged.effects`; None where the measure was not taken."""
-    taken = "length" in before.answers if measure == "length" else bool(_numbers(measure, before))
-    if not taken:
+    taken = {"length": "length" in before.answers, "accuracy": bool(_right(before))}
+    if not (taken[measure] if measure in taken else len(_nats(measure, before)[0])):
         return None
     nothing = no_interval(math.nan, 0, "no answer has it")
     change = _difference(measure, before, after["edit"], until, seed) or nothing
@@ -506,7 +507,10 @@ def _value(measure: str, cell: Cell, until: float) -> float:
     if measure == "length":
         _, lengths, ended = _lengths(cell)
         return restricted_mean(lengths, ended, until=until, draws=1).value if _reaches(cell, until) else math.nan
-    return float(np.mean(list(_numbers(measure, cell).values())))
+    if measure == "accuracy":
+        return float(np.mean(list(_right(cell).values())))
+    sums, tokens = _nats(measure, cell)
+    return float(sums.sum() / tokens.sum())
 
 
 def _difference(measure: str, before: Cell, after: Cell, until: float, seed: int) -> Estimate | None:
@@ -518,9 +522,16 @@ def _difference(measure: str, before: Cell, after: Cell, until: float, seed: int
         return restricted_difference(
             (base[0], base[1]), (edited[0], edited[1]), until=until, clusters=(asked, answered), seed=seed
         )
-    base, edited = _numbers(measure, before), _numbers(measure, after)
-    shared = sorted(base.keys() & edited.keys())
-    return paired_bootstrap([base[k] for k in shared], [edited[k] for k in shared], seed=seed) if shared else None
+    if measure == "accuracy":
+        base, edited = _right(before), _right(after)
+        shared = sorted(base.keys() & edited.keys())
+        return paired_bootstrap([base[k] for k in shared], [edited[k] for k in shared], seed=seed) if shared else None
+    (base, tokens), (edited, _) = _nats(measure, before), _nats(measure, after)
+    if not (len(base) and len(edited)):
+        return None
+    apart = edited - base
+    drawn = resampled_means(apart, tokens, 2000, seed)
+    return percentile(float(apart.sum() / tokens.sum()), drawn, n=len(tokens), seed=seed)
 
 
 def _reaches(cell: Cell, until: float) -> bool:
@@ -538,17 +549,19 @@ def _lengths(cell: Cell) -> tuple[list[int], list[int], list[bool]]:
     return [q for q, _, _ in kept], [n for _, n, _ in kept], [e for _, _, e in kept]
 
 
-def _numbers(measure: str, cell: Cell) -> dict[int, float]:
-    """A number a question or passage: the share of right answers (a missing one is not right), or nats a token."""
-    if measure == "accuracy":
-        of: dict[int, list[bool]] = {}
-        for question, right in zip(cell.answers["question"], cell.answers.get("right", ()), strict=False):
-            of.setdefault(question, []).append(right is True)
-        return {question: sum(rights) / len(rights) for question, rights in of.items()}
-    sums = cell.passages.get({"text_nll": "nats", "kl": "kl"}[measure], ())
-    return {
-        i: total / count for i, (total, count) in enumerate(zip(sums, cell.passages.get("tokens", ()), strict=False))
-    }
+def _right(cell: Cell) -> dict[int, float]:
+    """Of each question the share of right answers; a missing one is not right."""
+    of: dict[int, list[bool]] = {}
+    for question, right in zip(cell.answers["question"], cell.answers.get("right", ()), strict=False):
+        of.setdefault(question, []).append(right is True)
+    return {question: sum(rights) / len(rights) for question, rights in of.items()}
+
+
+def _nats(measure: str, cell: Cell) -> tuple[Float[np.ndarray, " passage"], Float[np.ndarray, " passage"]]:
+    """Of each passage of general text the sum over its tokens, and their number; nothing where it was not taken."""
+    column = {"text_nll": "nats", "kl": "kl"}[measure]
+    sums = np.array(cell.passages.get(column, ()), dtype=float)
+    return sums, np.array(cell.passages["tokens"] if len(sums) else (), dtype=float)
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from tests.oracles import thinkedit as oracle
 
 TWO = Recipe(share=2 / 16)
 SHORT = Recipe(share=2 / 16, how="thresholds", rank="short", short=6, long=20)
-TEXTS = ["[Fabcde]<think>sabcdefg</think>", "[Uabcde]<think>lgfedcba</think>", "[Uabcde]<think>sgfedcba</think>"]
+TEXTS = ["[Fabcde]<think>sabcdefg</think>", "[Uabcde]<think>lg</think>", "[Uabcde]<think>sgfedcba</think>"]
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +305,15 @@ def test_the_edit_lengthens_and_its_controls_do_not(judged: Judged) -> None:
     assert length["heads_p"] == 0.5  # one control: itself and the edit
     assert length["n"] == 16
     assert effects.loc["kl", "before"] == 0
+    swept = (
+        judged.frame()
+        .query("panel == 'strengths' and arm == 'edit' and draw.isna()")
+        .set_index(["measure", "x"])["value"]
+    )
+    for measure in ("text_nll", "kl"):  # one number of a passage's tokens, whichever table says it
+        assert effects.loc[measure, "before"] == pytest.approx(swept[measure, 0.0])
+        assert effects.loc[measure, "after"] == pytest.approx(swept[measure, 1.0])
+        assert effects.loc[measure, "low"] <= effects.loc[measure, "difference"] <= effects.loc[measure, "high"]
 
 
 def test_each_control_is_another(planted: PlantedLength, found: Found) -> None:
