@@ -42,6 +42,7 @@ from finetune.lift import LIFT, lift_of
 from finetune.monitors import Recorder, reporters_last
 from finetune.objectives import Objective
 from finetune.predictions import Predictions, Totals, logits_at, predict
+from surgery.adapter_names import ADDING
 from surgery.anatomy import Anatomy
 from surgery.borrowing import evaluating, without_adapter
 from surgery.whole import write_whole
@@ -504,7 +505,6 @@ def _within(wrapper: nn.Module, compute: Callable[[], Predictions]) -> Predictio
     return replace(found[0], raw=logits)
 
 
-_ADAPTED = ("lora_", "shira_")  # in the names of an adapter's parameters
 _ADDED = ("lora_B", "lora_embedding_B", "shira_weight")  # where these are zero, it adds nothing
 
 
@@ -512,11 +512,9 @@ def _adapter_alone(module: nn.Module) -> bool:
     """Whether what trains is an adapter, without which the module is the starting model: one that was trained before, or has taken a part of
     the weights (PiSSA), belongs to the start."""
     names = {name: p.requires_grad for name, p in module.named_parameters()}
-    adapted = getattr(module, "_hf_peft_config_loaded", False) or any(
-        part in name for name in names for part in _ADAPTED
-    )
+    adapted = getattr(module, "_hf_peft_config_loaded", False) or any(part in name for name in names for part in ADDING)
     others = (
-        trains for name, trains in names.items() if not any(part in name for part in (*_ADAPTED, "modules_to_save"))
+        trains for name, trains in names.items() if not any(part in name for part in (*ADDING, "modules_to_save"))
     )
     adds = any(bool(p.detach().any()) for name, p in module.named_parameters() if any(part in name for part in _ADDED))
     return adapted and not adds and not any(others)

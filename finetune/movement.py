@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from finetune.lift import budget, lift_of, principal_indices
+from surgery.adapter_names import ADDING
 from surgery.borrowing import evaluating
 from surgery.model import Model
 from surgery.sites import Site
@@ -23,7 +24,6 @@ from surgery.weights import linear_sites
 
 STORED = torch.bfloat16
 _SKETCH, _ROUNDS = 4, 4  # columns and rounds of the search for the largest singular value
-_ADDING = ("lora_", "shira_")  # the names of an adapter's parts that make a vector
 _UNITS = 1024  # unit vectors that go through a layer at once
 
 
@@ -100,7 +100,7 @@ def as_trained(model: Model, site: Site) -> Float[Tensor, "out in"]:
 def _adds(layer: Any) -> bool:
     """Whether a layer's adapters are vectors that are added to its matrix, as LoRA's are, but not DoRA's, IA3's or OFT's."""
     names, variants = layer.adapter_layer_names, getattr(layer, "lora_variant", {})
-    return all(name.startswith(_ADDING) for name in names) and not any(a in variants for a in layer.active_adapters)
+    return all(name.startswith(ADDING) for name in names) and not any(a in variants for a in layer.active_adapters)
 
 
 @torch.no_grad()

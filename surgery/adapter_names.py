@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADDING = ("lora_", "shira_")  # how the parts are called, in a live module, of adapters that add to a matrix
 _KINDS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 _WRAPPERS = {
     "base_model", "model", "language_model", "text_model", "vision_model", "transformer", "gpt_neox", "module", "_orig_mod",

@@ -288,7 +288,7 @@ def _converter(gguf: str, folder: str) -> None:
 
 def _read_once() -> None:
     """For this process: transformers reads the whole file for the tokenizer, for the configuration and for the weights, and makes its table of
-    names anew for each of 397 modules; half of a conversion is that."""
+    names anew for every module; half of a conversion is that."""
     import gguf
 
     gguf.GGUFReader = functools.cache(gguf.GGUFReader)
