@@ -21,7 +21,7 @@ from surgery.headers import RECORD as RECORD
 from surgery.headers import CheckpointError as CheckpointError
 from surgery.headers import read_folder
 from surgery.sites import Site
-from surgery.tensorfile import CODES, Stored, TensorFile, stored
+from surgery.tensorfile import Stored, TensorFile, stored
 from surgery.weights import Weights, some_rows
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Checkpoint(Weights):
 
 
 def point_hash(tensors: Mapping[str, Stored], hashes: Mapping[str, str]) -> str:
-    rows = [[name, CODES[tensors[name].dtype], list(tensors[name].shape), hashes[name]] for name in sorted(tensors)]
+    rows = [[name, tensors[name].code, list(tensors[name].shape), hashes[name]] for name in sorted(tensors)]
     return hash_bytes(json.dumps(rows).encode())
 
 

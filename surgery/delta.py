@@ -1,6 +1,6 @@
 """A vector as a file: dense, sparse or low-rank, whichever is asked for or smallest, with the hash of the base it was measured from.
 
-A delta folder holds ``delta.safetensors`` and its record. Per site the file has ``SITE.value`` (dense), ``SITE.index`` and
+A delta folder holds ``delta.safetensors``, and the record of the command where one wrote it. Per site the file has ``SITE.value`` (dense), ``SITE.index`` and
 ``SITE.value`` (sparse: flat, ascending positions), or ``SITE.left`` and ``SITE.right`` (low-rank: their product); numbers are fp32. Its
 metadata has the hash of the base, the shapes, and the relative error of each low-rank site.
 """
@@ -34,6 +34,7 @@ _READABLE = {
     "model-surgery delta 2",
     DELTA_FORMAT,
 }  # the earlier ones knew their base by another hash
+IDENTICAL = "The two models are identical: there is no change to save."
 _PARTS = ({"value"}, {"index", "value"}, {"left", "right"})
 _MOST, _WIDEST = 1 << 33, 1 << 26  # entries of one tensor and of one row of it: a few positions could claim any size
 
@@ -174,7 +175,7 @@ def save_delta(
                 for what, tensor in parts.items():
                     sink.add(f"{site}.{what}", tensor)
             if not shapes:
-                raise ValueError("The two models are identical: there is no change to save.")
+                raise ValueError(IDENTICAL)
             sink.metadata = {
                 "format": DELTA_FORMAT, "base_hash": base_hash, "shapes": json.dumps(shapes), "errors": json.dumps(errors),
                 "origins": origins,

@@ -289,11 +289,11 @@ def stray_link(path: Path, folder: Path | None = None) -> Fault | None:
 
 
 def two_heads(folder: Path, head: Any, embed: Any) -> Fault | None:
-    """What is wrong with a folder whose config ties `head` to `embed`, two entries of its files, where their bytes differ; else None.
+    """What is wrong with a folder whose config ties `head` to `embed`, two entries of its files, where they are not the same numbers in the same dtype; else None.
 
     transformers then keeps the two apart, and whoever takes one for the other destroys it.
     """
-    if head.shape == embed.shape and _same_bytes(folder, head, embed):
+    if (head.shape, head.code) == (embed.shape, embed.code) and _same_bytes(folder, head, embed):
         return None
     found = (
         f"says that head and embedding are tied, but the files hold {head.name} and {embed.name}, which differ: "

@@ -153,7 +153,8 @@ class Realigned:
         before, after = (math.sqrt(sum(getattr(m, k) ** 2 for m in self.modules)) for k in ("before", "after"))
         blind = sum(math.isnan(m.rho) for m in self.modules)
         said = f", {blind} without an angle (alignment or the change is zero there) left as they are" if blind else ""
-        return f"{len(done)} of {len(self.modules)} modules realigned, norm of the change {before:.4g} -> {after:.4g}{said}"
+        judged = len(self.modules)
+        return f"{len(done)} of {judged} modules realigned, norm of the change in all {judged} {before:.4g} -> {after:.4g}{said}"
 
 
 def similarities(

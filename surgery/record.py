@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import chdir
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,7 +43,7 @@ Grade = Literal["low", "medium", "high"]
 
 _KINDS = {
     "command": str, "arguments": dict, "typed": list, "inputs": dict, "seeds": dict, "checks": list, "results": dict, "outputs": dict,
-    "environment": dict, "started": str,
+    "environment": dict, "started": str, "ran_in": str,
 }  # fmt: skip
 
 
@@ -60,6 +61,7 @@ class Record:
     seeds:     name -> seed. checks: what was verified, in words. results: the figures worth keeping.
     outputs:   file -> BLAKE3; a safetensors file maps each of its tensors to a BLAKE3.
     hash:      which hash that is, so that no other is taken for it.
+    ran_in:    the folder that relative paths are relative to, as seen from the record's own.
     """
 
     command: str
@@ -74,9 +76,11 @@ class Record:
     started: str = ""
     seconds: float = 0.0
     hash: str = "BLAKE3"
+    ran_in: str = ""
 
     def __post_init__(self) -> None:
         self._clock = time.monotonic() - self.seconds
+        self._here = None if self.started else Path.cwd()
         if not self.started:
             self.started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             self.environment = environment()
@@ -86,6 +90,8 @@ class Record:
         folder = Path(folder)
         self.seconds = round(time.monotonic() - self._clock, 3)
         self.outputs = hash_folder(folder)
+        if self._here:
+            self.ran_in = os.path.relpath(self._here, folder.resolve())
         self.results.setdefault("reproducible", list(reproducible))
         return write_whole(folder / RECORD, json.dumps(asdict(self), indent=2, default=str) + "\n")
 
@@ -155,7 +161,7 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
 def replay(
     folder: str | os.PathLike[str], to: str | os.PathLike[str], commands: Mapping[str, Callable[..., object]]
 ) -> Replayed:
-    """Run the recorded command again, into `to`, and compare the outputs.
+    """Run the recorded command again, into `to`, and compare the outputs. Where relative paths lead nowhere from here, it runs where it ran before.
 
     `commands` maps a command's name to the function behind it. Raises RecordError when an input's hash cannot be what it was, and for
     a command or an option that is not known any more.
@@ -182,17 +188,26 @@ def replay(
     patterns = record.results.get("reproducible")
     if not isinstance(patterns, list):
         raise RecordError(f"The record in {folder} is damaged: it does not say which outputs are the same each time.")
+    before = (Path(folder).resolve() / record.ran_in).resolve() if record.ran_in else None
+    where = "replay it from the folder in which the command ran" + (f", {before}." if before else ".")
     try:
         command(**arguments)
     except FileNotFoundError as error:
-        raise RecordError(
-            f"{error} The record's paths are as they were typed: replay it from the folder in which the command ran."
-        ) from error
+        missing = RecordError(f"{error} The record's paths are as they were typed: {where}")
+        if before is None or not before.is_dir() or before == Path.cwd():
+            raise missing from error
+        arguments["to"] = to = Path(to).absolute()
+        try:
+            with chdir(before):
+                command(**arguments)
+        except FileNotFoundError:
+            raise missing from error
     again = Record.load(to)
     changed = [role for role, was in record.inputs.items() if again.inputs.get(role, {}).get("hash") != was["hash"]]
     if changed:
         raise RecordError(
-            f"The input {changed[0]} ({record.inputs[changed[0]]['ref']}) is not what it was when this was recorded: its hash differs."
+            f"The input {changed[0]} ({record.inputs[changed[0]]['ref']}) is not what it was when this was recorded: its hash differs. "
+            f"If another one was meant, {where}"
         )
     equal, differing = [], []
     for name, was in record.outputs.items():

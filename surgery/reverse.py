@@ -125,6 +125,8 @@ def undo(folder: str | os.PathLike[str], to: str | os.PathLike[str], *, progress
 
     folder, to = Path(folder), Path(to)
     path = folder / PATCH
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder {folder}: give that of a model which a surgery command wrote.")
     if not path.is_file():
         raise CheckpointError(
             f"{folder} has no {PATCH}: {_why_none(folder)}. The original is where it was: nothing was overwritten."
@@ -192,9 +194,13 @@ def _why_none(folder: Path) -> str:
     """Why no patch was kept, as the record of the write says it."""
     from surgery.record import Record
 
-    checks = Record.load(folder).checks if (folder / RECORD).is_file() else []
-    said = [check.removeprefix(NO_UNDO) for check in checks if check.startswith(NO_UNDO)]
-    return said[0] if said else "it was not written by surgery, or the change was too large to keep a way back"
+    if not (folder / RECORD).is_file():
+        return "it was not written by surgery, or the change was too large to keep a way back"
+    record = Record.load(folder)
+    said = [check.removeprefix(NO_UNDO) for check in record.checks if check.startswith(NO_UNDO)]
+    if PATCH in record.outputs:
+        said = ["it had one when it was written, and the file is gone"]
+    return said[0] if said else f"`surgery {record.command}` made it, and a way back is kept with written models only"
 
 
 def _named(patch: TensorFile) -> list[str]:

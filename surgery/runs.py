@@ -117,13 +117,19 @@ class Runs(Sequence[Transcript]):
 def fingerprint(model: Model) -> str:
     """What a model is known by: BLAKE3 of its parameters' names, shapes and values rounded to bfloat16.
 
-    It is the same on any device and in any dtype that holds bfloat16's values, and another once weights were edited or tuned.
+    It is the same on any device and in any dtype that holds bfloat16's values, and another once weights were edited or tuned. Of a module with
+    an adapter in it, which of its adapters are in use counts too, and how much.
     """
     digest = Digest()
     for name, parameter in sorted(model.module.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         for piece in parameter.detach().reshape(-1).split(_PIECE):  # an embedding is large
             digest.update(raw_bytes(piece.to("cpu", torch.bfloat16)))
+    for name, part in model.module.named_modules():
+        layer: Any = part
+        if isinstance(getattr(layer, "disable_adapters", None), bool):  # of a whole model it is a method
+            used = [] if layer.disable_adapters else layer.active_adapters
+            digest.update(f"{name} {[(a, getattr(layer, 'scaling', {}).get(a)) for a in used]}".encode())
     return digest.hexdigest()
 
 

@@ -94,9 +94,11 @@ def match(patterns: Patterns, sites: Iterable[Site]) -> list[Site]:
 
     A pattern has the segments of a site. ``*`` stands for one segment (or a piece of one), ``**`` for any number, ``4-8`` for
     layers four to eight; a last segment ``h3`` asks for head 3 of every tensor the rest matches. Raises ValueError, listing
-    what exists, when a pattern matches nothing.
+    what exists, when a pattern matches nothing, and for no pattern at all.
     """
     wanted = [patterns] if isinstance(patterns, str | Site) else list(patterns)
+    if not wanted:
+        raise ValueError("No site is named: the list of patterns is empty. Name sites, as in '*.attn.o', or all, '**'.")
     existing = list(sites)
     texts = [str(s) for s in existing]
     chosen: dict[Site, None] = {}

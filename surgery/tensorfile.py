@@ -41,6 +41,11 @@ class Stored:
     begin: int  # absolute byte range in the file
     end: int
 
+    @property
+    def code(self) -> str:
+        """The dtype as the header has it, ``BF16``."""
+        return CODES[self.dtype]
+
 
 class TensorFile:
     """A safetensors file, open: tensors by name, read when asked for. Raises CheckpointError where it is damaged."""
@@ -144,7 +149,7 @@ def hash_file_tensors(path: Path) -> dict[str, str]:
     except CheckpointError:
         return {"(damaged header)": hash_file(path)}
     with path.open("rb") as source:
-        said = [metadata, sorted([t.name, CODES[t.dtype], list(t.shape), t.begin - stored[0].begin] for t in stored)]
+        said = [metadata, sorted([t.name, t.code, list(t.shape), t.begin - stored[0].begin] for t in stored)]
         return {
             "(header)": hash_bytes(json.dumps(said, sort_keys=True).encode()),
             **{t.name: hash_range(source, t.begin, t.end) for t in stored},

@@ -70,7 +70,7 @@ class _Tensors(Mapping[Site, Tensor]):
 
     def rows(self, site: Site | str, rows: slice) -> Tensor:
         """Some rows of the tensor at a site; the others are not computed. Bounds memory where a tensor is huge."""
-        return self._read(self._resolve(site), rows)
+        return self._read(self._existing(site), rows)
 
     def by_rows(self, site: Site) -> bool:
         """Whether some rows of the tensor at a whole site cost less than all of it. Where it is so, several threads may read at once."""
@@ -134,6 +134,19 @@ class Weights(_Tensors):
         tensor = super().__getitem__(site)
         parsed = Site.parse(site)
         return tensor if parsed.head is None else tensor[self.anatomy.head_slice(parsed)]
+
+    def __contains__(self, site: object) -> bool:
+        if not super().__contains__(site):
+            return False
+        parsed = Site.parse(cast(Site | str, site))
+        try:
+            return parsed.head is None or self.anatomy.head_slice(parsed) is not None
+        except ValueError:  # there is no such head
+            return False
+
+    def rows(self, site: Site | str, rows: slice) -> Tensor:
+        parsed = Site.parse(site)
+        return super().rows(site, rows) if parsed.head is None else some_rows(self[site], rows)
 
     def shape(self, site: Site | str) -> torch.Size:
         whole, parsed = super().shape(site), Site.parse(site)

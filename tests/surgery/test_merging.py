@@ -304,7 +304,10 @@ def test_stacked_layers(method, family, homes, tmp_path, monkeypatch):
     models = {"passthrough": ["a"], "slerp": ["base", "a"], "dare_ties": ["base", "a", "b"]}[method]
     recipe = {
         "merge_method": method,
-        "slices": [{"sources": [{"model": str(home / n), "layer_range": [*r]} for n in models]} for r in ranges],
+        "slices": [
+            {"sources": [{"model": str(home / n), "layer_range": [*own]} for n, own in zip(models, each, strict=False)]}
+            for each in zip(ranges, ranges[1:] + ranges[:1], ranges, strict=True)  # the first source's layers count
+        ],
     }
     if method != "passthrough":
         recipe |= {"base_model": str(home / "base"), "parameters": {"t": [0, 1], "weight": 0.5, "density": 0.6}}

@@ -10,6 +10,7 @@ from surgery.decoding import pad_after_prefix, prefix_cache
 from surgery.edits import Scale
 from surgery.model import Model, find, pick_device
 from surgery.rounding import as_dtype
+from surgery.runs import fingerprint
 from surgery.transcript import read_transcript
 from surgery.weights import apply
 from surgery.writing import write
@@ -206,6 +207,18 @@ def test_a_wrapped_module():
             Model(wrapped, tokenizer)
     with pytest.raises(ValueError, match=r"adapter.*merge_and_unload"):
         len(early.weights)
+    adapted.add_adapter("other", peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False))
+    known = [fingerprint(early)]
+    with adapted.disable_adapter():
+        known.append(fingerprint(early))
+    adapted.set_adapter("other")
+    known.append(fingerprint(early))
+    adapted.set_adapter("default")
+    module.model.layers[0].self_attn.o_proj.scaling["default"] *= 2
+    known.append(fingerprint(early))
+    assert len(set(known)) == 4  # each computes something else
+    module.model.layers[0].self_attn.o_proj.scaling["default"] /= 2
+    assert fingerprint(early) == known[0]
     assert not torch.equal(Model(adapted.merge_and_unload(), tokenizer).weights["0.attn.o"], plain)
     with pytest.raises(ValueError, match=r"OptimizedModule.*not a transformers model.*_orig_mod"):
         Model(torch.compile(tiny("llama")[0]), tokenizer)

@@ -478,7 +478,7 @@ def test_the_table(cases):
     assert (table["tau"] == 0.6).all()
     assert list(table["index"]) == list(range(21))
     count = int(table["realigned"].sum())
-    assert str(found).startswith(f"{count} of 21 modules realigned, norm of the change ")
+    assert str(found).startswith(f"{count} of 21 modules realigned, norm of the change in all 21 ")
     assert safelora(adapter, aligned - base, count=2).frame()["tau"].isna().all()
 
 

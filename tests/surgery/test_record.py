@@ -8,6 +8,7 @@ import pytest
 
 from surgery.checkpoint import Checkpoint
 from surgery.edits import Scale
+from surgery.model import find
 from surgery.record import Record, RecordError, compare_environment, environment, replay, source_hash, verify
 from surgery.tensorfile import read_header
 from surgery.weights import apply
@@ -17,7 +18,7 @@ from tests.families import save_tiny
 
 def scale(model: str, factor: float, to: Path) -> None:
     """A toy command."""
-    base = Checkpoint(model)
+    base = Checkpoint(find(model))
     record = Record("scale", {"model": model, "factor": factor}, inputs={"model": {"ref": model, "hash": base.hash()}})
     write(apply(Scale(factor), base, "*.attn.o"), to)
     record.save(to)
@@ -99,6 +100,27 @@ def test_a_replay_that_cannot_be(run, tmp_path):
 
     with pytest.raises(RecordError, match=r"\.\./base is not a folder\. .* replay it from the folder"):
         replay(run, tmp_path / "c", {"scale": elsewhere})
+
+
+def test_a_replay_finds_what_was_named_where_the_command_ran(tmp_path, monkeypatch):
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    ours.mkdir()
+    other.mkdir()
+    monkeypatch.chdir(ours)
+    save_tiny("llama", Path("model"))
+    scale("model", 0.5, Path("runs"))
+    monkeypatch.chdir(other)
+    again = replay("../ours/runs", "again", {"scale": scale})
+    assert again.ok
+    assert (other / "again" / "record.json").is_file()
+    save_tiny("llama", Path("model"), seed=1)  # what is here counts first
+    with pytest.raises(RecordError, match=r"is not what it was when this was recorded.* replay it from .*ours\."):
+        replay("../ours/runs", "more", {"scale": scale})
+    (other / "model").rename("away")
+    (ours / "model").rename(ours / "away")
+    with pytest.raises(RecordError, match=r"replay it from the folder in which the command ran, .*ours\."):
+        replay("../ours/runs", "more", {"scale": scale})
+    assert Path.cwd() == other
 
 
 def test_no_record_and_a_damaged_one(run, tmp_path):

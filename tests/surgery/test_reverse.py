@@ -169,6 +169,10 @@ def test_the_record_says_why_there_is_no_way_back(tmp_path):
         CheckpointError, match=r"has no undo\.patch: it was stored as torch\.bfloat16 where the original"
     ):
         undo(tmp_path / "out", tmp_path / "back")
+    write(base, tmp_path / "kept", seal=seal)
+    (tmp_path / "kept" / "undo.patch").unlink()
+    with pytest.raises(CheckpointError, match="it had one when it was written, and the file is gone"):
+        undo(tmp_path / "kept", tmp_path / "back")
 
 
 def test_undo_of_undo_of_two_edits_is_the_first(tmp_path):

@@ -109,6 +109,8 @@ def test_a_pattern_that_matches_nothing_says_what_exists():
         match("12.attn.o", SITES)
     with pytest.raises(ValueError, match=r"'8-4\.attn\.o' matches no site"):
         match(["*.attn.o", "8-4.attn.o"], SITES)  # one good pattern does not hide a bad one
+    with pytest.raises(ValueError, match=r"No site is named: the list of patterns is empty"):
+        match([], SITES)
 
 
 def test_a_suggestion_is_never_what_was_asked():

@@ -257,6 +257,7 @@ def test_a_head_is_a_slice(pairs, family):
     for part, count in [("q", anatomy.n_heads), ("k", anatomy.n_kv_heads), ("v", anatomy.n_kv_heads)]:
         heads = [base[f"1.attn.{part}.h{h}"] for h in range(count)]
         assert all(base.shape(f"1.attn.{part}.h{h}") == heads[h].shape == (width, 32) for h in range(count))
+        assert all(torch.equal(base.rows(f"1.attn.{part}.h{h}", slice(1, 4)), heads[h][1:4]) for h in range(count))
         assert torch.equal(torch.cat(heads), base[f"1.attn.{part}"])
     heads = [base[f"1.attn.o.h{h}"] for h in range(anatomy.n_heads)]
     assert torch.equal(torch.cat(heads, 1), base["1.attn.o"])
@@ -264,12 +265,14 @@ def test_a_head_is_a_slice(pairs, family):
         base["1.attn.o.h4"]
     with pytest.raises(ValueError, match=r"1\.mlp\.down has no heads"):
         base["1.mlp.down.h0"]
+    assert "1.attn.o.h3" in base
+    assert base.get("1.attn.o.h4") is base.get("1.mlp.down.h0") is None
 
 
 def test_reading_what_is_not_there(pairs):
     base, tuned = pairs("llama")
     for points in (base, base + 0.5 * (tuned - base), tuned - base):
-        for read in (points.__getitem__, points.shape):
+        for read in (points.__getitem__, points.shape, lambda site, points=points: points.rows(site, slice(2))):
             with pytest.raises(ValueError, match=r"'1\.attn\.qq' matches no site\. Did you mean 1\.attn\.q\?"):
                 read("1.attn.qq")
         assert "1.attn.qq" not in points
