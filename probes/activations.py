@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from functools import cached_property
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -87,7 +89,7 @@ class Activations:
         folder = Folder.open(Path(path))
         folder.require_complete()
         for number in range(len(folder.shards)):
-            yield cls._from(folder.read_shard(number), folder.about["sites"], folder.about["over"])
+            yield cls._from(folder.read_whole(number), folder.about["sites"], folder.about["over"])
 
     def _tensors(self) -> dict[str, Tensor]:
         labels = {name: getattr(self, name) for name in _LABELS}
@@ -135,7 +137,7 @@ def collect(
             ``torch`` will do. remote: on NDIF, with ``nnsight`` only.
 
     The same tokens after the same tokens have the same row, to the bit, whatever follows them and whichever batch they are in, unless somebody
-    has hooks on the module: answers to one question do not differ over their prompt. (Of a folder, within each of its files.)
+    has hooks on the module: answers to one question do not differ over their prompt.
 
     The forward pass stops at the last site asked for. Rows come transcript by transcript, in token order (pooled: in the order of
     `over`), on the CPU. Raises ValueError for an unknown site or head, and when no transcript has any of the spans.
@@ -160,7 +162,7 @@ def stream(
 ) -> Iterator[Activations]:
     """What `collect` gives, a batch of transcripts at a time and none of them kept: to feed statistics.
 
-    Short transcripts come first; `transcript` counts among all. Arguments and errors as `collect`.
+    Short transcripts come first; `transcript` counts among all. The same tokens in two batches have rows that roundings tell apart. Arguments and errors as `collect`.
     """
     run = _Run(model, transcripts, at, over, pool, batch_size)
     if engine != "torch" or remote:
@@ -302,20 +304,28 @@ class Rows:
         """The rows of a range of transcripts."""
         return slice(self.starts[transcripts.start], self.starts[transcripts.stop])
 
-    def alike(self, ids: Sequence[Sequence[int]], transcripts: range) -> Int[Tensor, " row"]:
-        """For each row of a range of transcripts, of these token ids, the first row there that reads the same tokens after the same tokens."""
+    def alike(self, ids: Sequence[Sequence[int]]) -> Int[Tensor, " row"]:
+        """For each row, the transcripts having these token ids, the first row that reads the same tokens after the same tokens."""
+        order = sorted(range(len(ids)), key=lambda i: tuple(ids[i]))
+        shared = [0] * len(ids)  # tokens that another transcript begins with too: the rest is nobody else's
+        for a, b in pairwise(order):
+            common = next((k for k, (x, y) in enumerate(zip(ids[a], ids[b], strict=False)) if x != y), None)
+            common = min(len(ids[a]), len(ids[b])) if common is None else common
+            shared[a], shared[b] = max(shared[a], common), max(shared[b], common)
         beginnings: dict[tuple[int, int], int] = {}  # the beginning without its last token, that token -> its number
         seen: dict[tuple[int, ...], int] = {}
-        first = []
-        for i in transcripts:
+        first = np.arange(self.starts[-1])
+        for i, both in enumerate(shared):
             ends, last = [], -1
-            for token in ids[i]:
+            for token in ids[i][:both]:
                 last = beginnings.setdefault((last, token), len(beginnings))
                 ends.append(last)
             read = iter(self.tokens[i])
-            for count in self.counts[i]:
-                first.append(seen.setdefault(tuple(ends[p] for p in islice(read, count)), len(first)))
-        return torch.tensor(first)
+            for row, count in enumerate(self.counts[i], self.starts[i]):
+                tokens = tuple(islice(read, count))
+                if max(tokens) < both:
+                    first[row] = seen.setdefault(tuple(ends[p] for p in tokens), row)
+        return torch.from_numpy(first)
 
     def taker(self, batch: Sequence[int], width: int) -> Keep:
         """A function from values ``[batch, width, d]`` of some transcripts to their rows ``[row, d]``, fp32, on the CPU."""
@@ -405,8 +415,12 @@ class _Run:
                 yield Activations(values, rows.transcript[mine], rows.position[mine], rows.span[mine], self.over)
                 bar.update(len(batch))
 
-    def gather(self, chosen: range, progress: bool) -> Activations:
-        """All rows of a range of transcripts, in order."""
+    @cached_property
+    def _first(self) -> Int[Tensor, " row"]:
+        return self.rows.alike([text.ids for text in self.transcripts])
+
+    def gather(self, chosen: range, progress: bool, before: Folder | None = None) -> Activations:
+        """All rows of a range of transcripts, in order. before: where the rows of the transcripts before them are."""
         rows, part = self.rows, self.rows.within(chosen)
         values: dict[Site, Tensor] = {}
         for batch in self.batches(chosen, progress):
@@ -415,11 +429,23 @@ class _Run:
             for site, found in batch.values.items():
                 values.setdefault(site, torch.empty(part.stop - part.start, found.shape[1]))[into] = found
         if not (self.apart or are_apart() or has_hooks(self.model.module)):
-            first = rows.alike([text.ids for text in self.transcripts], chosen)
-            (again,) = torch.nonzero(first != torch.arange(len(first)), as_tuple=True)
+            first = self._first[part] - part.start
+            (again,) = torch.nonzero((first != torch.arange(len(first))) & (first >= 0), as_tuple=True)
             for found in values.values():
                 found[again] = found[first[again]]
+            if before:
+                self._repeat_(values, self._first[part], part.start, before)
         return Activations(values, rows.transcript[part], rows.position[part], rows.span[part], self.over)
+
+    def _repeat_(self, values: Mapping[Site, Tensor], first: Int[Tensor, " row"], start: int, folder: Folder) -> None:
+        """Changes the values: rows that are there in earlier shards already, before row `start`, are those."""
+        (mine,) = torch.nonzero(first < start, as_tuple=True)
+        begins = torch.tensor([self.rows.starts[begin] for begin, _ in folder.shards])
+        number = torch.searchsorted(begins, first[mine], right=True) - 1
+        for shard in number.unique().tolist():
+            there = mine[number == shard]
+            for site, found in values.items():
+                found[there] = folder.read_shard(shard, str(site))[first[there] - begins[shard]]
 
     def to_folder(self, to: Path, progress: bool) -> Activations:
         """All rows, shard by shard."""
@@ -438,7 +464,7 @@ class _Run:
         with tqdm(total=len(folder.shards), desc="collecting", disable=not progress, leave=False) as bar:
             for number, (begin, end) in enumerate(folder.shards):
                 if not folder.has(number):
-                    found = self.gather(range(begin, end), progress=False)
+                    found = self.gather(range(begin, end), progress=False, before=folder)
                     folder.write(number, found._tensors())
                 bar.update()
         return Activations.load(to)

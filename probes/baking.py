@@ -24,7 +24,7 @@ from torch import Tensor
 from probes.steering import TEXTS, Placed, Steering, place, several, steered
 from surgery.edits import AddDirection, RemoveDirection
 from surgery.linalg import project_out
-from surgery.model import Model, installed, require_no_adapter
+from surgery.model import Model, installed
 from surgery.rows import rows_are
 from surgery.sites import Site
 from surgery.weights import Weights, apply
@@ -101,8 +101,6 @@ def bake(what: Any, into: Model | Weights, *, closely: bool = False, **options: 
     ``g * y / rms(y)`` and u is absent from that exactly where g * u is absent from y.
     """
     steerings = several(what, options)
-    if isinstance(into, Model):
-        require_no_adapter(into.module)
     weights = into.weights if isinstance(into, Model) else into
     for steering in steerings:
         _require_everywhere(steering)
@@ -280,7 +278,7 @@ def _writes(site: Site, matrix: Site) -> bool:
     """Whether a site is the matrix, its bias, or an expert's of the same name."""
     first, _, last = matrix.part.partition(".")
     words = site.part.removesuffix(".bias").split(".")
-    return words[0] == first and words[-1] == last and len(words) <= 3 and not site.is_unnamed
+    return words[0] == first and words[-1] == last
 
 
 def _without_stream(placed: list[Placed], weights: Weights, closely: bool) -> Weights:

@@ -67,7 +67,7 @@ class Follower:
 
     @property
     def items(self) -> Int[Tensor, " batch"]:
-        """Which question or transcript each row is; the row's own number where nobody said."""
+        """Which question or transcript each row is; the row's own number where nobody said, -1 for one row that stands for several."""
         return self._running().items
 
     def _running(self) -> _Pass:

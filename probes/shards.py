@@ -102,15 +102,16 @@ class Folder:
 
     def read(self, name: str) -> Tensor:
         """One column of all shards, in order."""
+        return torch.cat([self.read_shard(number, name) for number in range(len(self.shards))])
+
+    def read_shard(self, number: int, name: str) -> Tensor:
+        """One column of one shard."""
         from safetensors import safe_open
 
-        parts = []
-        for number in range(len(self.shards)):
-            with safe_open(self.file(number), framework="pt") as file:
-                parts.append(file.get_tensor(name))
-        return torch.cat(parts)
+        with safe_open(self.file(number), framework="pt") as file:
+            return file.get_tensor(name)
 
-    def read_shard(self, number: int) -> dict[str, Tensor]:
+    def read_whole(self, number: int) -> dict[str, Tensor]:
         """All columns of one shard."""
         from safetensors.torch import load_file
 

@@ -113,14 +113,18 @@ class Rounding(torch.nn.Linear):
         return super().forward(input) * (1 + 1e-6 * input.shape[1])
 
 
-def test_the_same_tokens_have_the_same_row_whatever_follows():
+@pytest.mark.parametrize("shard", [None, 300], ids=["memory", "folder"])
+def test_the_same_tokens_have_the_same_row_whatever_follows(shard, tmp_path, monkeypatch):
     """To the bit: else roundings would tell the answers to a question apart before they begin."""
     model, _ = setup()
     runs = [model.transcript("qq", text) for text in TEXTS]
     layer = model.module.model.layers[1]
     layer.mlp.down_proj.__class__ = Rounding
+    monkeypatch.setattr("probes.shards.SHARD_BYTES", shard)  # two rows in a file
     for pool in (None, "mean"):
-        acts = collect(model, runs, at="2.resid", over=("prompt", "answer"), pool=pool, batch_size=3)
+        to = shard and tmp_path / str(pool)
+        acts = collect(model, runs, at="2.resid", over=("prompt", "answer"), pool=pool, batch_size=3, to=to)
+        assert not to or len(list(to.glob("rows-*"))) > 2
         first, *others = (acts["2.resid"][(acts.transcript == i) & (acts.span == 0)] for i in range(8))
         assert all(torch.equal(first, other) for other in others)
         ends = acts["2.resid"][acts.span == 1]

@@ -112,6 +112,10 @@ def test_half_precision_is_scored_in_single():
     with ablated(model, "1.attn.o.h2"):
         after = per_transcript(model, runs, "3.resid", u)
     torch.testing.assert_close(silenced.float(), before - after, rtol=1e-4, atol=1e-5)
+    alike = [model.transcript("", "1")] * model.anatomy.vocab
+    on_average = logit_contributions(model, alike).scores[0]
+    one_by_one = logit_contributions(model, alike, against=range(len(alike))).scores.mean(0)
+    torch.testing.assert_close(on_average, one_by_one, rtol=1e-5, atol=1e-7)
 
 
 def test_a_direction_a_layer_ranks_heads_as_thinkedit_does():
@@ -240,6 +244,12 @@ def test_silencing_a_head_is_scaling_its_columns_to_nothing(family):
         with installed(edited, model):
             torch.testing.assert_close(silenced, run(), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(silenced, before)
+    with ablated(model, ["0.attn.o.h2", "2.attn.o.h0"]):
+        run().sum().backward()
+    learnt = model.anatomy.places[Site(2, "attn.o")].take(model.weights.parameter("2.attn.o").grad)
+    width = model.anatomy.head_dim
+    assert not learnt[:, :width].any()
+    assert learnt[:, width:].any()
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *SPARSE_FAMILIES, *VLMS])

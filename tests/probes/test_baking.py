@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from probes.baking import BakingError, agreement, bake
+from probes.baking import Agreement, BakingError, agreement, bake
 from probes.steering import Steering, steered
 from surgery.model import Model
 from surgery.sites import Site
@@ -120,6 +120,7 @@ def test_several_are_baked_in_their_order():
     proved(model, add, ablate)
     proved(model, ablate, add)
     proved(model, everywhere(vector(8), at="1.attn.z.h1"), everywhere(vector(), at="1.attn.z"), add, ablate)
+    proved(model, everywhere(vector(8), at="1.attn.z.h1"), everywhere(vector(), at="2.attn.z", how="ablate"))
 
 
 def test_values_have_a_bias_that_every_head_of_a_group_gets():
@@ -141,9 +142,10 @@ def test_a_stream_without_a_direction_from_its_beginning(family):
     assert {str(s) for s in baked.changed_from(model.weights)} >= {"embed", "0.attn.o", "2.attn.o"}
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_the_embedding_holds_what_is_added_first(family):
-    proved(model_of(family, tied=False), everywhere(vector(), at="0.resid", strength=0.5))
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("mistral", False), ("gpt2", True)])
+def test_the_embedding_holds_what_is_added_first(family, tied):
+    """That of the tokens where it is not the head as well, that of the positions where there is one."""
+    proved(model_of(family, tied=tied), everywhere(vector(), at="0.resid", strength=0.5))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -174,6 +176,11 @@ def test_half_precision_agrees_to_its_rounding():
     assert agreement(model, steering, bake(steering, model)).holds
     with pytest.raises(BakingError, match="do not do what the steering does"):  # swallowed: no bias moves by so little
         bake(everywhere(vector(), at="1.attn.out", strength=1e-3, units="raw"), model)
+
+
+def test_a_proof_holds_to_a_hundredth_of_the_effect():
+    assert Agreement(difference=0.009, effect=1.0, size=10.0, rounding=0.0).holds
+    assert not Agreement(difference=0.011, effect=1.0, size=10.0, rounding=0.0).holds
 
 
 def test_a_proof_that_fails(monkeypatch):
@@ -213,6 +220,7 @@ def resid(count, seed=0, **options):
         ("llama", resid(3), "the embedding is also the head here"),
         ("llama", everywhere(vector(), at="1.mid", how="ablate"), r"steer 0\.resid as well, and all others up to 1\.mid"),
         ("llama", resid(2, strength=0.5), "the same at every site, and the strength 1"),
+        ("llama", everywhere({Site(0, "resid"): vector(), Site(0, "mid"): vector(seed=1)}, at=["0.resid", "0.mid"], how="ablate"), "the same at every"),
         ("llama", [resid(1), everywhere(vector(), at="1.attn.out", how="ablate")], "bake one after the other"),
         ("llama", [resid(3), resid(3, seed=1)], "Several directions.*bake one after the other"),
         ("llama", [resid(1), resid(1, seed=1)], "Several directions.*bake one after the other"),
@@ -221,6 +229,14 @@ def resid(count, seed=0, **options):
 def test_what_weights_cannot_hold(family, steering, message):
     with pytest.raises(BakingError, match=message):
         bake(steering, model_of(family))
+
+
+def test_an_adapter_in_the_module():
+    peft = pytest.importorskip("peft")
+    model = model_of("llama")
+    peft.get_peft_model(model.module, peft.LoraConfig(target_modules=["o_proj"]))
+    with pytest.raises(ValueError, match="LlamaForCausalLM has an adapter beside its own tensors"):
+        bake(everywhere(vector(), at="1.attn.out", how="ablate"), model)
 
 
 def test_a_scaled_embedding_and_quantised_weights():

@@ -2,9 +2,11 @@
 
 import copy
 import random
+from itertools import chain
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from analyses.controls import planted_tokenizer
 from probes.activations import collect
@@ -14,7 +16,7 @@ from probes.steering import steered
 from surgery.decoding import pad_after_prefix, prefix_cache
 from surgery.model import Model
 from surgery.rows import rows_apart, rows_are
-from surgery.transcript import positions, read_transcript
+from surgery.transcript import Markers, positions, read_transcript
 from tests.families import FAMILIES, tiny
 
 TEXTS = [
@@ -139,14 +141,14 @@ def test_markers_of_one_token_give_the_transcripts_spans():
             assert seen.members(0, "answer")[-len(positions(run, "answer")) :] == positions(run, "answer"), text
 
 
-def pieces(words):
+def pieces(words, decoder="Fuse"):
     """A tokenizer of given words, whatever markers they cut through."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    plain.decoder = decoders.Fuse()
+    plain.decoder = getattr(decoders, decoder)()
     return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token=words[0], eos_token=words[1])
 
 
@@ -177,6 +179,21 @@ def test_tokens_that_reach_over_markers():
             assert seen.members(0, span) == by_definition(model, text, span), text.text
         both += "thinking" in text.spans and "answer" in text.spans
     assert both > 30
+
+
+@torch.no_grad()
+def test_markers_whose_characters_are_several_tokens():
+    """By the byte: « and » are two each, and neither token alone is a character."""
+    tokenizer, draw = pieces(["<pad>", "<end>", "a", "b", "Â", "«", "»"], "ByteLevel"), random.Random(0)
+    model = Model(tiny("llama")[0], tokenizer, markers=Markers("«", "»"))
+    for _ in range(20):
+        first, then, last = (draw.choices([[2], [3], [4, 5], [4, 6]], k=3) for _ in range(3))
+        ids = [2, *chain(*first, [4, 5], *then, [4, 6], *last)]
+        with Seen(model, ["thinking", "answer"]) as seen, rows_are([1]):
+            model.module(input_ids=torch.tensor([ids]))
+        text = read_transcript(tokenizer, "", ids[:1], ids[1:], model.markers)
+        for span in ("thinking", "answer"):
+            assert seen.members(0, span) == by_definition(model, text, span), text.text
 
 
 @torch.no_grad()
@@ -307,16 +324,17 @@ def test_a_shared_prefix_is_prompt():
     with Seen(model, ["prompt", "prompt[-1]", "completion", "thinking"]) as seen, rows_are([4, 5]):
         prefix_cache(model.module, rows[0][:3], 2)
         assert seen.passes == 1
-    with following(model) as follower, rows_are([4, 5]):
+    with following(model) as follower, rows_are([4, 5], [0, 1]):
         asked = []
         hook = model.module.base_model.layers[0].register_forward_pre_hook(
-            lambda *_: asked.append(follower.mask("prompt[-2:]"))
+            lambda *_: (asked.append(follower.items.tolist()), follower.mask("prompt[-2:]"))
         )
         with pytest.raises(ValueError, match=r"'prompt\[-2:\]' is not the same in the rows that share this prefix"):
             prefix_cache(model.module, rows[0][:3], 2)
         with rows_apart():
             assert prefix_cache(model.module, rows[0][:3], 2) is None
         hook.remove()
+    assert asked == [[-1]]  # it is neither of the two
 
 
 @pytest.mark.parametrize("over", ["thinking", "completion", "answer", "prompt", "prompt[-1]", "all"])
@@ -371,6 +389,10 @@ def test_what_cannot_be_followed():
         ask(model, lambda f: f.mask("poem"), rows=[2], input_ids=ids)
     with pytest.raises(ValueError, match="No span is named"):
         ask(model, lambda f: f.mask(()), rows=[2], input_ids=ids)
+    with pytest.raises(ValueError, match="One row goes through, but 2 were announced"):
+        ask(model, lambda f: f.mask("completion"), rows=[3, 9], input_ids=ids)  # past the end of the shorter prompt
+    with pytest.raises(ValueError, match="needs the whole prompt in one pass"):  # which the second row's goes on after
+        ask(model, lambda f: f.mask("prompt~/s/"), rows=[4, 9], input_ids=ids)
     with pytest.raises(ValueError, match="2 rows go through, but 3 were announced"):
         ask(model, lambda f: f.mask("thinking"), rows=[2, 2, 2], input_ids=ids.repeat(2, 1))
     with pytest.raises(ValueError, match="given embeddings, not tokens"):
@@ -379,6 +401,14 @@ def test_what_cannot_be_followed():
         ask(model, lambda f: f.mask("all"), input_ids=ids, attention_mask=torch.zeros(1, 1, 4, 4))
     cache = model.module(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="4 tokens in the cache were not followed"):
+        ask(model, lambda f: f.mask("thinking"), rows=[2], input_ids=ids, past_key_values=cache)
+    cache = DynamicCache(config=model.module.config)
+    with following(model), rows_are([2]):
+        stop = model.module.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.module(input_ids=ids, past_key_values=cache)
+        stop.remove()
+    with pytest.raises(ValueError, match="4 tokens in the cache were not followed"):  # the other layers lack them
         ask(model, lambda f: f.mask("thinking"), rows=[2], input_ids=ids, past_key_values=cache)
     with following(model) as follower, pytest.raises(RuntimeError, match="No forward pass is running"):
         follower.mask("all")

@@ -15,6 +15,7 @@ from probes.recorder import recording
 from probes.steering import steered
 from surgery.edits import Scale
 from surgery.model import Model
+from surgery.transcript import Markers
 from surgery.weights import apply
 from tests.families import characters, tiny
 
@@ -34,6 +35,7 @@ def open_each(model: Model, stack: ExitStack) -> Any:
     stack.enter_context(ablated(model, "1.attn.o.h1"))
     stack.enter_context(steered(model, direction(), strength=strengths, at="1.resid", over="completion"))
     stack.enter_context(steered(model, direction(), how="ablate", at="2.resid", over=r"completion~/[a-m]/"))
+    stack.enter_context(steered(model, direction(), strength=3.0, at="1.attn.out", over=("thinking", "answer[9:]")))
     return stack.enter_context(recording(model, at="2.resid", over="completion"))
 
 
@@ -56,7 +58,9 @@ def written(model: Model, opened: Callable[[Model, ExitStack], Any]) -> tuple[An
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_who_follows_the_passes_does_not_notice_that_rows_leave(family: str) -> None:
-    model = Model(*tiny(family)) if family != "mixtral" else Model(tiny(family)[0], characters())
+    module, tokenizer = tiny(family)
+    marks = Markers("e", "t")  # of one character, so that chance writes them
+    model = Model(module, tokenizer if family != "mixtral" else characters(), markers=marks)
     told, acts, sizes = written(model, open_each)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "_STRETCH", 1000)

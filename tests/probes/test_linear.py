@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from probes.activations import Activations, collect
-from probes.fitting import BINS, PENALTIES, Settings, select
+from probes.fitting import BINS, PENALTIES, Settings, crossed, fit_path, select
 from probes.held_out import deal, shuffled, units
 from probes.linear import ProbeTable, _judge, _spread, _Task, probe, probe_rows, untrained
 from surgery.model import Model
@@ -71,6 +71,8 @@ def test_a_probe_is_the_plain_pipeline():
                 p = fitted(seen, C).predict_proba(X[held])[:, 1]
                 losses[C] -= np.log(np.where(y[held], p, 1 - p)).sum()
         best = min(losses, key=lambda C: losses[C])
+        least, penalty = select(X[train], y[train], g[train], Settings("classes", None, 0, 1, 3))
+        assert (least, penalty) == (pytest.approx(losses[best] / len(train), abs=1e-3), best)
         scores[test] = fitted(train, best).predict_proba(X[test])[:, 1]
         for own, null in zip(strayed, nulls, strict=True):  # the control is told, and judged by, shuffled labels
             own[test] = fitted(train, best, null).predict_proba(X[test])[:, 1]
@@ -92,6 +94,18 @@ def test_a_penalty_that_nothing_was_tried_on_is_the_middle_one():
     inner, chosen = select(np.eye(3), y, g, Settings("classes", None, 0, 1, 0))
     assert math.isnan(inner)
     assert chosen == 1e-2
+    assert math.isnan(select(np.eye(3), y, np.full(3, 7), Settings("classes", None, 0, 1, 0))[0])  # one question alone
+
+
+def test_what_few_rows_leave_to_be_learned():
+    """No more components than the rows span, and of one class alone its share."""
+    X, y, fold = np.random.default_rng(0).normal(size=(6, 20)), np.array([1, 1, 1, 0, 0, 0]) > 0, np.arange(6) // 3
+    settings = Settings("classes", 50, 0, 1, 0)
+    found = crossed({HIGH: X}, y, np.arange(6), fold, settings)
+    assert found.predicted.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.chosen == (None, None)
+    (said,) = fit_path(X, y, np.arange(1, 5), np.array([0, 5]), [1.0], settings)
+    assert ((said > 0) & (said < 1)).all()
 
 
 def test_a_planted_signal_is_found_where_it_is():

@@ -1,7 +1,10 @@
 """The mixture is the base at 0 and the tuned model at 1, and in between and beyond what the formula says."""
 
+import math
+
 import pytest
 import torch
+from transformers import DynamicCache
 
 from probes.activations import collect
 from probes.mixing import mix_logits, mixed
@@ -112,6 +115,8 @@ def test_a_floor_rules_out_what_the_base_all_but_excludes():
     ruled = mix_logits(low, high, 2.0, floor=0.1)
     assert ruled.argmax().item() == 1
     assert ruled.isinf().tolist() == [[False, False, True]]
+    just = torch.tensor([0.0, math.log(0.5)])  # the very share is enough
+    assert torch.equal(mix_logits(just, just, 0.5, floor=0.5), just)
     base, tuned = pair()
     with mixed(base, tuned, 3.0, floor=0.999):
         greedy = tokens(base)
@@ -225,10 +230,19 @@ def test_steering_and_mixing(outside):
                 torch.testing.assert_close(model.module(ids).logits, (base + logits) / 2)
 
 
-def test_a_cache_that_is_cut_is_cut_for_both():
+def test_what_is_done_to_a_cache_is_done_to_both():
     base, tuned = pair()
+    rows = torch.cat([IDS, IDS.flip(1)])
     with mixed(base, tuned, 0.5), torch.no_grad():
-        whole = base.module(input_ids=IDS, use_cache=True)
-        whole.past_key_values.crop(8 - IDS.shape[1])
-        again = base.module(input_ids=IDS[:, 8:], past_key_values=whole.past_key_values).logits
+        whole = base.module(input_ids=rows, use_cache=True)
+        cache = whole.past_key_values
+        cache.crop(8 - rows.shape[1])
+        cache.batch_repeat_interleave(2)
+        again = base.module(input_ids=rows[:, 8:].repeat_interleave(2, 0), past_key_values=cache).logits
+    torch.testing.assert_close(again, whole.logits[:, 8:].repeat_interleave(2, 0), rtol=1e-4, atol=1e-4)
+    with mixed(base, tuned, 0.5), torch.no_grad():
+        cache = DynamicCache(config=base.module.config)
+        for piece in (rows[:, :3], rows[:, 3:8]):  # a prefix, without its logits
+            base.module.base_model(input_ids=piece, past_key_values=cache)
+        again = base.module(input_ids=rows[:, 8:], past_key_values=cache).logits
     torch.testing.assert_close(again, whole.logits[:, 8:], rtol=1e-4, atol=1e-4)

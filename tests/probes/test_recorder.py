@@ -210,10 +210,11 @@ def test_what_steers_or_silences_inside_is_recorded(site):
     def steering():
         return steered(model, vector, strength=2.0, at=site, over="all", units="raw")
 
-    with recording(model, at=site, over="all") as seen, steering():
+    sites = sorted({site, "1.attn.out"})  # to which the steering of 1.mid adds
+    with recording(model, at=sites, over="all") as seen, steering():
         runs = model.generate(QUESTIONS, max_new_tokens=4)
     with steering():
-        agree(seen.of(runs), model, runs, "all", [site])
+        agree(seen.of(runs), model, runs, "all", sites)
     with recording(model, at="1.attn.z.h2", over="all") as seen, ablated(model, "1.attn.o.h2"):
         runs = model.generate(QUESTIONS[:2], max_new_tokens=2)
     assert not seen.of(runs)["1.attn.z.h2"].any()

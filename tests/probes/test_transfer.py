@@ -10,9 +10,10 @@ import torch
 from probes.activations import Activations, collect
 from probes.fitting import Crossed, Settings, select
 from probes.held_out import deal, shuffled, units
-from probes.transfer import TransferTable, along, transfer, transfer_rows
+from probes.transfer import TransferTable, _marked, along, transfer, transfer_rows
 from surgery.model import Model
 from surgery.sites import Site
+from surgery.transcript import Transcript
 from tests.families import tiny
 from tests.oracles import directions as oracle
 
@@ -188,7 +189,9 @@ def test_what_cannot_be_transferred():
 def runs_of(model, n=24, mark="q"):
     """Half of the answers think in a's, half in b's, the last letter tells which; the first third of the thinking is x's."""
     texts = [f"<think>{'x' * (2 + i % 3)}{'ab'[i % 2] * (4 + 2 * (i % 3))}</think>{'xyz'[i % 3]}" for i in range(n)]
-    return [model.transcript(f"{mark}{i // 4}", text) for i, text in enumerate(texts)], [i % 2 for i in range(n)]
+    return [model.transcript(f"{mark * (1 + i // 4 % 3)}{i // 4}", text) for i, text in enumerate(texts)], [
+        i % 2 for i in range(n)
+    ]
 
 
 def test_sets_of_transcripts():
@@ -244,6 +247,11 @@ def test_along_the_thinking():
         assert (mine.value, mine.length, mine.same_length) == pytest.approx(
             (theirs.value, theirs.length, theirs.same_length), abs=1e-6, nan_ok=True
         )
+
+
+def test_before_a_text_there_is_no_place():
+    text = Transcript("", (4, 5), "ab", ((0, 1), (1, 2)), {"all": (0, 2), "thinking": (0, 2)}, True)
+    assert _marked(text, "thinking", (0.0, 0.5, 1.0)).spans == {**text.spans, "place-1": (0, 1), "place-2": (1, 2)}
 
 
 def test_what_has_no_course():
