@@ -3,6 +3,7 @@
 lift         principal_indices() and LIFT, a torch optimizer over the chosen entries
 overlay      overlay_(): trainable entries beside frozen matrices, quantised ones too
 distributed  LIFT in several processes: DDP, FSDP2 and DeepSpeed
+shares       what of a parameter one process steps on, where an engine deals it out
 examples     transcripts with a weight for every token, alone or in groups
 predictions  what an objective looks at: logits at the tokens that are learnt
 rules        pull() and DRIFT: gradients bent toward a vector; controls, the effective merge coefficient and matched merges

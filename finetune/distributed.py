@@ -5,12 +5,14 @@ when a step begins, compact: at density 0.05 a twentieth of what DDP would send,
 there are. All processes then take the same step. `exempt_from_ddp` keeps DDP from reducing, and from holding, the dense gradients as well.
 
 Sharded weights (FSDP2, ``fully_shard``): every process has some rows of each matrix, and gradients arrive reduced. No matrix is ever put
-together to choose its entries (`finetune.lift.shards`), and each process saves and loads a state of its own.
+together to choose its entries (`finetune.lift.shards`), and each process saves and loads a state of its own. A Trainer takes no optimizer
+under FSDP; one with `finetune.hosts.Surgical` among its bases takes LIFT.
 
 DeepSpeed at ZeRO stage 0 replicates the weights as DDP does, but a Trainer drops the optimizer that it was given there for an AdamW of its
 own, for which LIFT's hooks leave no gradient, and the engine steps inside backward, before anything is clipped or bent. A trainer with
 `finetune.hosts.Surgical` among its bases keeps the optimizer and has the engine step where other engines do (`step_apart_`). Stages 1 to 3, and
-DeepSpeed's own bf16 and fp16, step on flat pieces or copies of the weights: refused.
+DeepSpeed's own bf16 and fp16, step on flat pieces or copies of the weights: refused with LIFT. What bends gradients, as `finetune.rules.DRIFT`
+does, finds the pieces of stages 1 to 3 in `finetune.shares`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -120,10 +122,29 @@ def exempt_from_ddp(module: nn.Module, lift: LIFT) -> list[str]:
 
 def under_deepspeed() -> bool:
     """Whether accelerate, by a launcher or a Trainer's arguments, lets DeepSpeed train in this process."""
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
+    return _engine() == "DEEPSPEED"
 
-    return AcceleratorState._shared_state.get("distributed_type") is DistributedType.DEEPSPEED
+
+def under_fsdp() -> bool:
+    """Whether accelerate, by a launcher or a Trainer's arguments, shards the model that trains in this process by torch's FSDP."""
+    return _engine() == "FSDP"
+
+
+def require_fsdp2() -> None:
+    """Raises ValueError where accelerate shards by FSDP1, which keeps weights in flat pieces of no matrix."""
+    from accelerate.state import AcceleratorState
+
+    if under_fsdp() and AcceleratorState._shared_state["fsdp_plugin"].fsdp_version == 1:
+        raise ValueError(
+            "FSDP1 keeps weights in flat pieces of no matrix. Shard by FSDP2: fsdp_config={'version': 2, ...}, or fsdp_version: 2 for accelerate."
+        )
+
+
+def _engine() -> str | None:
+    from accelerate.state import AcceleratorState
+
+    kind = AcceleratorState._shared_state.get("distributed_type")
+    return None if kind is None else kind.name
 
 
 def refuse_deepspeed() -> None:
@@ -147,39 +168,60 @@ def deepspeed_config() -> Mapping[str, Any]:
     return plugin.deepspeed_config
 
 
-def require_whole_steps(config: Mapping[str, Any], who: Literal["LIFT", "DRIFT"]) -> None:
-    """Raises ValueError for a DeepSpeed configuration by which no optimizer meets the whole weights and their gradients, as `who` must."""
-    zero, instead = config.get("zero_optimization", {}), "DDP or FSDP2" if who == "LIFT" else "DDP"
+def require_whole_steps(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a DeepSpeed configuration by which no optimizer meets the whole weights and their gradients, as LIFT must."""
+    zero = config.get("zero_optimization", {})
     if stage := int(zero.get("stage", 0)):
         dealt = {
             1: "the weights that the optimizer steps on",
             2: "gradients, and the weights that the optimizer steps on,",
         }
         raise ValueError(
-            f"ZeRO stage {stage} deals {dealt.get(stage, 'weights and gradients')} out to the processes in flat pieces, and {who} works on "
-            f"whole matrices. Set zero_optimization.stage to 0, or use {instead}."
+            f"ZeRO stage {stage} deals {dealt.get(stage, 'weights and gradients')} out to the processes in flat pieces, and LIFT works on "
+            "whole matrices. Set zero_optimization.stage to 0, or use DDP or FSDP2."
         )
     for low in ("bf16", "fp16"):
         if config.get(low, {}).get("enabled", False):
             raise ValueError(
-                f"DeepSpeed's {low} steps on flat fp32 copies of the weights, and {who} works on the weights. Turn {low} off in its "
+                f"DeepSpeed's {low} steps on flat fp32 copies of the weights, and LIFT works on the weights. Turn {low} off in its "
                 "configuration and in the trainer's arguments, and load the model with dtype='bfloat16' (LIFT keeps what a step of 16-bit "
-                f"weights loses) or 'float32'. Or use {instead}."
+                "weights loses) or 'float32'. Or use DDP or FSDP2."
             )
-    if who == "LIFT" and "optimizer" in config:
+    if "optimizer" in config:
         raise ValueError(
             "The DeepSpeed configuration names an optimizer of its own beside LIFT. Leave optimizer out of it."
         )
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    if _offloads(config):
+        raise ValueError("offload_optimizer puts DeepSpeed's CPUAdam in the optimizer's place. Leave it out with LIFT.")
+
+
+def require_bare_gradients(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a DeepSpeed configuration under which no gradient lies between backward and step as it is, for DRIFT to bend."""
+    stage = int(config.get("zero_optimization", {}).get("stage", 0))
+    if config.get("fp16", {}).get("enabled", False):
         raise ValueError(
-            f"offload_optimizer puts DeepSpeed's CPUAdam in the optimizer's place. Leave it out with {who}."
+            "DeepSpeed's fp16 keeps scaled gradients, which DRIFT cannot measure. Compute in bf16 or fp32."
+        )
+    if stage == 0 and config.get("bf16", {}).get("enabled", False):
+        raise ValueError(
+            "DeepSpeed's bf16 at ZeRO stage 0 keeps gradients in copies that DRIFT does not reach. Use stage 1, 2 or 3, or turn bf16 off in its "
+            "configuration and in the trainer's arguments."
+        )
+    if _offloads(config):
+        raise ValueError(
+            "offload_optimizer keeps gradients on the host, where DRIFT does not reach them. Leave it out."
         )
 
 
-def step_apart_(accelerator: Any, optimizer: Any, lift: LIFT | None) -> None:
+def _offloads(config: Mapping[str, Any]) -> bool:
+    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def step_apart_(accelerator: Any, optimizer: Any, lift: LIFT | None, bent: bool = False) -> None:
     """Changes a DeepSpeed engine that works on whole weights: it steps when the trainer calls `optimizer.step`, which accelerate leaves empty,
-    and no longer inside `accelerator.backward`; between the two lie the whole reduced gradients, which are then the trainer's to clip. With
-    LIFT nothing is reduced by the engine: `Peers` does, compact. An engine that steps on pieces or copies is left as it is.
+    and no longer inside `accelerator.backward`; between the two lie the reduced gradients, which are then the trainer's to clip. With
+    LIFT nothing is reduced by the engine: `Peers` does, compact. An engine that steps on pieces is changed so where gradients are to be `bent`
+    in between, as they then lie in pieces (`finetune.shares`); one that steps on copies is left as it is.
 
     lift: the optimizer that was given. Raises ValueError where the engine steps by another, or its processes do not all have the whole model,
     and RuntimeError where accelerate has let go of the engine.
@@ -198,7 +240,8 @@ def step_apart_(accelerator: Any, optimizer: Any, lift: LIFT | None) -> None:
             f"DeepSpeed steps by {type(engine.optimizer).__name__} in LIFT's place, or deals the model out. Use a configuration of ZeRO stage 0 "
             "alone, or DDP or FSDP2."
         )
-    if not whole:
+    pieces = bent and engine.zero_optimization()
+    if not (whole or pieces):
         return
 
     def backward(loss: Tensor, sync_gradients: bool = True, **options: Any) -> None:
@@ -210,6 +253,8 @@ def step_apart_(accelerator: Any, optimizer: Any, lift: LIFT | None) -> None:
 
     wrapper.backward, optimizer.step = backward, MethodType(step, optimizer)  # a scheduler looks for a method
     engine._config.gradient_clipping = 0.0
+    if pieces:
+        engine.optimizer.clip_grad = 0.0
     engine.enable_backward_allreduce = lift is None
     optimizer.steps_apart = True
     if lift is not None:
@@ -217,7 +262,7 @@ def step_apart_(accelerator: Any, optimizer: Any, lift: LIFT | None) -> None:
 
 
 def steps_apart(optimizer: Any) -> bool:
-    """Whether the gradients of a step are there, and whole, before a trainer calls `optimizer.step`."""
+    """Whether the gradients of a step are there before a trainer calls `optimizer.step`."""
     return not under_deepspeed() or getattr(optimizer, "steps_apart", False)
 
 

@@ -99,6 +99,8 @@ def rows_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """The groups as plain rows, as a data set keeps them: lists of one entry a member, each member's number (`sample`), and the tokens of the
     longest (`length`), by which a trainer may put rows of like length together.
 
+    Rows stay whole whatever a trainer is told of lengths: TRL's ``max_length`` cuts lists of tokens, and here each member of a group has its
+    own. Where texts are too long, `finetune.recipes.cut` the transcripts first.
     Raises ValueError for a column that some of the examples lack, or that has the name of one of a batch's own fields.
     """
     names = sorted({name for group in groups for example in group for name in example.columns})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
 import math
 import os
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import default_logdir
+from transformers.trainer import SCHEDULER_NAME
 
 from finetune.checkpoints import checkpoints, is_complete, mark_complete
 from finetune.distributed import (
@@ -32,16 +34,21 @@ from finetune.distributed import (
     exempt_from_ddp,
     is_sharded,
     local_part,
+    require_bare_gradients,
+    require_fsdp2,
     require_whole_steps,
     step_apart_,
     steps_apart,
     under_deepspeed,
+    under_fsdp,
 )
 from finetune.examples import IGNORED, require_rows
 from finetune.lift import LIFT, lift_of
 from finetune.monitors import Recorder, reporters_last
 from finetune.objectives import Objective
 from finetune.predictions import Predictions, Totals, logits_at, predict
+from finetune.rules import DRIFT
+from finetune.shares import Share, clip_shares_, norm_of, shares_of
 from surgery.adapter_names import ADDING
 from surgery.anatomy import Anatomy
 from surgery.borrowing import evaluating, without_adapter
@@ -89,9 +96,11 @@ class Surgical(_Host):
     settings:  of the run, written into each checkpoint when it is whole, for `finetune.checkpoints.last_complete`; none is then written at
                the last step, where nothing is left to resume.
 
-    Under DeepSpeed (tried with 0.19.8, on the CPU, one process and two) full tuning works at every ZeRO stage, `LIFT` and
-    `finetune.rules.DRIFT` at stage 0 and without DeepSpeed's own bf16 and fp16 (a bf16 model is welcome): all train as without it, clipped by
-    ``max_grad_norm``. What is not said here to work with `LIFT` or `DRIFT` is refused. fp16's scaled loss is refused with `LIFT` everywhere.
+    Under DeepSpeed (tried with 0.19.8, on the CPU, one process and two) full tuning works at every ZeRO stage, with `finetune.rules.DRIFT` too
+    (in fp32 or, from stage 1 on, bf16; the form "update" at stage 0); `LIFT` at stage 0 and without DeepSpeed's own bf16 and fp16 (a bf16
+    model is welcome). Under FSDP2 (accelerate's, tried on the CPU with two processes) full tuning, `LIFT` and `DRIFT` work. All train as without
+    them, clipped by ``max_grad_norm``; where weights are dealt out, without terms and recorders. What is not said here to work with `LIFT` or
+    `DRIFT` is refused. fp16's scaled loss is refused with `LIFT` everywhere.
 
     With `LIFT` as the optimizer (``optimizers=(lift, None)``) gradients are clipped and measured through it. A loss or a gradient that is
     not finite raises FloatingPointError with the step and the site, and so do weights that are not when they would be saved; checkpoints
@@ -110,10 +119,12 @@ class Surgical(_Host):
     ):
         if objective is None and (corrupt or reference):
             raise ValueError("corrupt and reference need an objective: the trainer's own loss knows neither.")
+        args, kwargs, self._given = _lift_apart(super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
-        self._given = self._lift()
+        self._require_engine(objective, terms, reference)
         if self._given:
-            require_whole_steps(deepspeed_config(), "LIFT")
+            self.optimizer = self._given
+            require_whole_steps(deepspeed_config())
             if self.accelerator.scaler is not None:
                 raise ValueError(
                     "fp16 scales the loss, and its scaler looks for gradients where LIFT keeps none. Compute in bf16: bf16=True, fp16=False."
@@ -139,6 +150,21 @@ class Surgical(_Host):
                 callback.send_through(self)
         reporters_last(self)
 
+    def _require_engine(self, objective: Objective | None, terms: Sequence[Term], reference: nn.Module | None) -> None:
+        """Raises ValueError for what cannot be computed over weights that FSDP deals out."""
+        if not under_fsdp():
+            return
+        require_fsdp2()
+        if terms:
+            raise ValueError(
+                "A term computes on whole weights, and FSDP2 gathers them for the objective's own pass alone. Leave terms out, or use DDP."
+            )
+        if getattr(objective, "reference", False) and reference is None and _adapter_alone(self._bare()):
+            raise ValueError(
+                f"{objective!r} asks for the starting model, which is this one without its adapter, and FSDP2 gathers weights for one pass a "
+                "step. Give a copy of the starting model: reference=..., or use DDP."
+            )
+
     def _require_no_other_loss(self, objective: Objective) -> None:
         """Raises ValueError for settings of a loss that the objective takes the place of."""
         text = self._bare().config.get_text_config()
@@ -159,7 +185,12 @@ class Surgical(_Host):
                 f"{idle[0]} is of the trainer's own loss, and the objective {objective!r} is minimised in its place: give one of the two."
             )
 
+    def _bends(self) -> bool:
+        return any(isinstance(callback, DRIFT) for callback in self.callback_handler.callbacks)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self._bends():
+            require_bare_gradients(deepspeed_config())
         if reset := getattr(self._objective, "reset", None):
             reset()  # a checkpoint brings its own past
         return super().train(*args, **kwargs)
@@ -282,13 +313,15 @@ class Surgical(_Host):
         reference = None
         if getattr(self._objective, "reference", False):
             reference = functools.cache(lambda: self._reference_logits(original))
-        engine = under_deepspeed() and model is not self.model
+        engine, sharded = under_deepspeed() and model is not self.model, under_fsdp()
         reduced = model.training and (engine or (isinstance(model, DistributedDataParallel) and not self._lift()))
-        through = module if self.args.world_size == 1 or self._lift() or reduced or engine else model
+        through = module if self.args.world_size == 1 or self._lift() or reduced or engine or sharded else model
         with self.accelerator.autocast():
-            if reduced:
-                return _within(model, lambda: predict(through, batch, totals=totals, reference=reference))
-            found = predict(through, batch, totals=totals, reference=reference)
+            if reduced or sharded:
+                share = not sharded  # FSDP2 gathers a layer's weights for one pass through it
+                found = _within(model, lambda: predict(through, batch, share, totals, reference))
+            else:
+                found = predict(through, batch, totals=totals, reference=reference)
             # an evaluation's numbers are those of other data
             return found if model.training else replace(found, numbered=False)
 
@@ -333,7 +366,7 @@ class Surgical(_Host):
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         if under_deepspeed() and self.optimizer is not None:
-            step_apart_(self.accelerator, self.optimizer, self._given)
+            step_apart_(self.accelerator, self.optimizer, self._given, self._bends())
         return super().create_scheduler(*args, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -351,14 +384,26 @@ class Surgical(_Host):
         """The norm that the gradients had, clipped to one, where that is not left to accelerate."""
         if lift := self._lift():
             return lift.clip_grad_norm_(norm)
-        return clip_grad_norm_(model.parameters(), norm) if under_deepspeed() and steps_apart(self.optimizer) else None
+        if not (under_deepspeed() and steps_apart(self.optimizer)):
+            return None
+        if shares := self._shares():
+            return clip_shares_(list(shares.values()), norm)
+        return clip_grad_norm_(model.parameters(), norm)
+
+    def _shares(self) -> dict[str, Share]:
+        """Of each parameter what this process steps on, where ZeRO deals gradients out and they lie between backward and step."""
+        return shares_of(self._bare()) if under_deepspeed() and steps_apart(self.optimizer) else {}
 
     def _require_finite(self, model: nn.Module) -> None:
-        lift = self._lift()
-        named = (
-            list(lift.gradients()) if lift else [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
-        )
-        if torch.isfinite(get_total_norm([grad for _, grad in named])):
+        lift, shares = self._lift(), self._shares()
+        if lift:
+            named = list(lift.gradients())
+        elif shares:
+            named = [(name, grad) for name, share in shares.items() if (grad := share.gradient()) is not None]
+        else:
+            named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+        norm = norm_of(list(shares.values())) if shares else get_total_norm([grad for _, grad in named])
+        if torch.isfinite(norm):
             return
         raise FloatingPointError(
             f"The gradient of {self._not_finite(named) or 'some parameter'} is not finite at step {self.state.global_step + 1}, though the loss was. "
@@ -418,8 +463,36 @@ class Surgical(_Host):
             )
         super()._issue_warnings_after_load(load_result)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        lift = self._lift()
+        if lift is None or not under_fsdp():
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from accelerate.utils import save_fsdp_model
+
+        # the entries chosen here are this process's own: FSDP would keep the first process's for all
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # which the first process makes for itself
+        torch.save(lift.state_dict(), Path(output_dir) / self._own_state())
+        save_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, output_dir)
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _own_state(self) -> str:
+        return f"lift-{self.args.process_index + 1}-of-{self.args.world_size}.pt"
+
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        lift = self._lift()
+        if checkpoint and lift is not None and under_fsdp():
+            if not (own := Path(checkpoint) / self._own_state()).is_file():
+                raise ValueError(
+                    f"{checkpoint} has no {own.name}: it was written by another number of processes, or without FSDP. Go on with as many."
+                )
+            lift.load_state_dict(torch.load(own, map_location="cpu", weights_only=True))
+            scheduler: Any = self.lr_scheduler
+            scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         load: Callable[[Any], None] | None = getattr(self._objective, "load_state_dict", None)
         if checkpoint and load:
             load(torch.load(Path(checkpoint) / _STATE, weights_only=True))
@@ -485,14 +558,15 @@ def _own_names(model: Any) -> Iterator[None]:
 
 
 def _within(wrapper: nn.Module, compute: Callable[[], Predictions]) -> Predictions:
-    """`compute`, as the forward pass of a DistributedDataParallel or a DeepSpeed engine, which there makes ready to reduce the gradients."""
+    """`compute`, as the forward pass of a DistributedDataParallel or a DeepSpeed engine, which there makes ready to reduce the gradients, or of a
+    module that FSDP2 has sharded, which there gathers its weights."""
     found: list[Predictions] = []
 
     def forward() -> Tensor:
         found.append(compute())
         return found[0].raw
 
-    inner: Any = wrapper.module
+    inner: Any = wrapper if under_fsdp() else wrapper.module
     own = inner.__dict__.get("forward")
     inner.forward = forward
     try:
@@ -503,6 +577,15 @@ def _within(wrapper: nn.Module, compute: Callable[[], Predictions]) -> Predictio
         else:
             inner.forward = own
     return replace(found[0], raw=logits)
+
+
+def _lift_apart(make: Callable[..., None], args: Any, kwargs: Any) -> tuple[Any, Any, LIFT | None]:
+    """What a trainer is made with, and the LIFT that was among it: a Trainer under FSDP takes no optimizer that is made already."""
+    given = inspect.signature(make).bind_partial(*args, **kwargs)
+    optimizer, *rest = given.arguments.get("optimizers") or (None,)
+    if lift := lift_of(optimizer):
+        given.arguments["optimizers"] = (None, *rest)
+    return given.args, given.kwargs, lift
 
 
 _ADDED = ("lora_B", "lora_embedding_B", "shira_weight")  # where these are zero, it adds nothing

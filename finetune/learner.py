@@ -15,6 +15,7 @@ from inspect import signature
 from typing import Any, Literal, get_args
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from finetune.lift import LIFT, budget, matrices_of
@@ -118,11 +119,16 @@ def one_device(arguments: Any, ours: torch.device) -> None:
     much in a step. Under torchrun each process has a device of its own, to which its trainer carries the model.
 
     Raises ValueError where a single process would carry the model from the device that it was loaded on to another, and where a launcher
-    asks for DeepSpeed, whose engine would hold the weights in the end.
+    asks for DeepSpeed or FSDP, by which no process would have the weights in the end.
     """
     if getattr(arguments, "deepspeed_plugin", None) is not None:
         raise ValueError(
             "The launcher asks for DeepSpeed, which would deal the weights out and keep them. Start it with torchrun (DDP)."
+        )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "The launcher asks for FSDP, which would leave each process a part of the weights. Start it with torchrun (DDP), or train with "
+            "finetune.hosts.Surgical before a trainer of your own, which goes under FSDP2."
         )
     theirs = arguments.device
     if arguments.world_size == 1 and (theirs.type, theirs.index or 0) != (ours.type, ours.index or 0):

@@ -93,6 +93,8 @@ def as_trained(model: Model, site: Site) -> Float[Tensor, "out in"]:
         whole = _matrix_of(layer, W.shape[1])
         return whole if place.rows is None else whole[place.rows]
     for adapter in layer.active_adapters:
+        if not any(adapter in getattr(layer, held) for held in layer.adapter_layer_names):
+            continue  # it is in other layers
         W = W + place.take(layer.get_delta_weight(adapter).detach()).float()
     return W
 

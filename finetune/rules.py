@@ -13,11 +13,12 @@ Differs: the paper writes ``g + a·scale·D`` with a = -1; here as in its code `
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -26,9 +27,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from finetune.distributed import deepspeed_config, is_sharded, require_whole_steps, steps_apart
+from finetune.distributed import is_partitioned, is_sharded, require_fsdp2, steps_apart
 from finetune.lift import LIFT, lift_of
 from finetune.lift.ledger import held
+from finetune.shares import Share, require_same_word, share_of
 from surgery.across import EMBED, HEAD, land
 from surgery.anatomy import Place
 from surgery.drawn import Alike, Noise, Permuted
@@ -51,6 +53,7 @@ Where = str | Site | Sequence[str | Site]
 Schedule = Callable[[int, int], float]
 PRESETS = ("default", "attn", "mlp", "norm", "bias", "full")
 _ALL = "all"
+_CHECKPOINTED = "_checkpoint_wrapped_module."  # in names, where an engine computes layers again in the backward pass
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------------
@@ -91,16 +94,24 @@ class _Bend:
     length: float
 
 
-def _bend_(grad: Tensor, delta: Tensor, length: float, alpha: float, rule: Rule) -> _Bend:
-    """Bend an fp32 gradient in place. length: ‖D‖."""
-    seen = _measure(grad, delta, length, alpha, rule)
+_Total = Callable[[Tensor], Tensor]  # sums over the processes that have the rest of a tensor
+
+
+def _bend_(grad: Tensor, delta: Tensor, length: float, alpha: float, rule: Rule, total: _Total | None = None) -> _Bend:
+    """Bend an fp32 gradient in place. length: ‖D‖, of the whole tensor where these are a part."""
+    seen = _measure(grad, delta, length, alpha, rule, total)
     if alpha and length:
         grad.addcmul_(delta, seen.factor, value=-1)
     return seen
 
 
-def _measure(grad: Tensor, delta: Tensor, length: float, alpha: float, rule: Rule) -> _Bend:
+def _measure(
+    grad: Tensor, delta: Tensor, length: float, alpha: float, rule: Rule, total: _Total | None = None
+) -> _Bend:
     inner, norm = _inner(grad, delta), torch.linalg.vector_norm(grad)
+    if total is not None:
+        inner, norm = total(torch.stack([inner, norm.square()]))
+        norm = norm.sqrt()
     if not length:
         return _Bend(inner, norm, torch.zeros_like(norm), length)
     match rule:
@@ -283,6 +294,10 @@ class DRIFT(TrainerCallback):
     ``.grad``, with `LIFT` on the entries it has gathered, whose norms and cosines are then those of the chosen entries alone. The
     prior is of the starting weights and does not move with the training; a run that resumes checks that it is the same one.
 
+    Weights that an engine deals out to several processes (FSDP2, ZeRO stages 1 to 3; `finetune.hosts.Surgical`) are bent where they lie, by the
+    norms and cosines of whole tensors; each process then keeps its part of the prior alone. Make it before they are dealt out, alike in every
+    process, all of which call `merged` together.
+
     prior:  what to pull toward: ``expert - start``, ``expert2 - expert1``, a stored, sparse or low-rank vector, an adapter. It is
             landed on the model (`surgery.across.land`): on the language tower of a vision-language model, for one.
     model:  the model to be trained, as it is before training.
@@ -309,8 +324,8 @@ class DRIFT(TrainerCallback):
             gets ``pull_merged``, ``pull_cosine`` and ``pull_injected`` with its next line.
 
     Raises ValueError for a prior that fits nothing, too little, or another width, that is zero or not finite; for patterns that match
-    nothing and options out of range; when training begins, for weights that are frozen (an adapter's base) or sharded, and for a
-    checkpoint of another prior. RuntimeError when a step brings no gradient to any of its tensors.
+    nothing and options out of range; for weights that are dealt out already; when training begins, for weights that are frozen (an adapter's
+    base), processes with different priors, and a checkpoint of another prior. RuntimeError when a step brings no gradient to any of its tensors.
     Source: arXiv 2510.15050. Differs: see this module.
     """
 
@@ -336,6 +351,7 @@ class DRIFT(TrainerCallback):
     ):
         _check_options(rule, form, store, rank, legacy, least, log_every, alpha, at)
         weights = model.weights
+        _require_together(model)
         strengths = _strengths(alpha, at, layers, weights)
         prior = _fitted(prior, strengths, weights)
         if store == "lazy" and any(leaf is weights for leaf in _leaves(prior, set())):
@@ -368,7 +384,14 @@ class DRIFT(TrainerCallback):
     # what the trainer calls
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        self._require_trainable(optimizer)
+        if not steps_apart(optimizer):
+            raise ValueError(
+                "DeepSpeed steps inside its own engine, where DRIFT cannot reach the gradient. Put finetune.hosts.Surgical before the trainer "
+                "among its bases, or use DDP or FSDP2."
+            )
+        require_fsdp2()
+        self._meet()
+        self._require_trainable()
         self._take_up(state)
         self._memory = {"settings": self.settings, "starts": {str(s): v for s, v in self._starts.items()}, "lines": []}
         self._memory["lines"] += map(_row, self._lines)
@@ -449,17 +472,25 @@ class DRIFT(TrainerCallback):
     def _key(self) -> str:
         return f"DRIFT {self.settings['prior']}"
 
-    def _require_trainable(self, optimizer: Any) -> None:
-        if not steps_apart(optimizer):
-            require_whole_steps(deepspeed_config(), "DRIFT")
+    def _meet(self) -> None:
+        """Takes up the live parameters, which an engine may have put in the place of others, and what of each lies here."""
+        live = {name.replace(_CHECKPOINTED, ""): p for name, p in self._model.module.named_parameters()}
+        for part in self._parts:
+            part.meet(live.get(part.place.name, part.parameter))
+        if not (shares := [part.share for part in self._parts if part.share]):
+            return
+        if self.legacy:
             raise ValueError(
-                "DeepSpeed steps inside its own engine, where DRIFT cannot reach the gradient. Put finetune.hosts.Surgical before the trainer "
-                "among its bases, or use DDP."
+                "legacy bends every micro-batch's gradient before it is reduced, and this model's weights are dealt out to several processes, which "
+                "have parts of it. Leave legacy out, or use DDP."
             )
-        if sharded := [p.site for p in self._parts if is_sharded(p.parameter)]:
+        if self.form == "update" and not all(share.writes for share in shares):
             raise ValueError(
-                f"{sharded[0]} is sharded over processes, but norms and cosines are those of whole tensors. Use DDP."
+                "The form 'update' moves the weights after a step, and ZeRO steps on copies of its own. Use form='gradient', FSDP2, or stage 0."
             )
+        require_same_word(self.settings["prior"], shares[0].group, "prior of DRIFT")
+
+    def _require_trainable(self) -> None:
         trained = [part.site for part in self._parts if part.parameter.requires_grad]
         if len(trained) < self._least * len(self._asked):
             raise ValueError(
@@ -542,14 +573,27 @@ class _Held:
     parts: list[Tensor]
     pinned: bool = False
     read: Callable[[], Tensor] | None = None
+    where: slice | Tensor | None = None  # which of its entries are wanted, flat; None for all, as they lie
 
     def __call__(self, device: torch.device) -> Tensor:
         if self.read is not None:
-            return self.read().to(device, torch.float32)
+            return self._wanted(self.read()).to(device, torch.float32)
         here = [part.to(device, non_blocking=True) for part in self.parts]
         if not self.pinned:
             self.parts = here
-        return here[0] if len(here) == 1 else here[0] @ here[1]
+        return here[0] if len(here) == 1 and self.where is None else self._wanted(functools.reduce(torch.matmul, here))
+
+    def cut(self, where: slice | Tensor) -> _Held:
+        """Of these entries alone, flat; no others are held any more, but for what factors need."""
+        if len(self.parts) != 1:
+            return replace(self, where=where)
+        kept = replace(self, where=where)._wanted(self.parts[0]).clone()
+        return replace(self, parts=[kept.pin_memory() if self.parts[0].is_pinned() else kept])
+
+    def _wanted(self, whole: Tensor) -> Tensor:
+        if self.where is None:
+            return whole
+        return whole.reshape(-1)[self.where.to(whole.device) if isinstance(self.where, Tensor) else self.where]
 
 
 @dataclass
@@ -586,6 +630,8 @@ class _Part:
     seen: _Bend | None = None
     before: Any = None  # what the form "update" keeps over a step
     chosen: _Chosen | None = None
+    share: Share | None = None  # of the parameter, where other processes have the rest
+    members: Tensor | None = None  # which entries of the share are this tensor's; None for all
 
     @property
     def strength(self) -> float:
@@ -594,12 +640,42 @@ class _Part:
     def delta(self) -> Tensor:
         return self.prior(self.parameter.device)
 
+    def meet(self, parameter: nn.Parameter) -> None:
+        """Go on with this parameter, or with what of it lies in this process and that much of the prior."""
+        if self.share is not None:  # of a run before: a model is dealt out once
+            return
+        self.parameter, self.share = parameter, share_of(str(self.site), parameter)
+        if self.share is None:
+            return
+        where: slice | Tensor = slice(self.share.begin, self.share.begin + self.share.count)
+        if not self.place.is_whole:
+            at = torch.arange(where.start, where.stop, device=parameter.device)
+            self.members, where = self.place.find(at, self.share.whole)
+        self.prior = self.prior.cut(where)
+
+    @property
+    def total(self) -> _Total | None:
+        return None if self.share is None else self.share.total
+
     def along(self) -> float:
         """<W, D> as the weights are."""
-        return _exact(self._value(), self.delta())
+        mine = _exact(self._value(), self.delta())
+        return mine if self.share is None else self.share.sum(mine)
 
     def _value(self) -> Tensor:
-        return self.place.take(self.parameter.detach())
+        """The weights as they are: of a share what lies here, flat, as the prior then is."""
+        if self.share is None:
+            return self.place.take(self.parameter.detach())
+        return self._mine(self.share.values())
+
+    def _mine(self, here: Tensor) -> Tensor:
+        return here if self.members is None else here[self.members]
+
+    def _put_here_(self, here: Tensor, mine: Tensor) -> None:
+        if self.members is not None:
+            here[self.members] = mine.to(here.dtype)
+        elif mine is not here:
+            here.copy_(mine)
 
     @torch.no_grad()
     def bend(self, rule: Rule, lift: LIFT | None, gathered: _Gathered) -> bool:
@@ -609,8 +685,14 @@ class _Part:
             indices, grad = gathered[self.parameter]
             chosen = self._among(indices)
             mine = chosen.of(grad)
-            self.seen = _bend_(mine, chosen.delta, chosen.length, self.strength, rule)
+            self.seen = _bend_(mine, chosen.delta, chosen.length, self.strength, rule, self.total)
             chosen.put_(grad, mine)
+        elif self.share is not None:
+            if (here := self.share.gradient()) is not None:
+                mine = self._mine(here).float()
+                self.seen = _bend_(mine, self.delta(), self.length, self.strength, rule, self.total)
+                self._put_here_(here, mine)
+                self.share.put_gradient_(here)
         elif self.parameter.grad is not None:
             self.bend_(self.parameter.grad, rule)
         return self.seen is not None
@@ -638,8 +720,10 @@ class _Part:
         before, self.before, self.seen = self.before, None, None
         if isinstance(before, Tensor):
             now, delta, strength = self._value().to(torch.float32, copy=True), self.delta(), self.strength
-            self.seen = _measure(before.sub_(now), delta, self.length, strength, rule)
-            if strength:
+            self.seen = _measure(before.sub_(now), delta, self.length, strength, rule, self.total)
+            if strength and self.share is not None:
+                self._put_here_(self.share.values(), now.addcmul_(delta, self.seen.factor))
+            elif strength:
                 _put_(self.place, self.parameter.data, now.addcmul_(delta, self.seen.factor))
         elif before is not None:
             assert lift is not None
@@ -656,7 +740,7 @@ class _Part:
         now = flat.index_select(0, indices).float()
         now[stays] = values[at[stays]]
         strength = self.strength
-        self.seen = _measure(chosen.of(old - now), chosen.delta, chosen.length, strength, rule)
+        self.seen = _measure(chosen.of(old - now), chosen.delta, chosen.length, strength, rule, self.total)
         if strength:
             move = torch.zeros_like(now)
             chosen.put_(move, self.seen.factor * chosen.delta)
@@ -666,13 +750,16 @@ class _Part:
     def _among(self, indices: Tensor) -> _Chosen:
         """The prior at the chosen entries: read when the choice is new."""
         if self.chosen is None or self.chosen.indices is not indices:
-            delta, members = self.delta().reshape(-1), None
-            if self.place.is_whole:
-                delta = delta.index_select(0, indices)
-            else:
+            delta, members, where = self.delta().reshape(-1), None, indices
+            if self.members is not None:  # of a share, whose prior has the entries that are there
+                at = torch.searchsorted(self.members, indices).clamp_(max=max(0, len(self.members) - 1))
+                members = (self.members[at] == indices).nonzero().squeeze(1) if len(self.members) else indices[:0]
+                where = at[members]
+            elif not self.place.is_whole and self.share is None:
                 members, where = self.place.find(indices, self.parameter.shape)
-                delta = delta.index_select(0, where)
-            length = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+            delta = delta.index_select(0, where)
+            square = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+            length = math.sqrt(square if self.share is None else self.share.sum(square))
             self.chosen = _Chosen(indices, members, delta, length)
         return self.chosen
 
@@ -804,6 +891,16 @@ def _fitted(prior: Delta, strengths: Mapping[Site, float], weights: Weights) -> 
             "that fits nothing would train as if there were none."
         )
     return land(_Scaled(prior, dict.fromkeys([*inside, *beyond], 1.0)), weights).delta
+
+
+def _require_together(model: Model) -> None:
+    """Raises ValueError where an engine has dealt the weights out already, so that no process can compare a prior with them."""
+    for name, p in model.module.named_parameters():
+        if is_sharded(p) or is_partitioned(p):
+            raise ValueError(
+                f"{name} is dealt out to several processes already, and DRIFT looks at whole weights when it is made. Load the model and make "
+                "DRIFT first, before fully_shard, the trainer or a configuration of ZeRO stage 3."
+            )
 
 
 def _require_share(asked: Sequence[Site], found: Sequence[Site], least: float) -> None:

@@ -39,7 +39,7 @@ def warm_subspace(
         new, image = both @ leading, images @ leading
         change = _change(V[:, :rank], XV[:, :rank], new[:, :rank], image[:, :rank])
         V, XV, moved = new, image, D @ leading[held:, :rank]
-        shrinks = min(change / last, 1.0) if last else 1.0
+        shrinks = change / last if last else 1.0  # one that grows is never enough
         if step >= _LEAST and change * shrinks <= tolerance * (1 - shrinks):
             return V
         last = change

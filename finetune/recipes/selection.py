@@ -117,7 +117,7 @@ def seldom_right(transcripts: Sequence[Transcript], right: Grader, *, below: flo
 
 
 def shortest_right(transcripts: Sequence[Transcript], right: Grader) -> list[Transcript]:
-    """Of each question the shortest completion that is right, the earliest of equals. Raises ValueError where none is right.
+    """Of each question the completion of the fewest tokens that is right, the earliest of equals. Raises ValueError where none is right.
 
     Source: Munkhbat et al. 2025 (arXiv 2502.20122), concise self-training by best of N; N is the caller's number of samples.
     """
@@ -125,10 +125,15 @@ def shortest_right(transcripts: Sequence[Transcript], right: Grader) -> list[Tra
     for samples in by_question(transcripts).values():
         if good := [t for t in samples if right(t)]:
             kept.append(
-                noted(min(good, key=lambda t: len(t.ids)), "shortest_right", samples=len(samples), right=len(good))
+                noted(min(good, key=_completion_length), "shortest_right", samples=len(samples), right=len(good))
             )
     require_some(kept, len(transcripts), "none is right.")
     return kept
+
+
+def _completion_length(transcript: Transcript) -> int:
+    begin, end = transcript.require("completion")
+    return end - begin
 
 
 def same_answer(a: Transcript, b: Transcript) -> bool:

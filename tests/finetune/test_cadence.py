@@ -201,6 +201,15 @@ def test_steps_that_become_slower_earn_more() -> None:
     assert account.seconds == 2 * before == pytest.approx(20.0)
 
 
+def test_what_was_measured_at_the_last_step_leaves_the_end_to_the_others() -> None:
+    account = Account(0.1, 100)
+    account.training, account.made = 100.0, 100
+    account.charge("b", 4.0, 0)
+    account.charge("a", 2.0, 100)
+    assert account.closes("b")  # 6 of 10 are spent, and 4 are all it takes
+    assert not account.closes("a")
+
+
 def test_preparing_counts_as_spent_and_says_what_one_costs() -> None:
     account = Account(0.1, 100)
     account.training, account.made = 1.0, 1

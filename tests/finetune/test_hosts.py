@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from analyses.tasks import chained_sums
-from finetune.distributed import require_whole_steps
+from finetune.distributed import _checksum, require_bare_gradients, require_whole_steps
 from finetune.examples import Collate, Example, examples, rows_of
 from finetune.hosts import Surgical
 from finetune.lift import LIFT
@@ -130,7 +131,10 @@ def test_predictions_are_the_models_own_row_by_row(family: str) -> None:
     m = model(family)
     told = taught(m, 3)
     with torch.no_grad():
-        found = predict(m.module, batch(m, told, {"thinking": 1.0, "answer": 3.0}))
+        given = batch(m, told, {"thinking": 1.0, "answer": 3.0})
+        more = {"grade": torch.tensor([2.0, 0.5, 1.0]), "token_type_ids": torch.zeros_like(given["input_ids"])}
+        found = predict(m.module, given | more)
+    assert set(found.columns) == {"grade"}  # a number a sequence, and not what another collator gives the tokens
     at = 0
     for row, t in enumerate(told):
         own = log_probabilities(m, t)
@@ -243,24 +247,29 @@ STAGE_0 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "with_lift", "with_drift"),
     [
-        *(({"zero_optimization": {"stage": n}}, rf"ZeRO stage {n} .*{{who}} works on.*stage to 0") for n in (1, 2, 3)),
-        ({"bf16": {"enabled": True}}, r"DeepSpeed's bf16 .* load the model with dtype='bfloat16'"),
-        ({"fp16": {"enabled": True}}, r"DeepSpeed's fp16 .* Turn fp16 off"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"offload_optimizer .* Leave it out with {who}"),
-        ({"optimizer": {"type": "AdamW"}}, r"an optimizer of its own beside LIFT\. Leave optimizer out"),
+        *(({"zero_optimization": {"stage": n}}, rf"ZeRO stage {n} .*LIFT works on.*stage to 0", None) for n in (1, 2, 3)),
+        ({"bf16": {"enabled": True}}, r"DeepSpeed's bf16 .* load the model with dtype='bfloat16'", r"bf16 at ZeRO stage 0 .*stage 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, "ZeRO stage 2", None),
+        ({"fp16": {"enabled": True}}, r"DeepSpeed's fp16 .* Turn fp16 off", "fp16 keeps scaled gradients.* bf16 or fp32"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"offload_optimizer .* Leave it out with LIFT",
+            "offload_optimizer keeps gradients on the host.*Leave it out",
+        ),
+        ({"optimizer": {"type": "AdamW"}}, r"an optimizer of its own beside LIFT\. Leave optimizer out", None),
     ],
 )  # fmt: skip
-def test_deepspeed_is_refused_where_it_steps_on_pieces_or_copies(config: dict[str, Any], message: str) -> None:
-    for who in ("LIFT", "DRIFT"):
-        require_whole_steps({}, who)  # no DeepSpeed
-        require_whole_steps(STAGE_0, who)
-        if "optimizer" in config and who == "DRIFT":
-            require_whole_steps(config, who)  # any optimizer will do
-            continue
-        with pytest.raises(ValueError, match=message.format(who=who)):
-            require_whole_steps(config, who)
+def test_deepspeed_is_refused_where_it_steps_on_pieces_or_copies(
+    config: dict[str, Any], with_lift: str, with_drift: str | None
+) -> None:
+    for require in (require_whole_steps, require_bare_gradients):
+        require({})  # no DeepSpeed
+        require(STAGE_0)
+    with pytest.raises(ValueError, match=with_lift):
+        require_whole_steps(config)
+    with pytest.raises(ValueError, match=with_drift) if with_drift else nullcontext():
+        require_bare_gradients(config)
 
 
 def test_lift_meets_deepspeed_in_a_trainer_that_knows_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,10 +318,14 @@ def test_a_term_counts_once_where_the_host_divides_by_micro_batches(said: bool |
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
+    breaks = False
+
     class Silent(Trainer):
         loss_is_scaled_for_ga = said
 
         def compute_loss(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Tensor:
+            if breaks:
+                raise KeyboardInterrupt
             return 0.0 * sum(p.sum() for p in model.parameters())
 
     class Host(Surgical, Silent):
@@ -337,7 +350,11 @@ def test_a_term_counts_once_where_the_host_divides_by_micro_batches(said: bool |
         trainer.train()
         norms.append([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
         trainer.args.max_steps = 1
-        for _ in range(2):  # a step that was made before in another run, or was broken off, is begun anew
+        breaks = True
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        breaks = False
+        for _ in range(2):  # a step that was broken off, or was made before in another run, is begun anew
             trainer.train()
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     assert norms[0][0] > 0
@@ -367,6 +384,12 @@ def test_an_evaluation_between_micro_batches_leaves_the_step_as_it_was(tmp_path:
         assert any("eval_rows" in entry for entry in trainer.state.log_history) == looks
         norms.append([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_a_checksum_tells_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By it processes find that their weights differ, also past the entries that are widened at once."""
+    monkeypatch.setattr("finetune.distributed._PIECE", 4)
+    assert len({int(_checksum(row)) for row in torch.eye(10, dtype=torch.bfloat16)}) == 10
 
 
 @pytest.mark.parametrize("autocast", [True, False])

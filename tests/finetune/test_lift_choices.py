@@ -381,6 +381,16 @@ def test_every_warm_choice_agrees_as_much_as_was_asked(moved):
         assert float(torch.isin(principal_indices(after, 16, 2880), ours.indices).float().mean()) >= 0.999
 
 
+def test_a_change_that_grows_is_not_the_last():
+    """The start has the fifth direction for the fourth: little moves at first, and then each step moves more than the one before."""
+    W = torch.diag(torch.cat([torch.ones(4), torch.tensor([0.9]), torch.linspace(0.88, 0.1, 55)]))
+    start = torch.eye(60)[:, [0, 1, 2, 4]]
+    start[3, 3] = 1e-5
+    start[5:] += 1e-4 * torch.cos(torch.arange(55.0)[:, None] * torch.arange(1.0, 5.0)) / 55**0.5
+    basis = warm_subspace(W, start, 4, 1e-2)
+    assert (W @ basis @ basis.T - truncated(W, 4)).norm() / truncated(W, 4).norm() < 1e-2
+
+
 def test_a_hopeless_start_is_given_up():
     W = matrix(300, 200)
     assert warm_subspace(W, torch.linalg.qr(matrix(200, 12, seed=5)).Q, 12, 1e-9) is None

@@ -153,6 +153,12 @@ def test_what_is_trained_by_an_adapter_is_seen(family: str, kind: str) -> None:
     change = ChangeNorm(m, start=start)(m, 1)
     with learner.disable_adapter():
         assert all(torch.equal(as_trained(m, s), start[s]) for s in start.sites)
+    if kind != "ia3":  # an adapter that is not in every layer another one is in
+        learner.add_adapter("narrow", LoraConfig(r=2, layers_to_transform=[0], use_dora=kind == "dora", **shared))
+        learner.set_adapter("narrow")
+        assert all(torch.allclose(as_trained(m, s), start[s], atol=1e-5) for s in start.sites)
+        learner.set_adapter("default")
+        learner.delete_adapter("narrow")
     learner.merge_and_unload()
     for site, W in seen.items():
         assert torch.allclose(W, m.weights[site].float(), atol=1e-5), site

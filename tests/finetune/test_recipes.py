@@ -128,6 +128,15 @@ def test_steps_put_together_are_the_text(thinking: str, answer: str, closed: boo
             assert not thinking.strip()
 
 
+def test_white_space_goes_with_the_step_that_it_stands_before() -> None:
+    steps = Steps("<think>", ("a", "b", "c", "d"), ("\n\n", " ", " "), "</think>7")
+    assert steps.keeping([0, 2, 3]).text() == "<think>a c d</think>7"
+    assert steps.keeping([1, 2]).text() == "<think>b c</think>7"
+    assert steps.with_step(1, "NEW").text() == "<think>a NEW\n\nb c d</think>7"  # with what stands before most
+    stray = MODEL.transcript("q", "x</think><think>one\ntwo</think>7")
+    assert steps_of(stray) == ("one", "two")
+
+
 def test_steps_are_those_of_a_prompt_that_opens_the_thinking_too() -> None:
     opening = Model(MODEL.module, copy.deepcopy(MODEL.tokenizer))
     opening.tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
@@ -181,6 +190,7 @@ def test_a_grader_knows_its_questions() -> None:
     assert all(right(t) for t in told())
     assert right(MODEL.transcript(QUESTIONS[0].question, "<think>\n</think>99999")) is False
     assert right(MODEL.transcript(QUESTIONS[0].question, "<think>\n")) is None
+    assert grader([QUESTIONS[0], replace(QUESTIONS[0])], grade)(told()[0])  # the same question again
     with pytest.raises(ValueError, match="none of the 12 questions"):
         right(MODEL.transcript("another", "1"))
     with pytest.raises(ValueError, match="read the same"):
@@ -205,6 +215,9 @@ def test_a_grader_knows_its_questions() -> None:
         ("1 / 0 = 3", ["1/0=3"], [False]),
         ("half of 50 = 25, 20% * 50 = 10", [], []),
         ("x + 3 = 10, x - 3 = 4 and x -3 = 4", [], []),
+        ("half of 50 = 25 = 20 + 5", ["25=20+5"], [True]),
+        ("1,2345 = 12345", [], []),
+        ("20% - 50 = -50", [], []),
         ("he pays 4 * 3 = 12", ["4*3=12"], [True]),
         ("7 = 7. 2 + 2 = 4", ["7=7", "2+2=4"], [True, True]),
         ("9**9**9**9 = 1", [], []),
@@ -261,7 +274,8 @@ def test_item_depends_on_seed_and_place_alone(name: str, tmp_path: Any) -> None:
     recipe, before = DISTURBANCES[name], told()
     whole = recipe(MODEL, before, seed=3)
     assert recipe(MODEL, before, seed=3) == whole
-    assert recipe(MODEL, before, seed=4) != whole
+    assert [t.ids for t in recipe(MODEL, before, seed=4)] != [t.ids for t in whole]
+    assert len({t.ids for t in recipe(MODEL, [*before[:1] * 8, *before], seed=3)[:8]}) > 1
     if name != "insert":  # whose steps come from the others
         others = [*before[:5], *[say(f"q{i}", "1 + 2 = 3\n4 + 5 = 9") for i in range(7)]]
         assert recipe(MODEL, others, seed=3)[:5] == whole[:5]
@@ -276,6 +290,7 @@ def test_shuffling_permutes() -> None:
             moved = [i for i, (x, y) in enumerate(zip(steps_of(a), steps_of(b), strict=True)) if x != y]
             assert 2 <= len(moved) <= max(2, round(share * len(steps_of(a))))
             assert set(moved) <= set(note(b)["moved"])
+            assert len(note(b)["moved"]) == max(2, round(share * len(steps_of(a))))
             assert Counter(a.text) == Counter(b.text)
 
 
@@ -310,6 +325,11 @@ def test_inserting_inserts_steps_of_others() -> None:
         assert all(body in rest for body in steps_of(a))  # in their order
         foreign = Counter(steps_of(b)) - Counter(steps_of(a))
         assert set(foreign) <= {body for t in told() if t.question != a.question for body in steps_of(t)}
+    two = [say("q", "one"), say("r", "other")]
+    assert {note(insert_steps(MODEL, two, seed=seed)[0])["inserted"][0] for seed in range(20)} == {
+        0,
+        1,
+    }  # before, after
     with pytest.raises(ValueError, match="other questions"):
         insert_steps(MODEL, [say("q", "one\ntwo"), say("q", "three")])
 
@@ -361,6 +381,7 @@ def test_a_share_is_a_share(recipe: Any) -> None:
         (wrong_rule, "17 - 30 = -13", {"17 + 30 = 47"}),
         (wrong_rule, "3 + 4 = 7, then more", {"3 - 4 = -1, then more"}),
         (wrong_rule, "3 * 4 = 12", {None}),
+        (wrong_rule, "3 + 0 = 3", {None}),
     ],
 )  # fmt: skip
 def test_flaws(flaw: Any, step: str, made: set[str | None]) -> None:
@@ -384,7 +405,8 @@ def test_a_prefix_has_exactly_one_flaw_and_ends_with_it() -> None:
                 assert span is not None
                 assert did["now"] in span or span in did["now"]
                 if model is MODEL:
-                    assert span == did["now"]
+                    begin, end = b.spans["flaw"]
+                    assert "".join(b.text[slice(*b.offsets[i])] for i in range(begin, end)) == did["now"]
                 wrong = [not e.holds for e in equations(completion_text(b))]
                 assert sum(wrong) == (did["flaw"] != "wrong_rule")
     assert used == {"flip_sign", "wrong_result", "wrong_rule"}  # sums of two terms have none to drop
@@ -394,6 +416,9 @@ def test_a_prefix_has_exactly_one_flaw_and_ends_with_it() -> None:
 def test_flaws_are_the_callers() -> None:
     (out, *_) = flawed_prefix(MODEL, told(), flaws=[lambda step, _: step.replace("=", "is") if "=" in step else None])
     assert " is " in note(out)["now"]
+    (twice,) = flawed_prefix(MODEL, [say("q", "one\ntwo")], flaws=[lambda step, _: "one" if step == "two" else None])
+    assert completion_text(twice) == "<think>one\none\n"
+    assert twice.spans["flaw"] == (len(twice.ids) - 4, len(twice.ids) - 1)  # the second, which was written last
     with pytest.raises(ValueError, match="none of the flaws"):
         flawed_prefix(MODEL, told(), flaws=[lambda step, _: step])
 
@@ -456,16 +481,18 @@ def test_rejection_sampling_keeps_right_and_distinct() -> None:
     assert [completion_text(t) for t in rejection_sampled(SAMPLES, right, cap=1)] == [texts[0], texts[2]]
     unchecked = rejection_sampled(SAMPLES, right, check=False)
     assert completion_text(SAMPLES[3]) in [completion_text(t) for t in unchecked]
+    assert len(rejection_sampled([say("q", "3 + 4 = 7\n1 + 1 = 2"), say("q", "1 + 1 = 2\n3 + 4 = 7")], right)) == 2
     one = rejection_sampled(SAMPLES, right, path=lambda t: None)
     assert [completion_text(t) for t in one] == [completion_text(SAMPLES[i]) for i in (0, 5)]
 
 
 def test_the_representative_is_the_farthest_from_other_ways() -> None:
     rng = random.Random(0)
-    samples = [
-        say("q", "".join(rng.choices("abc", k=rng.randint(1, 5))) + f" 1 + {k % 3} = {1 + k % 3}") for k in range(12)
-    ]
+    texts = ["".join(rng.choices("abc", k=rng.randint(1, 5))) + f" 1 + {k % 3} = {1 + k % 3}" for k in range(12)]
+    prompts = ["q"] * 8 + ["q, in other words"] * 4  # which do not count
+    samples = [replace(say(prompt, text), question="q") for prompt, text in zip(prompts, texts, strict=True)]
     kept = rejection_sampled(samples, right)
+    told = lambda t: t.ids[t.spans["completion"][0] :]  # noqa: E731
     ways: dict[Any, list[Transcript]] = {}
     for t in samples:
         ways.setdefault(reasoning_path(t), []).append(t)
@@ -473,7 +500,7 @@ def test_the_representative_is_the_farthest_from_other_ways() -> None:
     for t in kept:
         way = reasoning_path(t)
         far = [
-            sum(edit_distance(m.ids, o.ids) for w, others in ways.items() if w != way for o in others)
+            sum(edit_distance(told(m), told(o)) for w, others in ways.items() if w != way for o in others)
             for m in ways[way]
         ]
         assert t.ids == ways[way][far.index(max(far))].ids
@@ -482,6 +509,10 @@ def test_the_representative_is_the_farthest_from_other_ways() -> None:
 def test_shortest_right() -> None:
     kept = shortest_right(SAMPLES, right)
     assert [completion_text(t) for t in kept] == [completion_text(SAMPLES[i]) for i in (0, 7)]
+    asked_at_length = replace(say("q1, in many more words than these", "3+4=7"), question="q1")
+    assert (
+        shortest_right([SAMPLES[0], asked_at_length], right)[0].ids == asked_at_length.ids
+    )  # the prompt does not count
     with pytest.raises(ValueError, match="none is right"):
         shortest_right(SAMPLES, lambda t: None)
     with pytest.raises(ValueError, match="none is right"):
@@ -512,8 +543,10 @@ def test_pairs_that_do_not_fit_are_left_out() -> None:
     other_prompt = replace(SHORT[1], ids=(5, *SHORT[1].ids[1:]))
     longer = say("q2", "first this\nthen that\nand so on and on", "7")
     unthinking = MODEL.transcript("q3", "7")
-    kept = long_short(LONG[:5], [wrong, other_prompt, longer, unthinking, SHORT[4], SHORT[9]])
-    assert [t.question for t in kept] == ["q4", "q4"]
+    later = say("q4", "first this\nthen that\nand so on and on", "7")
+    shorts = [LONG[0], wrong, other_prompt, longer, unthinking, SHORT[4], SHORT[9]]
+    kept = long_short([*LONG[:5], later], shorts)
+    assert [t.ids for t in kept] == [LONG[4].ids, SHORT[4].ids]
     assert len(long_short(LONG[:5], [wrong], same=lambda a, b: True)) == 2
     with pytest.raises(ValueError, match="same question, prompt and answer"):
         long_short(LONG[:5], [wrong])
@@ -548,6 +581,8 @@ def test_length_pairs() -> None:
         len(a.transcript.ids) > len(b.transcript.ids)
         for a, b in length_pairs(LONG[:9] + SHORT[:9], prefer="random", seed=3)
     ] == long_first[:9]
+    others = length_pairs(LONG + SHORT, prefer="random", seed=4)
+    assert [len(a.transcript.ids) > len(b.transcript.ids) for a, b in others] != long_first
     batch = Collate(0)(rows_of(examples(groups[:2])))
     assert batch["positive"].tolist() == [1, 0, 1, 0]
     assert batch["group"].tolist() == [0, 0, 1, 1]
@@ -693,6 +728,17 @@ def test_planted_critical_tokens_are_found() -> None:
     assert did["outside_answer"] == pytest.approx(2 / 3)  # k and the end
     (more,) = critical_tokens(model, [t], answered, alternatives=1)
     assert {i for i, w in enumerate(more.weights) if w} == oracle.critical(model, t, answered, 1, 64) == {5, 7, 8, 9}
+
+
+def test_only_the_completion_is_tried_and_what_is_known_of_it_stays() -> None:
+    model = chain()
+    (t,) = model.generate(["aq"])
+    kept = replace(t, meta={"gold": "7<end>"})
+    (example,) = critical_tokens(model, [kept], lambda u: u.text.count(u.meta["gold"]) == 1, over="all")
+    assert (note(example.transcript)["critical"], note(example.transcript)["tried"]) == (3, 9)
+    longer = model.transcript("q", "<think>abcke</think>78")  # after 7 it would have ended, as well
+    (example,) = critical_tokens(model, [longer], lambda u: u.text.endswith(("7<end>", "78<end>")))
+    assert [longer.text[slice(*longer.offsets[i])] for i, w in enumerate(example.weights) if w] == ["k", "7"]
 
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gpt-neox", "gemma2", "mistral"]

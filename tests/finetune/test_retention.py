@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def test_cloning_takes_its_batch_by_seed_and_step() -> None:
     chosen = [told[i] for i in drawn(6, 2, seed=0, step=1)]
     expected = oracle.kl_to_base(as_texts(now, chosen), as_texts(start, chosen))
     assert first[1] == pytest.approx(expected, rel=1e-4)
+    assert value(of(batch_size=9), now) == value(of(batch_size=6), now)  # no text twice in a step
     for options in ({"seed": 1}, {"batch_size": 3}, {"weight": 2.0}, {"over": "completion[:3]"}):
         assert value(of(**options), now) != pytest.approx(first[0], rel=1e-4)
         assert repr(of(**options)) != repr(of())
@@ -195,9 +197,15 @@ def test_terms_give_back_mode_gradients_and_random_state() -> None:
     start.module.eval()
     now.module.train()
     state = torch.get_rng_state()
-    Kickstarting(now, start, WORDS, batch_size=2, max_new_tokens=4)(now.module, 0)
+    asked = Kickstarting(now, start, WORDS, batch_size=2, max_new_tokens=4)
+    asked(now.module, 0)
     BehaviourCloning(start, source(start))(now.module, 0)
+    modes: list[bool] = []
+    seen = now.module.model.layers[0].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    asked.answers(0)
     fisher_diagonal(now, source(now, 2), sampled=True)
+    seen.remove()
+    assert set(modes) == {False}  # nothing is dropped where it is said, or measured
     assert torch.equal(torch.get_rng_state(), state)
     assert now.module.training
     assert not start.module.training
@@ -378,6 +386,7 @@ def test_fisher_information_is_saved_and_read_again(tmp_path: Path) -> None:
         assert torch.equal(again.start[name], fisher.start[name])
     assert repr(again) == repr(fisher)
     assert repr(fisher_diagonal(m, source(m, 1), at="*.mlp.down")) != repr(fisher)
+    assert repr(replace(fisher, start=fisher.diagonal)) != repr(fisher)
     assert [p.name for p in path.parent.iterdir()] == ["fisher.safetensors"]
 
 

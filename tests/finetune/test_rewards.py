@@ -166,6 +166,8 @@ def test_cosine_length_beyond_and_missing() -> None:
 )
 def test_overlong_is_dapos_equation(tokens: int, value: float) -> None:
     assert Overlong(100, 40)(QUESTION, said("x" * tokens, end=False)) == pytest.approx(value)
+    whole = Overlong(100, 100)  # from the first token on
+    assert whole(QUESTION, said("x" * tokens, end=False)) == pytest.approx(-min(tokens / 100, 1))
 
 
 # --- sums ---------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -1104,7 +1105,7 @@ def test_a_step_without_gradients() -> None:
         host.step(losses(other, 1))
 
 
-def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_and_fsdp1_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a launcher asks for it, and the arguments of the trainer do not name it."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
@@ -1113,6 +1114,10 @@ def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     m = model()
     monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
     with pytest.raises(ValueError, match=r"DeepSpeed .* cannot reach the gradient\. Put .*Surgical .* DDP"):
+        DRIFT(expert(m), m).on_train_begin(None, TrainerState(), None)
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", SimpleNamespace(fsdp_version=1))
+    with pytest.raises(ValueError, match=r"FSDP1 .* FSDP2"):
         DRIFT(expert(m), m).on_train_begin(None, TrainerState(), None)
 
 
