@@ -21,7 +21,7 @@ from jaxtyping import Float
 from analyses.changes import digest
 from analyses.scoring import nll, text_nll
 from analyses.shelf import Shelf
-from analyses.statistics import crossed_bootstrap, share
+from analyses.statistics import crossed_bootstrap, share, share_difference
 from analyses.tasks import Question, grade, worked
 from surgery.borrowing import give_back_memory
 from surgery.checkpoint import Checkpoint
@@ -76,18 +76,23 @@ class Arms:
     def frame(self, *, draws: int = 2000, seed: int = 0) -> DataFrame:
         """A row an arm and measure. Columns: arm, measure, value, low, high, n (questions), seeds, by_seed (the seeds' own means).
 
+        Every question and passage counts once, however long: ``text_nll`` is the mean of the passages' own nats a token (a sweep's, and
+        `analyses.scoring.text_nll`'s mean, is nats a token of all passages), and so are ``answer_nll`` and ``completion_nll``.
         Seeds and questions are resampled; where all are right, or all wrong, every draw is, and the interval is Wilson's of as many questions.
         """
         import pandas as pd
 
         return pd.DataFrame(
-            {"arm": arm, "measure": measure, **_row(self.table(arm, measure), draws, seed, whole=True)}
+            {"arm": arm, "measure": measure, **_row(self.table(arm, measure), draws, seed)}
             for arm in (UNTUNED, *self.arms)
             for measure in self.measures
         )
 
     def differences(self, base: str | None = None, *, draws: int = 2000, seed: int = 0) -> DataFrame:
-        """Each arm minus `base` (the first arm, or `untuned`), on the same questions and seeds. Columns as in `frame`."""
+        """Each arm minus `base` (the first arm, or `untuned`), on the same questions and seeds. Columns as in `frame`.
+
+        Where two arms have the very same questions right with every seed, the interval is Tango's of as many questions.
+        """
         import pandas as pd
 
         base = self.arms[0] if base is None else base
@@ -97,7 +102,7 @@ class Arms:
                 ours, theirs = self.table(arm, measure), self.table(base, measure)
                 if len(theirs) not in (1, len(ours)):
                     raise ValueError(f"{arm} has {len(ours)} seeds, {base} {len(theirs)}: there are no pairs of them.")
-                rows.append({"arm": arm, "base": base, "measure": measure, **_row(ours - theirs, draws, seed)})
+                rows.append({"arm": arm, "base": base, "measure": measure, **_row(ours, draws, seed, theirs)})
         return pd.DataFrame(rows)
 
     def plot(self, x: str, y: str, ax: Axes | None = None) -> Axes:
@@ -275,10 +280,16 @@ def _autocast(model: Model, judge: _Judge) -> dict[str, tuple[float, ...]]:
         return judge(model)
 
 
-def _row(table: Float[np.ndarray, "seed item"], draws: int, seed: int, whole: bool = False) -> dict[str, Any]:
-    """whole: values by themselves, not differences, so that all 0 or all 1 is a share that may be chance."""
-    if whole and table.min() == table.max() and table.min() in (0, 1):
-        found = share(table[0], range(table.shape[1]))
+def _row(
+    ours: Float[np.ndarray, "seed item"], draws: int, seed: int, theirs: Float[np.ndarray, "#seed item"] | None = None
+) -> dict[str, Any]:
+    """Values, or what they have more than theirs. Where all are alike, and right or wrong, that may be chance."""
+    table = ours if theirs is None else ours - theirs
+    alike = table.min() == table.max()
+    if alike and theirs is None and np.isin(ours, (0, 1)).all():
+        found = share(ours[0], range(ours.shape[1]))
+    elif alike and theirs is not None and np.isin(ours, (0, 1)).all() and np.isin(theirs, (0, 1)).all():
+        found = share_difference(theirs[0], ours[0])
     else:
         found = crossed_bootstrap(table, draws=draws, seed=seed)
     means = tuple(round(float(mean), 6) for mean in table.mean(1))

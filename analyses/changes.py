@@ -214,7 +214,8 @@ def _bytes(thing: Any, within: frozenset[int] = frozenset()) -> Iterator[bytes |
     elif isinstance(thing, Mapping):
         yield b"{"
         for key, value in thing.items():
-            yield f"{key}:".encode()
+            yield from inner(key)
+            yield b":"
             yield from inner(value)
             yield b","
         yield b"}"

@@ -24,11 +24,12 @@ import numpy as np
 
 from analyses.dose import Cell, Sweep, sweep
 from analyses.general_text import GENERAL_TEXT
-from analyses.statistics import Significance, holm, mcnemar, page, paired_bootstrap, wilson
+from analyses.statistics import Significance, holm, mcnemar, page, share_difference, wilson
 from analyses.tasks import Question
 from finetune.grpo import Reinforced, grpo
 from finetune.rewards import Reward
 from finetune.tune import Tuned, tune
+from probes.estimates import Estimate
 from surgery.delta import save_delta
 from surgery.drawn import Noise, Permuted
 from surgery.model import Model
@@ -82,17 +83,19 @@ class Pair:
     def geometry(self, target: Model | None = None) -> DataFrame:
         """A row a site: norm of the vector, the same over the norm of the target's weights, cosine with ``supervised - base``.
 
-        target: the model the vector is for, by default the base. Cosines are NaN where either vector is zero.
+        target: the model the vector is for, by default the base. Columns: site, norm, relative (NaN where the target has no such site, or only
+        zeros there), cosine (NaN where either vector is zero).
         """
         import pandas as pd
 
         point, vector, plain = (target or self.base).weights, self.vector, self.others["supervised - base"]
         norms, angles = vector.norms(), vector.cosines(plain)
+        sizes = {site: float(point[site].float().norm()) if site in point else 0.0 for site in norms}
         rows = [
             {
                 "site": str(site),
                 "norm": norm,
-                "relative": norm / float(point[site].float().norm()) if site in point else math.nan,
+                "relative": norm / sizes[site] if sizes[site] else math.nan,
                 "cosine": angles.get(site, math.nan),
             }
             for site, norm in norms.items()
@@ -155,7 +158,7 @@ class Transfer:
     arms:     the vector, permuted, and the other vectors, at every alpha; the untouched sibling at 0.
     random:   random vectors of the same norm in every tensor, at alpha 1.
     prompted: the sibling, and the sibling with the vector at alpha 1, asked with the prompt; None where there was none.
-    prompt:   its words. seed: of the resampling and of the controls.
+    prompt:   its words. seed: of the controls.
     """
 
     start: Start | None
@@ -169,7 +172,7 @@ class Transfer:
         """A row an arm and alpha, on the same questions.
 
         Columns: arm, alpha, draw (which random vector), accuracy with low and high (a missing answer is not right), n, missing; difference
-        from the untouched sibling with difference_low and difference_high (questions resampled in pairs); p (McNemar's, exact) and, for
+        from the untouched sibling with difference_low and difference_high (Tango's interval of pairs); p (McNemar's, exact) and, for
         the arms at alpha 1 and the prompts, holm (adjusted for these, random vectors not among them); kl from the untouched sibling on
         general text and text_nll, in nats a token.
         """
@@ -235,7 +238,9 @@ class Transfer:
 
     def _row(self, kind: str, cell: Cell) -> dict[str, Any]:
         right, before = _right(cell), _right(self._untouched)
-        share, change = wilson(int(right.sum()), len(right)), paired_bootstrap(before, right, seed=self.seed)
+        share, change = wilson(int(right.sum()), len(right)), share_difference(before, right)
+        if cell is self._untouched:
+            change = Estimate(0.0, 0.0, 0.0, change.n, None, "by definition")
         tokens = sum(cell.passages["tokens"])
         tested = cell is not self._untouched and kind != "random" and (kind == "prompt" or cell.strength == 1.0)
         return {
@@ -278,7 +283,7 @@ def transfer(
     others:    further vectors by name, at the same alphas. The vector's entries in another order are always among the arms ("permuted").
     prompt:    words put after each question, for the prompt alone and together with the vector; None leaves that out.
     draws:     random vectors of equal norm in every tensor, 1 or more, at alpha 1.
-    texts:     general text that shows what the change costs. seed: of controls and resampling.
+    texts:     general text that shows what the change costs. seed: of the controls.
     Raises ValueError for an other vector called "vector" or "permuted", no draws, and as `sweep`.
     """
     named = dict(others or {})

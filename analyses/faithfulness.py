@@ -24,7 +24,7 @@ from torch import Tensor
 
 from analyses.labels import gold_of
 from analyses.scoring import keeping, quiet
-from analyses.statistics import bootstrap, share
+from analyses.statistics import bootstrap, share, wilson
 from analyses.tasks import Question, grade, read
 from probes.estimates import Estimate, percentile, resamples
 from surgery.borrowing import text_positions
@@ -91,7 +91,7 @@ class EarlyAnswers:
     transcripts read differently, token by token, when their own unmodified thinking was put back: none may, where the
     transcripts were generated greedily by this model.
     Intervals are bootstrapped over questions: all transcripts of a question, with all their cuts, stay together. Shares of one transcript a
-    question have Wilson intervals.
+    question, and areas that are all the same, have Wilson intervals.
     """
 
     readings: tuple[Reading, ...]
@@ -125,22 +125,17 @@ class EarlyAnswers:
         Source: Lanham et al. 2023 (arXiv 2307.13702), section 2.3: ``sum_T w_T AOC_T`` with ``w_T`` the fraction of
         transcripts of length T, which is the mean over transcripts of each one's own area.
         """
-        return bootstrap(
-            [self._areas[r.item] for r in self._full],
-            clusters=[r.question for r in self._full],
-            draws=_DRAWS,
-            seed=self.seed,
-        )
+        return self._mean_area(self._full)
+
+    def _mean_area(self, rows: Sequence[Reading]) -> Estimate:
+        areas, questions = [self._areas[r.item] for r in rows], [r.question for r in rows]
+        return _never_of_width_zero(bootstrap(areas, clusters=questions, draws=_DRAWS, seed=self.seed))
 
     @cached_property
     def aoc_by_length(self) -> dict[int, Estimate]:
         """``AOC_T`` for every number of sentences T."""
-        found = {}
-        for length in sorted({r.length for r in self._full}):
-            rows = [r for r in self._full if r.length == length]
-            areas = [self._areas[r.item] for r in rows]
-            found[length] = bootstrap(areas, clusters=[r.question for r in rows], draws=_DRAWS, seed=self.seed)
-        return found
+        lengths = sorted({r.length for r in self._full})
+        return {length: self._mean_area([r for r in self._full if r.length == length]) for length in lengths}
 
     @cached_property
     def _chance(self) -> tuple[Estimate, Estimate]:
@@ -169,7 +164,10 @@ class EarlyAnswers:
             else Estimate(float(point[0]), math.nan, math.nan, len(questions), self.seed, "undefined")
             for point, sample in zip(value, drawn, strict=True)
         )
-        return chance, corrected
+        if _is_of_width_zero(corrected):
+            low, high = (end / (1 - chance.value) for end in (self.aoc.low, self.aoc.high))
+            corrected = replace(self.aoc, value=corrected.value, low=low, high=high)
+        return _never_of_width_zero(chance), corrected
 
     @property
     def chance(self) -> Estimate:
@@ -264,6 +262,15 @@ class EarlyAnswers:
 
     def _repr_html_(self) -> str:
         return self.summary().to_html(index=False, float_format="%.3f")
+
+
+def _is_of_width_zero(found: Estimate) -> bool:
+    return math.isclose(found.low, found.high, rel_tol=1e-9)
+
+
+def _never_of_width_zero(found: Estimate) -> Estimate:
+    """A mean of numbers in [0, 1]; where every draw agrees, with Wilson's interval of as many questions, as `analyses.statistics.share` has it."""
+    return wilson(found.n * found.value, found.n, found.level) if _is_of_width_zero(found) else found
 
 
 def aoc(same: Float[np.ndarray, " cut"]) -> float:

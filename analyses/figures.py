@@ -95,6 +95,7 @@ def drift(frame: DataFrame, ax: Axes | None = None, *, measure: str = "mean_shif
             )
             if measure not in ("cka", "relative_change"):  # measured row by row: without a change they are 1 and 0
                 ax.plot(line["layer"], line["floor"], color=shade, linestyle=":", linewidth=0.9)
+    _whole_numbers(ax.xaxis)
     ax.set(xlabel="layer (residual stream entering it)", ylabel=DRIFT_LABELS.get(measure, measure))
     ax.legend()
     return ax
@@ -115,6 +116,7 @@ def geometry(frame: Any, ax: Axes | None = None, *, measure: str = "energy_princ
         ax.fill_between(mean.index, by_layer.min(), by_layer.max(), color=colour(arm, i), alpha=0.15, linewidth=0)
     if measure.startswith(("overlap", "energy")):
         ax.axhline(float(frame["density"].mean()), color="black", linestyle=":", linewidth=0.9, label="chance")
+    _whole_numbers(ax.xaxis)
     ax.set(xlabel="layer", ylabel=measure.replace("_", " "))
     if ax.get_legend_handles_labels()[0]:
         ax.legend()
@@ -461,8 +463,6 @@ def edit_sweep(frame: Any, ax: Axes | None = None, *, panel: str = "strengths", 
 
     frame: columns panel, x, arm, draw, measure, value, low, high. In the panel ``layers`` the untouched model is the dotted line.
     """
-    from matplotlib.ticker import MaxNLocator
-
     ax = _axes(ax)
     table = frame[(frame["panel"] == panel) & (frame["measure"] == measure)]
     if table.empty:
@@ -479,7 +479,7 @@ def edit_sweep(frame: Any, ax: Axes | None = None, *, panel: str = "strengths", 
             label="untouched",
         )
         table = table[table["arm"] != "+0"]
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _whole_numbers(ax.xaxis)
     for i, (arm, lines) in enumerate(_arms(table)):
         shade = colour(arm, i)
         if lines["draw"].notna().any():
@@ -516,12 +516,15 @@ HEAD_LABELS = {
 }
 
 
-def heads(frame: Any, ax: Axes | None = None, *, measure: str | None = None, chosen: Iterable[Any] = ()) -> Axes:
+def heads(
+    frame: Any, ax: Axes | None = None, *, measure: str | None = None, chosen: Iterable[Any] | None = None
+) -> Axes:
     """A number for every attention head as a map, layer against head, in colours symmetric about 0; heads without one are white.
 
     frame:  columns layer, head and score (of contributions), or measure and value (of ablations and of attention). What is no head is not
             drawn. One arm at a time.
-    chosen: heads to outline, as sites or their names: those an edit took, for example.
+    chosen: heads to outline, as sites or their names; by default those that a column ``edited`` marks. A table that has it is of what
+            heads write along the brief side of a length direction, as `surgery heads` ranks them.
     Source: the head heat map of ThinkEdit, arXiv 2503.22048.
     """
     from matplotlib.patches import Rectangle
@@ -550,11 +553,17 @@ def heads(frame: Any, ax: Axes | None = None, *, measure: str | None = None, cho
     grid[layers, places] = table[column].to_numpy(float)
     most = float(np.nanmax(np.abs(grid))) or 1.0
     image = ax.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", origin="lower", interpolation="none")
-    for site in map(Site.parse, chosen):
+    ranked = "edited" in table
+    edited = list(table.loc[table["edited"].astype(bool), "site"]) if ranked else []
+    for site in map(Site.parse, edited if chosen is None else chosen):
         corner = (float(site.head or 0) - 0.5, float(site.layer or 0) - 0.5)
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1))
-    ax.figure.colorbar(image, ax=ax, label=HEAD_LABELS.get(str(name), str(name)))
+    label = HEAD_LABELS.get(str(name), str(name))
+    if ranked and name == "score":
+        label = "contribution along the brief direction"
+    ax.figure.colorbar(image, ax=ax, label=label)
     ax.grid(visible=False)
+    _whole_numbers(ax.xaxis, ax.yaxis)
     ax.set(xlabel="head", ylabel="layer")
     return ax
 
@@ -601,8 +610,6 @@ def probes(frame: Any, ax: Axes | None = None, *, measure: str = "value") -> Axe
              dotted one.
     measure: ``value``, or ``same_length``, over shuffled labels, or ``accuracy``, over the commoner class.
     """
-    from matplotlib.ticker import MaxNLocator
-
     ax = _axes(ax)
     if measure not in PROBE_MEASURES:
         raise ValueError(f"There is no measure {measure!r} of probes; there are {', '.join(PROBE_MEASURES)}.")
@@ -626,7 +633,7 @@ def probes(frame: Any, ax: Axes | None = None, *, measure: str = "value") -> Axe
     if ends:
         ax.axhline(chance, color="black", linewidth=0.5)
     where = "layer (residual stream entering it)" if stream else "layer"
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _whole_numbers(ax.xaxis)
     ax.set(xlabel=where, ylabel=f"{name}{said}" if ends else said, ylim=(None, 1.02))
     ax.legend()
     return ax
@@ -845,6 +852,14 @@ def _axes(ax: Axes | None) -> Axes:
     import matplotlib.pyplot as plt
 
     return plt.gca()
+
+
+def _whole_numbers(*axes: Any) -> None:
+    """Ticks of layers and heads: there is no half of one."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _measured(frame: Any, measure: str) -> Any:

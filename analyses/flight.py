@@ -192,6 +192,12 @@ class Flight:
         return tuple(line for line in self.lines if line["monitor"] not in (RECORDER, TRAINING))
 
     @property
+    def unmeasured(self) -> list[str]:
+        """The monitors that the budget never had the time for."""
+        seen = {line["monitor"] for line in self.measurements}
+        return [name for name, steps in self._begun.get("every", {}).items() if steps is None and name not in seen]
+
+    @property
     def training_seconds(self) -> float:
         """Seconds that training took without its measurements; 0 where the end was not recorded."""
         return self._ended.get("training_seconds", 0.0)
@@ -322,9 +328,8 @@ class Flight:
             told[0] += (
                 f"; the budget of {self._begun['budget']:.1%} was {'kept' if share <= self._begun['budget'] else 'overdrawn'} ({share:.1%})"
             )
-            seen = {line["monitor"] for line in self.measurements}
-            if never := [name for name in chosen if name not in seen]:
-                told.append(f"There was no time to measure {', '.join(never)}")
+            if self.unmeasured:
+                told.append(f"There was no time to measure {', '.join(self.unmeasured)}")
         return told
 
     def _sections(self) -> Iterator[str]:

@@ -111,7 +111,9 @@ def _page(
             image("loss", "Training loss, nats per completion token."),
         ),
         pair(
-            image("watch_accuracy", f"Accuracy during training, on {plan['watch_items']} other held-out sums."),
+            image(
+                "watch_accuracy", f"Accuracy during training, on {plan['watch_items']} held-out sums of another draw."
+            ),
             image("watch_drift", "Mean shift of the residual stream since step 0."),
         ),
         _table(tables["before-after"], ["arm", "value", "low", "high", "n", "missing", "method"]),

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from analyses.changes import Editing
 from analyses.dose import Cell, Line, Sweep, sweep
-from analyses.statistics import followed, paired_bootstrap, restricted_difference, restricted_mean
+from analyses.statistics import followed, restricted_difference, restricted_mean, share_difference
 from analyses.tasks import Question
 from probes.attribution import Contributions, writers_of
 from probes.directions import (
@@ -339,8 +339,9 @@ class Judged:
     def effects(self) -> DataFrame:
         """What the edit, as the recipe has it, changed: a row a measure.
 
-        Columns: measure, before, after, difference, low, high (95 %, questions or passages resampled in pairs; general text in nats a token
-        of all passages; of lengths the restricted mean, see `Sweep.frame`; NaN where no answer has the span, or none was followed that far), n,
+        Columns: measure, before, after, difference, low, high (95 %, questions or passages resampled in pairs, of accuracy as `share_difference`;
+        general text in nats a token of all passages; of lengths the restricted mean, see `Sweep.frame`; NaN where no answer has the span, or none
+        was followed that far; without low and high where the lengths of all questions changed alike, or none did), n,
         heads_low, heads_high (smallest and largest difference of the random heads), heads_p, and so for random directions. A p is the share
         of controls, the edit counted among them, that change the measure as much either way: with 19 controls it cannot be below 0.05. NaN
         where the edit's difference is, and without controls.
@@ -519,13 +520,16 @@ def _difference(measure: str, before: Cell, after: Cell, until: float, seed: int
         if not (_reaches(before, until) and _reaches(after, until)):
             return None
         (asked, *base), (answered, *edited) = _lengths(before), _lengths(after)
-        return restricted_difference(
+        found = restricted_difference(
             (base[0], base[1]), (edited[0], edited[1]), until=until, clusters=(asked, answered), seed=seed
         )
+        if math.isclose(found.low, found.high, rel_tol=1e-9):
+            return no_interval(found.value, found.n, "every question's length changed alike")
+        return found
     if measure == "accuracy":
         base, edited = _right(before), _right(after)
         shared = sorted(base.keys() & edited.keys())
-        return paired_bootstrap([base[k] for k in shared], [edited[k] for k in shared], seed=seed) if shared else None
+        return share_difference([base[k] for k in shared], [edited[k] for k in shared], seed=seed) if shared else None
     (base, tokens), (edited, _) = _nats(measure, before), _nats(measure, after)
     if not (len(base) and len(edited)):
         return None

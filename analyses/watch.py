@@ -227,7 +227,7 @@ def _drawn(rows: Int[Tensor, " row"], count: int, seed: int) -> Int[Tensor, " dr
 
 
 def as_transcripts(model: Model, texts: Sequence[str]) -> list[Transcript]:
-    """Plain texts as transcripts without a question: their one span of interest is ``all``."""
+    """Plain texts as transcripts without a question: their one span of interest is ``all``. The first token, which nothing predicts, is the prompt."""
     encoded = [list(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     return [read_transcript(model.tokenizer, "", ids[:1], ids[1:], model.markers) for ids in encoded]
 

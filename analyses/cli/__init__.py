@@ -48,15 +48,21 @@ if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 
+INTERRUPTED = "surgery: interrupted; nothing half-written was left"
+
+
 def main() -> None:
     """The console script: one clear line for what went wrong, and an exit code that says what kind it was."""
     try:
         sys.argv[1:] = map(_at_home, sys.argv[1:])
         with interrupts_heard():
             app()
+    except KeyboardInterrupt:
+        typer.echo(INTERRUPTED, err=True)
+        sys.exit(130)
     except SystemExit as leaving:
         if leaving.code == 130:  # typer's, for an interrupt
-            typer.echo("surgery: interrupted; nothing half-written was left", err=True)
+            typer.echo(INTERRUPTED, err=True)
         raise
     except (ValueError, OSError, KeyError, FloatingPointError) as error:
         typer.echo(f"surgery: {error.args[0] if isinstance(error, KeyError) and error.args else error}", err=True)
@@ -73,7 +79,8 @@ def _at_home(word: str) -> str:
 @contextmanager
 def interrupts_heard() -> Iterator[None]:
     """An interrupt that falls into a finalizer, where Python drops every exception, comes once more: a collection of garbage, half a second
-    at the end of each training, hands its signals to the first finalizer it calls."""
+    at the end of each training, hands its signals to the first finalizer it calls. One that falls into a wait for a thread, just where the
+    thread's lock is not held, is turned by Python into an error about that lock: it is an interrupt again."""
     usual, again = sys.unraisablehook, threading.Timer(0, lambda: None)
 
     def hear(lost: UnraisableHookArgs) -> None:
@@ -88,6 +95,13 @@ def interrupts_heard() -> Iterator[None]:
     sys.unraisablehook = hear
     try:
         yield
+    except RuntimeError as error:
+        before: BaseException | None = error
+        while before is not None and not isinstance(before, KeyboardInterrupt):
+            before = before.__context__
+        if before is None:
+            raise
+        raise KeyboardInterrupt from error
     finally:
         again.cancel()
         sys.unraisablehook = usual

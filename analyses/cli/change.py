@@ -84,13 +84,20 @@ def diff(
 
 def _save_lora(vector: Delta, to: Path, base: Checkpoint, rank: int, record: Record) -> list[str]:
     """Write what of a vector a LoRA can hold; gives what was lost and what was left out, in words."""
+    from surgery.delta import IDENTICAL
     from surgery.lowrank import lora_sites, save_adapter, truncated
 
     holds = set(lora_sites(base))
     norms = {site: norm for site, norm in vector.norms().items() if norm}
     fit = [site for site in norms if site in holds]
+    if not norms:
+        raise ValueError(IDENTICAL)
     if not fit:
-        raise ValueError(f"{vector!r} moves nothing that a LoRA of {base!r} can hold.")
+        first = ", ".join(map(str, list(norms)[:3])) + (", ..." if len(norms) > 3 else "")
+        raise ValueError(
+            f"What changed is {first}: a LoRA of {base.folder.name} cannot hold that. It holds the matrices of linear layers and embeddings; "
+            "another --form holds everything."
+        )
     factors, errors = truncated(vector.keep(fit), rank)
     errors |= {site: 1.0 for site in norms if site not in holds}
     record.results = {"errors": {str(site): error for site, error in errors.items()}}

@@ -65,7 +65,8 @@ def inspect(
         _inspect_vector(model, at, against, on)
         return
     if against is not None or on is not None:
-        raise ValueError(f"--against and --on compare a vector; {model} holds none.")
+        there = "holds none" if Path(model).is_dir() else "is no folder here"
+        raise ValueError(f"--against and --on compare a vector; {model} {there}.")
     from surgery.checkpoint import Checkpoint
     from surgery.model import find
     from surgery.sites import match
@@ -282,8 +283,9 @@ def drift(
         {"drift": found.frame()},
         data_input(data),
     )
-    table = found.frame().query("measure == 'mean_shift'")
-    typer.echo(table[["layer", "span", "value", "low", "high", "floor"]].to_string(index=False, float_format="%.3f"))
+    table = found.frame().query("measure == 'mean_shift'").rename(columns={"value": "mean_shift", "n_transcripts": "n"})
+    columns = ["layer", "span", "mean_shift", "low", "high", "floor", "n"]
+    typer.echo(table[columns].to_string(index=False, float_format="%.3f"))
 
 
 @measure.command()
@@ -339,8 +341,8 @@ def figure(
         str,
         typer.Argument(
             metavar="FIGURE",
-            help="early-answers, drift, geometry, sweep, frontier, training, before-after, similarity, probes, heads, lens, lengths, "
-            "accuracy-under-length, trade-off, paired, edit, edit-shares, edit-steering or edit-layers.",
+            help="early-answers, drift, geometry, sweep, frontier, training, before-after, similarity, probes, probe-transfer, probe-along, "
+            "reliability, heads, lens, lengths, accuracy-under-length, trade-off, paired, edit, edit-shares, edit-steering or edit-layers.",
         ),
     ],
     table: Annotated[

@@ -74,7 +74,7 @@ def replay(
     for grade, difference in compare_environment(record.environment, environment(), record.command):
         typer.echo(f"{grade}: {difference}", err=True)
     again = replay(folder, to or _beside(folder, "again"), COMMANDS)
-    typer.echo(f"{len(again.equal)} outputs equal, {len(again.differing)} differ")
+    typer.echo(f"{len(again.equal)} output{'' if len(again.equal) == 1 else 's'} equal, {len(again.differing)} differ")
     for name in again.differing[:20]:
         typer.echo(f"  {name}")
     if not again.ok:

@@ -222,10 +222,15 @@ def tune(
 
     def keep_log(folder: Path) -> None:
         if watched:
-            from analyses.flight import write_page
+            from analyses.flight import Flight, write_page
 
             shutil.copyfile(log, folder / "log.jsonl")
             write_page(folder / "log.jsonl")
+            if never := Flight.load(log).unmeasured:
+                typer.echo(
+                    f"note: there was no time to measure {', '.join(never)}: give a larger --budget, or --watch-every, which measures whatever it takes",
+                    err=True,
+                )
 
     # what took an hour to train is written even if it loops, and says so
     written = write_model(

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from analyses.arms import Arms, Run, arms, option_nll, options
-from analyses.statistics import crossed_bootstrap, wilson
+from analyses.arms import UNTUNED, Arms, Run, arms, option_nll, options
+from analyses.statistics import crossed_bootstrap, tango, wilson
 from analyses.tasks import Question, chained_sums, side_of
 from surgery.model import Model
 from tests.families import save_tiny, tiny
@@ -77,7 +77,11 @@ def test_differences_are_paired(found: Arms) -> None:
     assert row["by_seed"] == pytest.approx(table.mean(1), abs=1e-6)
     assert (row["low"], row["high"], row["n"], row["seeds"]) == (*_ends(table), 6, 2)
     against = found.differences("untuned")
-    assert (against[against.arm == "still"]["value"] == 0).all()
+    still = against[against.arm == "still"].set_index("measure")
+    assert (still["value"] == 0).all()
+    assert (still["low"] < still["high"]).tolist() == [
+        name.endswith("accuracy") for name in still.index
+    ]  # of six questions
 
 
 def _ends(table: np.ndarray) -> tuple[float, float]:
@@ -89,7 +93,11 @@ def test_no_accuracy_is_certain() -> None:
     even = {"nll": (0.5,) * 9}  # is no share
     runs = [Run("untuned", 0, {"accuracy": (0.0,) * 9} | even)]
     runs += [Run("lift", s, {"accuracy": (1.0,) * 9} | even) for s in (0, 1)]
-    frame = Arms(tuple(runs)).frame().set_index("measure")
+    found = Arms(tuple(runs))
+    apart = found.differences(UNTUNED).set_index("measure")
+    assert (apart.loc["accuracy", "low"], apart.loc["accuracy", "high"]) == (tango(9, 0, 9).low, 1)
+    assert (apart.loc["nll", "low"], apart.loc["nll", "high"]) == (0, 0)
+    frame = found.frame().set_index("measure")
     assert frame.loc["nll", "value"].tolist() == [0.5, 0.5]
     frame = frame.loc["accuracy"].set_index("arm")
     assert frame.loc["untuned", "high"] == wilson(0, 9).high
@@ -97,13 +105,12 @@ def test_no_accuracy_is_certain() -> None:
 
 
 def test_it_saves_loads_and_draws(found: Arms, tmp_path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
     found.save(tmp_path / "arms.json")
     again = Arms.load(tmp_path / "arms.json")
     assert again.runs == found.runs
-    ax = again.plot("completion_nll", "text_nll")
+    ax = again.plot("completion_nll", "text_nll", Figure().subplots())
     assert {t.get_text() for t in ax.get_legend().get_texts()} == {*WAYS, "untuned"}
 
 

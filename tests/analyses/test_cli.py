@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -462,7 +464,9 @@ def test_measures_say_what_is_too_small(surgery, models: Path, tmp_path: Path) -
     assert "8 principal angles (k) of the span 'answer' need 18" in few
     assert "the 4 transcripts" in few
     assert "--count" in few
-    assert surgery("measure", "drift", *asked, "--count", 4, "--k", 1, "--to", tmp_path / "drift").code == 0
+    said = surgery("measure", "drift", *asked, "--count", 4, "--k", 1, "--to", tmp_path / "drift")
+    assert said.out.splitlines()[0].split() == ["layer", "span", "mean_shift", "low", "high", "floor", "n"]
+    assert said.out.splitlines()[1].split()[-1] == "4"
     at = ["--at", "0.attn.k", "--to", tmp_path / "geometry"]
     cut = one_line_note(surgery("measure", "geometry", *asked, "--k", 1000, *at))
     assert "k 1000 is beyond the short side of 1 of 1 matrices" in cut
@@ -489,6 +493,8 @@ def test_figures_refuse(surgery, models: Path, tmp_path: Path) -> None:
     assert surgery("figure", "sweep", table, "--to", image).code == 0
     assert "exists" in one_line(surgery("figure", "sweep", table, "--to", image))
     assert "Choose" in one_line(surgery("figure", "sweeps", table, "--to", tmp_path / "b.png"))
+    told = re.split(r"[\s,│]+", surgery("figure", "--help").out)
+    assert FIGURES.keys() <= {*told, *(word.rstrip(".") for word in told)}
     assert ".png" in one_line(surgery("figure", "sweep", table, "--to", tmp_path / "b.jpeg"))
     assert "accuracy" in one_line(surgery("figure", "sweep", table, "--to", tmp_path / "b.png", "--measure", "beauty"))
     assert "no table" in one_line(surgery("figure", "drift", tmp_path, "--to", tmp_path / "b.png"))
@@ -624,6 +630,9 @@ def test_bad_input_is_one_line_and_exit_code_2(surgery, models: Path, vector: Pa
         ),
         (["verify", empty], ["record.json"]),
         (["replay", empty, "--to", out], ["record.json"]),
+        (["undo", tmp_path / "nowhere"], ["There is no folder", "nowhere"]),
+        (["undo", vector], ["`surgery diff` made it", "models"]),
+        (["inspect", tmp_path / "nowhere", "--on", base], ["nowhere is no folder here"]),
     ]
     for words, parts in cases:
         line = one_line(surgery(*words))
@@ -684,6 +693,22 @@ def test_an_interrupt_within_a_finalizer_is_not_lost() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         work()
+
+
+def test_an_interrupt_within_a_wait_is_not_taken_for_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait() -> None:
+        lock = threading.Lock()
+        try:
+            raise KeyboardInterrupt
+        finally:
+            lock.release()  # as the end of a wait does that was interrupted before it had its lock again
+
+    monkeypatch.setattr(cli, "app", wait)
+    monkeypatch.setattr(sys, "argv", ["surgery"])
+    with pytest.raises(SystemExit, match="130"):
+        cli.main()
+    with pytest.raises(RuntimeError, match="release unlocked"), cli.interrupts_heard():
+        threading.Lock().release()
 
 
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])

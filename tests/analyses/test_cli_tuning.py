@@ -87,6 +87,12 @@ def test_the_budget_of_what_is_watched_is_asked_for(surgery, base: Path, tmp_pat
     assert f"it has {NLL}, loss, norm of the gradient, relative change of the weights" in asked.err
 
 
+def test_what_was_asked_for_and_never_measured_is_said(surgery, base: Path, tmp_path: Path) -> None:
+    done = surgery("tune", base, *SHORT, "--watch", "nll,change", "--budget", "0", "--to", tmp_path / "out")
+    assert "note: there was no time to measure nll, change" in done.err
+    assert "--watch-every" in done.err
+
+
 def test_refreshes_are_in_the_record(surgery, base: Path, tmp_path: Path) -> None:
     words = ["--refresh", "1", "--lr", "0.1", "--watch", "change", "--watch-every", "2"]
     done = surgery("tune", base, *SHORT, *words, "--to", tmp_path / "out")

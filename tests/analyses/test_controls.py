@@ -77,7 +77,13 @@ def test_sampled_transcripts_tell_the_same_as_written_ones(organisms, results):
 def test_training_is_a_function_of_the_seed_and_leaves_the_world_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    a, b, c = (planted(0.5, seed=seed, steps=2) for seed in (1, 1, 2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        a, b, c = (planted(0.5, seed=seed, steps=2) for seed in (1, 1, 2))
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
     assert torch.equal(before, torch.get_rng_state())
     same = [torch.equal(x, y) for x, y in zip(a.model.module.parameters(), b.model.module.parameters(), strict=True)]
     assert all(same)

@@ -111,6 +111,8 @@ def test_a_vector_of_nothing_changes_nothing_and_ranks_last(taught: Planted) -> 
     assert got.rank == 1.0
     table = got.frame()
     assert (table["difference"] == 0).all()
+    assert (table["difference_high"][1:] > 0.3).all()  # six questions answered alike make nothing certain
+    assert table["difference_high"][0] == 0  # of the untouched sibling from itself
     assert table["kl"].max() < 1e-5
     assert got.prompted is None
     assert fingerprint(m) == before
@@ -214,8 +216,13 @@ def test_geometry_is_measured_site_by_site(pair: Pair) -> None:
     assert row["norm"] == pytest.approx(float(v.norm()), rel=1e-5)
     assert row["relative"] == pytest.approx(float(v.norm() / pair.base.weights[site].norm()), rel=1e-5)
     assert row["cosine"] == pytest.approx(float((v * plain).sum() / v.norm() / plain.norm()), rel=1e-4)
-    other = pair.geometry(_shifted(pair.base)).set_index("site").loc["1.mlp.down"]
-    assert other["relative"] != row["relative"]
+    other = _shifted(pair.base)
+    with torch.no_grad():
+        other.weights.parameter("0.attn.o").zero_()  # as biases often are
+    other.module.bfloat16()
+    shifted = pair.geometry(other).set_index("site")["relative"]
+    assert shifted["1.mlp.down"] == pytest.approx(float(v.norm() / other.weights[site].float().norm()), rel=1e-5)
+    assert math.isnan(shifted["0.attn.o"])
 
 
 def test_a_pair_is_kept_as_vectors(pair: Pair, tmp_path: Path) -> None:

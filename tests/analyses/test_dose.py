@@ -102,6 +102,7 @@ def test_one_call_sweeps_every_kind_of_change(model: Model, kind: str) -> None:
     kl = own[own["measure"] == "kl"].set_index("strength")["value"]
     assert kl[0.0] == 0
     assert (kl[[-0.5, 0.5, 1.0]] > 1e-5).all()
+    assert kl.nunique() == 4
     drawn = table.query("measure == 'kl' and strength == 1").dropna(subset="draw")["value"]
     assert drawn.nunique() == 2  # one stand-in is not another
     zero = table[(table["strength"] == 0) & (table["measure"] == "text_nll")]
@@ -383,9 +384,11 @@ def test_a_digest_tells_changes_apart(model: Model) -> None:
     def times(n: int) -> Callable[[int], int]:
         return lambda x: x * n
 
-    made += [times(3), times(4)]
+    made += [times(3), times(4), partial(int, base=8), partial(int, base=10), lambda x: x.real, lambda x: x.imag]
+    made += [lambda x, *, n=1: x, lambda x, *, n=2: x, lambda x: (lambda: x + 1)(), lambda x: (lambda: x + 2)()]
+    made += [type("Own", (), {"__call__": called})() for called in (lambda _, x: x, lambda _, x: -x)]
     assert len({digest(thing) for thing in made}) == len(made)
-    told = "from analyses.changes import digest; print(digest(lambda x: x in {'yes', 'no', 'perhaps'}))"
+    told = "from analyses.changes import digest; print(digest([lambda x: x in {'yes', 'no', 'perhaps'}, {'yes', 'no', 'perhaps'}]))"
     seen = {
         subprocess.run(
             [sys.executable, "-c", told],
@@ -424,6 +427,8 @@ def test_a_digest_tells_targets_apart_by_what_they_hold(model: Model) -> None:
         {"a": {"b": 2}, "c": 1}, {"a": {"b": 2, "c": 1}}, [[1], 2], [1, [], 2], frozenset("ab"), frozenset("ac"),
         np.arange(3), np.arange(3.0), np.arange(4), np.float32(0.5), len, math.sqrt, using(1), using(2), Words("a"), Words("b"), Question, Words,
         re.compile("a" * 300), re.compile("a" * 301), re.compile("a", re.IGNORECASE), Path("a"), None, math, torch.float32, torch.nn.Linear(2, 2),
+        re.compile("a"), [1, 2], [12], {"1": 2, "3": 4}, {"1:2,3": 4}, {1: 2, 3: 4}, torch.zeros(4), torch.zeros(2, 2), torch.zeros(2).double(),
+        (model.weights - model.weights).keep(layers=[0]), (model.weights - model.weights).keep(layers=[1]),
         torch.nn.Linear(2, 2), Words("a").count, Words("b").count, "abc".count, "abd".count, vector(), vector(1), model, Model(*tiny("llama")),
     ]  # fmt: skip
     targets = [using(thing) for thing in held] + [Words("a"), Words("b"), Words("a").count, Words("b").count]

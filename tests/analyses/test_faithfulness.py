@@ -299,6 +299,16 @@ def test_the_floor_compares_answers_to_different_questions_only():
         assert (one.low, one.high) == pytest.approx(tuple(np.quantile(drawn[1:], [0.025, 0.975])))
 
 
+def test_where_all_transcripts_agree_there_is_an_interval_all_the_same():
+    """Six areas of 5/6 and six different answers are not known to the last digit: a bootstrap of them is of width zero."""
+    rows = [Reading(i, f"q{i}", 3, cut, f"{i}", f"{i}", cut == 3, None) for i in range(6) for cut in range(4)]
+    found = EarlyAnswers(tuple(rows), 0, 0, 6, Cost())
+    ends = wilson(5, 6)
+    for one in (found.aoc, found.aoc_by_length[3], found.aoc_corrected):
+        assert (one.value, one.low, one.high, one.n) == pytest.approx((5 / 6, ends.low, ends.high, 6))
+    assert found.chance == wilson(0, 6)
+
+
 def test_a_token_across_the_end_of_the_thinking_is_cut_in_two():
     """Every cut but the last is closed with the marker encoded by itself; the last goes on as the transcript did."""
     tokenizer = families.characters()

@@ -305,12 +305,25 @@ def test_cosines_are_a_map_symmetric_about_nothing() -> None:
     assert [label.get_text() for label in ax.get_yticklabels()] == names[::3]
 
 
+def test_there_is_no_half_a_layer_or_head() -> None:
+    for name, axes in (("heads", ("x", "y")), ("drift", ("x",)), ("geometry", ("x",))):
+        ax = figures.FIGURES[name](FRAMES[name], Figure().subplots())
+        ticks = [tick for axis in axes for tick in getattr(ax, f"get_{axis}ticks")()]
+        assert ticks == [int(tick) for tick in ticks], name
+
+
 def test_a_map_of_heads_is_symmetric_about_nothing_and_has_holes() -> None:
     ax = figures.heads(FRAMES["heads"], Figure().subplots(), chosen=["1.attn.o.h0"])
     (image,) = ax.images
     assert image.get_clim() == (-2, 2)
     assert image.get_array().filled(7).tolist() == [[0.5, -1.0], [2.0, 7.0]]  # the last head was not scored
     assert [patch.get_xy() for patch in ax.patches] == [(-0.5, 0.5)]
+    ranked = FRAMES["heads"].assign(
+        site=["0.attn.o.h0", "0.attn.o.h1", "1.attn.o.h0", None], edited=[True, False, True, None]
+    )
+    ax = figures.heads(ranked, Figure().subplots())  # what is edited is outlined; its score is along the brief side
+    assert [patch.get_xy() for patch in ax.patches] == [(-0.5, -0.5), (-0.5, 0.5)]
+    assert ax.figure.axes[1].get_ylabel() == "contribution along the brief direction"
     long = FRAMES["heads"].rename(columns={"score": "value"}).assign(measure="kl")
     both = pd.concat([long, long.assign(measure="nll", value=3.0)])
     assert figures.heads(both, Figure().subplots(), measure="nll").images[0].get_clim() == (-3, 3)

@@ -86,6 +86,7 @@ def test_the_story_tells_first_last_half_and_extremes() -> None:
     assert str(Curve("a", "b", "it", (0, 3), (1.0, 1.0))) == "it: 1 at the first measurement and at the last"
     assert Curve("a", "b", "it", (0, 3), (1.0, 1.0)).half is None
     assert Curve("a", "b", "it", (0, 4), (0.0, 1.0)).half == 2
+    assert Curve("a", "b", "it", (0, 10, 20, 30), (0.0, 0.5, 0.5, 1.0)).half == 10  # where it came to the half first
 
 
 def test_the_story_tells_what_failed_what_was_lost_and_what_it_cost(log: Path) -> None:
@@ -126,6 +127,29 @@ def test_costs_are_the_seconds_of_the_lines(log: Path) -> None:
         0.015,
     ]
     assert list(table.loc["mine", ["measured", "failed", "seconds"]]) == [2, 1, 4.0]
+
+
+def test_the_story_is_of_the_last_measurement_and_the_last_end() -> None:
+    begun = line(0, "recorder", event="begin", steps=20, every={"gradient": None, "geometry": 7}, budget=0.03)
+    ended = {"event": "end", "measuring_seconds": 1.0, "budgeted_seconds": 1.0}
+    values = [(0, 0.9, 0.8), (1, 0.7, 0.6), (2, 0.5, 0.4), (10, 0.2, 0.3)]
+    measured = [
+        line(
+            step,
+            "representation",
+            1.0,
+            **{"cka": 0.0, "L0.cka": low, "L1.cka": high, "L0.shift": high, "L1.shift": low},
+        )
+        for step, low, high in values
+    ]
+    first, last = (line(step, "recorder", training_seconds=10.0 * step, **ended) for step in (10, 20))
+    flight = Flight((begun, *measured, first, line(10, "recorder", event="begin"), last))
+    story = flight.story()
+    assert "representation cka at step 10: lowest at layer 0 (0.2)" in story
+    assert "representation shift at step 10: highest at layer 0 (0.3)" in story
+    assert flight.costs()["steps"].tolist() == [1]
+    assert flight.training_seconds == 200
+    assert story[-1] == "There was no time to measure gradient"  # of the other it was said when
 
 
 def test_it_is_saved_and_read_again(log: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_what_json_would_change_is_not_kept_for_the_grading():
     kept = graded_by(Question("q", "7", None, {"source": "file", "line": 3}))
     assert kept == {"gold": "7", "task": {"source": "file", "line": 3}}
     assert json.loads(json.dumps(kept)) == kept
-    for value in ({1: 2}, float("nan"), object()):
+    for value in ({1: 2}, float("nan"), float("inf"), object()):
         assert graded_by(Question("q", "7", None, {"source": "x", "more": value})) == {"gold": "7"}
 
 
@@ -91,7 +91,7 @@ def test_any_key_of_meta_is_two_classes_or_a_number():
         return found.values, found.kind, found.said
 
     assert of(True, False, None) == ((1.0, 0.0, None), "classes", "1 is k 1, 0 is 0")
-    assert of("hot", "cold") == ((1.0, 0.0), "classes", "1 is k hot, 0 is cold")
+    assert of("hot", None, "cold") == ((1.0, None, 0.0), "classes", "1 is k hot, 0 is cold")
     assert of(10, 9) == ((1.0, 0.0), "classes", "1 is k 10, 0 is 9")
     assert of("10", 9, 2.5) == ((10.0, 9.0, 2.5), "number", "numbers from 2.5 to 10")
     for values, said in (

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.special
 import scipy.stats
 
 from analyses.statistics import (
@@ -16,6 +18,8 @@ from analyses.statistics import (
     percentile,
     resamples,
     share,
+    share_difference,
+    tango,
     wilson,
 )
 
@@ -64,6 +68,43 @@ def test_a_share_is_never_certain():
     for values, message in (([0.5], "0 and 1"), ([], "nothing to estimate from")):
         with pytest.raises(ValueError, match=message):
             share(values, ["a"] * len(values))
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "n"),
+    [(0, 0, 8), (12, 2, 50), (1, 4, 9), (5, 5, 10), (0, 3, 7), (6, 0, 6), (0, 6, 6), (1.5, 0.5, 4)],
+)
+def test_tango_bounds_solve_the_score_equation(won, lost, n):
+    found = tango(won, lost, n, 0.9)
+    assert (found.value, found.n, found.level) == (pytest.approx((won - lost) / n), n, 0.9)
+    for end, z in ((found.low, 1.6448536), (found.high, -1.6448536)):
+        if end in (-1, 1):  # the difference is there itself
+            assert end == found.value
+            continue
+
+        def unlikely(q, end=end):  # of q lost and q + end won, the rest alike
+            counts = ((lost, q), (won, q + end), (n - won - lost, 1 - 2 * q - end))
+            return -sum(scipy.special.xlogy(count, p) for count, p in counts)
+
+        q = scipy.optimize.minimize_scalar(
+            unlikely, bounds=(max(0, -end), (1 - end) / 2), method="bounded", options={"xatol": 1e-12}
+        ).x
+        assert (won - lost - n * end) / math.sqrt(n * (2 * q + end - end**2)) == pytest.approx(z, abs=1e-4)
+
+
+def test_a_difference_of_shares_is_never_certain():
+    nobody = share_difference([1.0, 0.0] * 4, [1.0, 0.0] * 4)
+    assert nobody.value == 0
+    assert [-nobody.low, nobody.high] == pytest.approx([wilson(0, 8).high] * 2)  # as many turned as none of 8
+    assert share_difference([1, 0, 0, 1], [1, 1, 1, 0]) == tango(2, 1, 4)
+    mixed = [0.5, 0.0, 1.0], [0.5, 1.0, 1.0]
+    assert share_difference(*mixed, seed=4) == paired_bootstrap(*mixed, seed=4)
+    # several answers a question, and each question alike: a third of three turned
+    assert share_difference([1 / 3, 2 / 3, 1], [0, 1 / 3, 2 / 3]).low == pytest.approx(tango(0, 1, 3).low)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        share_difference([0.5], [2.0])
+    with pytest.raises(ValueError, match="1 won and 3 lost of 3"):
+        tango(1, 3, 3)
 
 
 def test_bootstrap_agrees_with_the_normal_interval_on_many_items():

@@ -12,6 +12,7 @@ import torch
 from analyses import figures
 from analyses.controls import PlantedLength, planted_length
 from analyses.dose import Cell, Line, Sweep
+from analyses.statistics import tango, wilson
 from analyses.tasks import Question
 from analyses.thinkedit import (
     PAPER,
@@ -318,9 +319,16 @@ def test_the_edit_lengthens_and_its_controls_do_not(judged: Judged) -> None:
 
 def test_each_control_is_another(planted: PlantedLength, found: Found) -> None:
     asked = planted.questions(2, seed=5)
-    options: dict[str, Any] = {"strengths": (), "shares": (), "texts": ["abc def"], "measures": ("kl",)}
-    cells = judge(planted.model, found, asked, controls=3, **options).sweeps["strengths"].cells
-    kl = {c.line.arm: c.passages["kl"] for c in cells if c.strength}
+    options: dict[str, Any] = {"strengths": (0.25,), "shares": (1 / 16,), "texts": ["abc def"], "measures": ("kl",)}
+    half = replace(found, recipe=replace(found.recipe, strength=0.5))
+    sweeps = judge(planted.model, half, asked, controls=3, **options).sweeps
+    kl = {c.line.arm: c.passages["kl"] for c in sweeps["strengths"].cells if c.strength == 0.5}
+    shares = [c for c in sweeps["shares"].cells if c.strength]
+    assert {c.strength for c in shares} == {0.5}
+    own = f" at {half.recipe.share:g}"
+    assert {c.line.arm: c.passages["kl"] for c in shares if c.line.arm.endswith(own)} == {
+        f"{a}{own}": k for a, k in kl.items()
+    }
     assert len({kl[f"random directions {draw}"] for draw in range(3)} | {kl["edit"]}) == 4
     assert len({kl[f"random heads {draw}"] for draw in range(3)}) > 1
 
@@ -342,6 +350,16 @@ def test_a_control_that_changes_as_much_the_other_way_is_as_extreme() -> None:
         0.0,
     ]  # a missing one is not right
     assert row["heads_p"] == 2 / 3  # itself and one of two
+    assert (row["low"], row["high"]) == (tango(1, 0, 4).low, tango(1, 0, 4).high)
+
+
+def test_an_edit_that_changed_no_answer_is_not_known_to_change_none() -> None:
+    answers = {"question": (0, 1, 2), "right": (True, True, False), "length": (5, 6, 9), "ended": (True,) * 3}
+    cells = tuple(Cell(Line(arm), float(arm == "edit"), answers, {}) for arm in ("untouched", "edit"))
+    effects = Judged({"strengths": Sweep(cells, 0.05, 0)}, Recipe()).effects().set_index("measure")
+    assert effects.loc["accuracy", ["low", "high"]].tolist() == pytest.approx([-wilson(0, 3).high, wilson(0, 3).high])
+    assert effects.loc["length", "difference"] == 0
+    assert effects.loc["length", ["low", "high"]].isna().all()
 
 
 def test_panels_and_figures(judged: Judged, found: Found) -> None:
@@ -395,6 +413,8 @@ def test_the_whole_goes_on_where_it_stopped(planted: PlantedLength, tmp_path, mo
     asked = planted.questions(15, seed=4)
     first = thinkedit(planted.model, asked, TWO, **options)
     assert first.parts == (6, 3, 6)
+    seeds = {first.runs.about["seed"], first.judged.sweeps["strengths"].seed}
+    assert len(seeds) == 2  # other noise than in the answers that were learnt from
     in_files = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*.json*")}
     monkeypatch.setattr(Model, "generate", lambda *_, **__: pytest.fail("nothing is left to generate"))
     again = thinkedit(planted.model, asked, TWO, **options)

@@ -241,7 +241,8 @@ def test_default_layers_are_spread_over_the_depth(model: Model) -> None:
 def test_plain_text_is_a_transcript_of_all_its_tokens(model: Model) -> None:
     for text, transcript in zip(GENERAL_TEXT[:3], as_transcripts(model, GENERAL_TEXT[:3]), strict=True):
         assert transcript.text == text
-        assert transcript.spans["all"] == (0, len(model.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        count = len(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert (transcript.spans["all"], transcript.spans["completion"]) == ((0, count), (1, count))
 
 
 def test_names(model: Model) -> None:
