@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,9 +16,9 @@ from surgery.hashing import hash_bytes
 from surgery.model import Model
 from surgery.runs import fingerprint
 from surgery.sites import Site
+from surgery.whole import new_file
 
 _MANIFEST = "capture.json"
-_WRITING = ".writing-"
 SHARD_BYTES = 1 << 28
 
 
@@ -64,7 +63,7 @@ class Folder:
                     "Give another folder, or remove this one."
                 )
             return found
-        if path.exists() and (not path.is_dir() or any(not p.name.startswith(_WRITING) for p in path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(".partial-" not in p.name for p in path.iterdir())):
             raise ValueError(f"{path} exists and was not made by collect. Give a new folder.")
         path.mkdir(parents=True, exist_ok=True)
         made = cls(path, about, _cut(rows, max(1, SHARD_BYTES // row_bytes)))
@@ -163,9 +162,5 @@ def _hash(words: object) -> str:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{_WRITING}{os.getpid()}-{path.name}")
-    try:
+    with new_file(path) as partial:
         partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from surgery import headers
 from surgery.hashing import hash_bytes, hash_file, hash_range
 from surgery.headers import CheckpointError
+from surgery.whole import new_file
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -124,14 +125,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 def save_whole(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """`save_tensors` of a result: tensors of any device, in a file that is there whole or not at all, its folder made where it is missing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with new_file(Path(path)) as partial:
         save_tensors(partial, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

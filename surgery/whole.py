@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,42 +18,90 @@ from surgery.hashing import hash_bytes
 def write_whole(path: str | os.PathLike[str], text: str) -> Path:
     """Write a UTF-8 file, whole or not at all, its folder made where it is missing; gives its path."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
-        return partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, to be written to, that takes its place when the block ends well and vanishes when it does not."""
+    with _beside(path, lambda partial: partial.touch(exist_ok=False)) as partial:
+        yield partial
+        os.replace(partial, path)
 
 
 @contextmanager
 def new_folder(to: Path) -> Iterator[Path]:
     """A temporary folder beside `to` that becomes `to` when the block ends well and vanishes when it does not.
 
-    All of it is on the disk before it has its name, so that a power cut leaves it whole or not at all too. Leftovers of processes that were killed
-    are removed. Raises FileExistsError when `to` exists.
+    All of it is on the disk before it has its name, so that a power cut leaves it whole or not at all too. Raises FileExistsError when `to` exists.
     """
     require_new(to)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    for stale in to.parent.glob(f".{glob.escape(to.name)}.partial-*"):
-        pid = stale.name.rsplit("-", 1)[-1]
-        if pid.isdecimal() and not _alive(int(pid)):
-            shutil.rmtree(stale, ignore_errors=True)
-    partial = to.parent / f".{to.name}.partial-{os.getpid()}"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
+    with _beside(to, Path.mkdir) as partial:
         yield partial
         for path in partial.rglob("*"):
             flush(path)
         flush(partial)
         os.rename(partial, to)
         flush(to.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _beside(to: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A file or folder beside `to`, whose folder is made where it is missing, that is gone when the block ends, unless it has another name by then.
+
+    What processes that were killed have left of this kind is removed: what no process holds a lock on, which the system gives back with the process.
+    (Its number says little: it may be another's by now, or a process's of another machine or container.)
+    """
+    to.parent.mkdir(parents=True, exist_ok=True)
+    for stale in to.parent.glob(f".{glob.escape(to.name)}.partial-*"):
+        if stale.name.rpartition("-")[2].isdecimal():
+            with _locked(stale, wait=False) as nobodys:
+                if nobodys:
+                    _remove(stale)
+    while True:
+        partial = to.parent / f".{to.name}.partial-{secrets.randbelow(10**6)}"
+        try:
+            make(partial)
+        except FileExistsError:
+            continue
+        with _locked(partial, wait=True):
+            if not partial.exists():  # another process took it for a leftover before it had its lock
+                continue
+            try:
+                yield partial
+            finally:
+                _remove(partial)
+        return
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether a file or folder is this block's alone: False where another has it, where it is gone, and where there are no locks (some network drives)."""
+    import fcntl
+
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(opened)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def require_new(to: Path) -> None:
@@ -73,11 +122,9 @@ def hindrance(to: Path) -> str | None:
     there = next(p for p in (to, *to.parents) if p.exists())
     if not there.is_dir():
         return f"{there} is a file"
-    missing = to.relative_to(there).parts
-    trial = there / f".{missing[0] if missing else to.name}.partial-{os.getpid()}-trial"
     try:
-        trial.mkdir()
-        trial.rmdir()
+        with tempfile.TemporaryFile(dir=there):  # it has no name: a kill leaves nothing behind
+            pass
     except OSError as error:
         return f"{there} cannot be written to ({error.strerror})"
     return None
@@ -109,13 +156,3 @@ def flush(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True

@@ -434,7 +434,7 @@ def test_interrupted_it_goes_on_where_it_stopped(tmp_path, small_shards):
         Activations.load(tmp_path / "a")
     same(stored(model, runs, tmp_path / "a"), whole)
     assert all(p.stat().st_mtime_ns == then for p, then in done.items())
-    assert not list((tmp_path / "a").glob(".writing-*"))
+    assert not list((tmp_path / "a").glob(".*"))
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):

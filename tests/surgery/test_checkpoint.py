@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from surgery import whole
 from surgery.checkpoint import Checkpoint, load_module, point_hash
 from surgery.delta import StoredDelta, save_delta
 from surgery.edits import Scale
@@ -32,7 +34,7 @@ from surgery.side_files import HUB_FILES
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError, raw_bytes, read_header
 from surgery.weights import apply
-from surgery.whole import new_folder
+from surgery.whole import hindrance, new_folder
 from surgery.writing import write
 from tests.families import FAMILIES, TEMPLATE, save_tiny, tiny
 
@@ -671,14 +673,74 @@ def test_a_written_file_that_is_damaged_is_found(folder, tmp_path, monkeypatch):
     assert nothing_left(tmp_path)
 
 
-def test_leftovers_of_the_dead_are_removed_and_of_the_living_not(folder, tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", "pass"])
-    child.wait()
-    dead, living, other = (tmp_path / f".o[u]t.partial-{n}" for n in (child.pid, os.getppid(), "note"))
-    for path in (dead, living, other):
-        path.mkdir()
-    write(Checkpoint(folder), tmp_path / "o[u]t")
-    assert (dead.exists(), living.exists(), other.exists()) == (False, True, True)
+HOLDER = """
+import sys, time
+from pathlib import Path
+from surgery.whole import new_file, new_folder
+with {make}(Path(sys.argv[1])) as partial:
+    print(partial, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("make", ["new_folder", "new_file"])
+def test_leftovers_of_the_dead_are_removed_and_of_the_living_not(make, tmp_path):
+    """Whoever has the number that a leftover was given: one of a living process that never had to do with it, or with a thread of it, is nobody's."""
+    out, holders, partials = tmp_path / "o[u]t", [], []
+    for dies in (True, False):
+        holders.append(
+            subprocess.Popen(
+                [sys.executable, "-c", HOLDER.format(make=make), str(out)], stdout=subprocess.PIPE, text=True
+            )
+        )
+        partials.append(Path(holders[-1].stdout.readline().strip()))
+        assert partials[-1].exists()
+        if dies:
+            holders[-1].kill()
+            holders[-1].wait()
+    other = tmp_path / ".o[u]t.partial-note"
+    other.mkdir()
+    borrowed = tmp_path / f".o[u]t.partial-{os.getppid()}"
+    borrowed.mkdir()
+    try:
+        assert not partials[0].exists()  # the second came past it
+        with getattr(whole, make)(out):
+            assert [p.exists() for p in (partials[1], borrowed, other)] == [True, False, True]
+        assert out.exists()
+    finally:
+        holders[1].kill()
+        holders[1].wait()
+
+
+@pytest.mark.parametrize("make", [new_folder, whole.new_file])
+def test_one_process_can_make_the_same_output_twice_at_a_time(make, tmp_path):
+    with make(tmp_path / "out") as other:
+        with make(tmp_path / "out") as partial:
+            assert partial != other
+            assert partial.exists()
+        if make is new_folder:
+            (tmp_path / "out").rmdir()
+    assert nothing_left(tmp_path, ("out",))
+
+
+def test_the_trial_whether_a_folder_can_be_made_has_no_name(tmp_path, monkeypatch):
+    """A kill in the middle of it left a folder that never went."""
+    real, seen = tempfile.TemporaryFile, []
+
+    def tried(**asked):
+        opened = real(**asked)
+        seen.append(list(asked["dir"].iterdir()))
+        return opened
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", tried)
+    assert hindrance(tmp_path / "deep/er/out") is None
+    assert seen == [[]]
+
+
+def test_an_error_within_is_told_as_it_is(tmp_path):
+    with pytest.raises(FileExistsError, match="of another thing"), new_folder(tmp_path / "out"):
+        raise FileExistsError("of another thing")
+    assert nothing_left(tmp_path, ())
 
 
 def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
@@ -807,7 +869,7 @@ def test_interrupted_at_any_moment(large, writer, tmp_path, blow):
         caught += 1
         assert status == (-signal.SIGKILL if blow == signal.SIGKILL else 130), err
         left = [path.name for path in tmp_path.glob(f".out{attempt}.partial-*")]
-        assert left == ([] if blow == signal.SIGINT else [f".out{attempt}.partial-{pid}"])
+        assert len(left) == (blow == signal.SIGKILL)
         if left and caught == 1:
             write(apply(Scale(0.5), Checkpoint(large), "0.attn.q"), out)
             assert not any(tmp_path.glob(f".out{attempt}.partial-*"))

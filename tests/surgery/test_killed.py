@@ -119,7 +119,7 @@ def test_killed_at_random_moments(job, here, start, tmp_path):
             assert Checkpoint(out).hash() == expected
             assert job == "write" or verify(out) == []
     assert killed >= KILLS // 10, f"only {killed} of {KILLS // 4} were caught at work"
-    # what the dead left has their number, and goes when the same output is tried again
+    # what the dead left goes when the same output is tried again
     left = [p for p in tmp_path.glob(".out*.partial-*") if not (tmp_path / p.name[1:].split(".")[0]).exists()]
     assert left
     name = left[0].name[1:].split(".")[0]
