@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +34,10 @@ from surgery.weights import Weights, minus, require_summable, some_rows
 from surgery.whole import flush, new_folder
 
 Rounding = Literal["nearest", "stochastic"]
-_CHUNK = 1 << 18  # entries computed at a time: fits the cache, and bounds memory for a huge embedding
+_CHUNK = (
+    1 << 19
+)  # entries at a time: bounds memory for a huge embedding, fits the cache; threads wait for each other where it is less
+_EXACT = 1 << 24  # ones that fp32 can add up
 _THREADS = 8  # more would wait for the interpreter and for memory
 
 
@@ -333,26 +335,26 @@ class _Tally:
         self._moving = self._stuck = 0
 
     def add(self, before: Tensor, wish: Tensor, after: Tensor) -> None:
-        was, got, moving, stuck = self._room.of(before)
+        was, got = self._room.of(before.shape)
         got.copy_(after).sub_(was.copy_(before))
         asked = torch.sub(wish.float(), was, out=was)
-        kept = float(got.view(-1).dot(got.view(-1)))
+        asked, got = asked.view(-1), got.view(-1)
+        kept = float(got.dot(got))
         if not math.isfinite(kept) and self._site.is_unnamed:
-            got.copy_(minus(after.float(), before.float()))
-            asked.copy_(minus(wish.float(), before.float()))
-            kept = float(got.view(-1).dot(got.view(-1)))
+            got.copy_(minus(after.float(), before.float()).view(-1))
+            asked.copy_(minus(wish.float(), before.float()).view(-1))
+            kept = float(got.dot(got))
         if not math.isfinite(kept):  # what is not finite is not after squaring either
             _require_finite(before, [self._site])
             _require_finite(after, [self._site])
-        self._asked += float(asked.view(-1).dot(asked.view(-1)))
+        self._asked += float(asked.dot(asked))
         self._kept += kept
-        self._inner += float(asked.view(-1).dot(got.view(-1)))
-        # numpy compares and counts several times as fast as torch
-        np.not_equal(asked.numpy(), 0, out=moving)
-        self._moving += int(np.count_nonzero(moving))
-        np.equal(got.numpy(), 0, out=stuck)
-        stuck &= moving
-        self._stuck += int(np.count_nonzero(stuck))
+        self._inner += float(asked.dot(got))
+        # counted as products of ones and zeros: torch's own count takes several times as long, and numpy's keeps other threads waiting
+        for moving, moved in zip(asked.ne_(0).split(_EXACT), got.ne_(0).split(_EXACT), strict=True):
+            count = int(moving.dot(moving))
+            self._moving += count
+            self._stuck += count - int(moving.dot(moved))
 
     def kept(self) -> Kept:
         return Kept.of(self._asked, self._kept, self._inner, self._stuck, self._moving)
@@ -362,18 +364,17 @@ class _Room(threading.local):
     """A thread's memory for the sums of one chunk, used again and again: fresh pages cost more than the sums."""
 
     def __init__(self) -> None:
-        self._numbers, self._truths = torch.empty(2, 0), np.empty((2, 0), bool)
+        self._numbers = torch.empty(2, 0)
 
-    def of(self, like: Tensor) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
-        """Two tensors and two arrays of truths in the shape of `like`, with anything in them."""
-        entries, numbers, truths = like.numel(), self._numbers, self._truths
+    def of(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Two tensors of a shape, with anything in them."""
+        entries, numbers = shape.numel(), self._numbers
         if entries > numbers.shape[1]:
-            numbers, truths = torch.empty(2, entries), np.empty((2, entries), bool)
+            numbers = torch.empty(2, entries)
             if entries <= 2 * _CHUNK:  # a tensor put together whole is not kept
-                self._numbers, self._truths = numbers, truths
-        one, other = (x[:entries].view(like.shape) for x in numbers)
-        moving, stuck = (x[:entries].reshape(like.shape) for x in truths)
-        return one, other, moving, stuck
+                self._numbers = numbers
+        one, other = (x[:entries].view(shape) for x in numbers)
+        return one, other
 
 
 def _require_finite(tensor: Tensor, sites: list[Site]) -> None:

@@ -117,7 +117,7 @@ def disagreement(a: Path, b: Path) -> str:
     return f"{unlike / entries:.2%} of the entries differ"
 
 
-def run(folder: Path | str, base: Path | str, repeats: int = 3) -> list[measure.Row]:
+def run(folder: Path | str, base: Path | str, repeats: int = 7) -> list[measure.Row]:
     """Rows for both of mergekit's ways.
 
     folder: where everything is written and then removed. base: a single-file bf16 checkpoint.
