@@ -34,9 +34,7 @@ from surgery.weights import Weights, minus, require_summable, some_rows
 from surgery.whole import flush, new_folder
 
 Rounding = Literal["nearest", "stochastic"]
-_CHUNK = (
-    1 << 19
-)  # entries at a time: bounds memory for a huge embedding, fits the cache; threads wait for each other where it is less
+_CHUNK = 1 << 19  # entries at a time: few enough for the cache, so many that threads seldom wait for each other
 _EXACT = 1 << 24  # ones that fp32 can add up
 _THREADS = 8  # more would wait for the interpreter and for memory
 
@@ -308,11 +306,14 @@ class _Job:
             return
         if len(changed) == 1 and places[changed[0]].is_whole:
             tally = _Tally(changed[0], self._room)
-            for piece, wish in zip(pieces, self.weights.strips(changed[0], pieces), strict=True):
-                here = wish.cpu()  # of a model on an accelerator
-                after = rounded(here)
-                tally.add(some_rows(before, piece), here, after)
+            strips = iter(self.weights.strips(changed[0], pieces))
+            for piece in pieces:
+                wish = next(strips).cpu()  # of a model on an accelerator
+                after = rounded(wish)
+                tally.add(some_rows(before, piece), wish, after)
+                del wish  # nothing of a chunk is held while the next is computed
                 yield after
+                del after
             learnt[changed[0]] = tally.kept()
             return
         after = before if before.dtype == out else rounded(before)
