@@ -252,10 +252,13 @@ def _labels(ax: Axes) -> list[str]:
 
 
 def training(frame: DataFrame, ax: Axes | None = None, *, measure: str = "loss") -> Axes:
-    """A training curve. frame: columns step, measure, value and perhaps arm."""
+    """A training curve. frame: columns step, measure, value and perhaps arm, low and high, which shade its interval."""
     ax = _axes(ax)
     table = _measured(frame, measure)
     for i, (arm, line) in enumerate(_arms(table)):
+        if {"low", "high"} <= set(line):
+            low, high = (line[edge].astype(float) for edge in ("low", "high"))
+            ax.fill_between(line["step"], low, high, color=colour(arm, i), alpha=0.15, linewidth=0)
         ax.plot(
             line["step"],
             line["value"],

@@ -112,7 +112,8 @@ def _page(
         ),
         pair(
             image(
-                "watch_accuracy", f"Accuracy during training, on {plan['watch_items']} held-out sums of another draw."
+                "watch_accuracy",
+                f"Accuracy during training, on {plan['watch_items']} held-out sums of another draw, Wilson intervals.",
             ),
             image("watch_drift", "Mean shift of the residual stream since step 0."),
         ),

@@ -312,6 +312,7 @@ def frames(results: Mapping[str, Any]) -> dict[str, DataFrame]:
         for line in results["logs"][arm]:
             logs += [
                 {"arm": arm, "step": line["step"], "measure": measure, "value": line[key]}
+                | {k: line.get(k) for k in ("low", "high", "n")}
                 for measure, key in _watched(line)
                 if key in line  # a monitor that failed says so in place of numbers
             ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
@@ -370,6 +371,21 @@ def test_an_interval_that_is_not_there_is_not_drawn() -> None:
         {"T": 2, "fraction": [0.0, 1.0], "same": [0.5, 1.0], "low": [None, None], "high": [None, None], "n": 1}
     )
     assert len(figures.early_answers(frame, Figure().subplots()).lines) == 1
+
+
+def test_a_watched_number_is_drawn_with_its_interval() -> None:
+    rows = {"step": [0, 16, 32], "measure": "held-out accuracy", "arm": "lift", "value": [0.0, 0.25, 0.4]}
+    plain = figures.training(pd.DataFrame(rows), Figure().subplots(), measure="held-out accuracy")
+    assert not plain.collections
+    table = pd.DataFrame({**rows, "low": [0.0, 0.1, None], "high": [0.2, 0.5, None]})
+    (band,) = figures.training(table, Figure().subplots(), measure="held-out accuracy").collections
+    (path,) = band.get_paths()
+    assert {tuple(corner) for corner in np.round(np.asarray(path.vertices), 6)} >= {
+        (0, 0),
+        (0, 0.2),
+        (16, 0.1),
+        (16, 0.5),
+    }
 
 
 def test_without_axes_the_current_ones_are_used() -> None:

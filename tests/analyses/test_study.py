@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -82,6 +83,9 @@ def test_tables_records_and_logs_are_there(finished: Path, plan: Plan) -> None:
         assert json.loads((finished / name).read_text()), name
     for name in ("before-after", "training", "sweep", "early-answers", "drift", "geometry", "geometry-summary"):
         assert len((finished / "tables" / f"{name}.csv").read_text().splitlines()) > 1, name
+    with (finished / "tables/training.csv").open() as table:
+        drawn = [row for row in csv.DictReader(table) if row["measure"] == "held-out accuracy"]
+    assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) and row["n"] for row in drawn)
     record = Record.load(finished)
     assert record.command == "study"
     assert record.seeds == {"seed": plan.seed}
