@@ -101,13 +101,15 @@ def write_page(log: str | Path, to: str | Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Curve:
-    """One headline number over the run. called: what it is. steps, values: where and what was measured, at least one."""
+    """One headline number over the run. called: what it is. steps, values, intervals (low, high; None where the log has none): of each measurement,
+    at least one."""
 
     monitor: str
     measure: str
     called: str
     steps: tuple[int, ...]
     values: tuple[float, ...]
+    intervals: tuple[tuple[float, float] | None, ...]
 
     @property
     def half(self) -> float | None:
@@ -125,16 +127,22 @@ class Curve:
 
     def __str__(self) -> str:
         if len(self.values) == 1:
-            return f"{self.called}: {self.values[0]:.3g} at step {self.steps[0]}"
+            return f"{self.called}: {self.values[0]:.3g}{self._interval} at step {self.steps[0]}"
         first, last = self.values[0], self.values[-1]
         if first == last:
             return f"{self.called}: {last:.3g} at the first measurement and at the last"
-        low, high = min(self.values), max(self.values)
-        told = f"{self.called}: {first:.4g} at step {self.steps[0]}, {last:.4g} at step {self.steps[-1]}; half of that by step {self.half:.0f}"
-        for value, word in ((low, "lowest"), (high, "highest")):
+        lowest, highest = min(self.values), max(self.values)
+        told = f"{self.called}: {first:.4g} at step {self.steps[0]}, {last:.4g}{self._interval} at step {self.steps[-1]}; half of that by step {self.half:.0f}"
+        for value, word in ((lowest, "lowest"), (highest, "highest")):
             if value not in (first, last):
                 told += f"; {word} {value:.3g} at step {self.steps[self.values.index(value)]}"
         return told
+
+    @property
+    def _interval(self) -> str:
+        """Of the last value, in words that follow it."""
+        last = self.intervals[-1]
+        return "" if last is None else f" [{last[0]:.3g}, {last[1]:.3g}]"
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,10 +166,13 @@ class Flight:
         return write_whole(Path(path), "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def frame(self) -> DataFrame:
-        """A row a number: step, monitor, measure, span, layer, site, value. What was not finite, and failures, have no row."""
+        """A row a number: step, monitor, measure, span, layer, site, value, low, high. What was not finite, and failures, have no row.
+
+        A line's low and high are of the number that it begins with.
+        """
         import pandas as pd
 
-        columns = ["step", "monitor", "measure", "span", "layer", "site", "value"]
+        columns = ["step", "monitor", "measure", "span", "layer", "site", "value", "low", "high"]
         return pd.DataFrame(list(self._rows()), columns=columns).astype({"layer": "Int64"})
 
     def costs(self) -> DataFrame:
@@ -203,25 +214,27 @@ class Flight:
         return self._ended.get("training_seconds", 0.0)
 
     def headlines(self) -> DataFrame:
-        """A row a headline number at a step: step, measure (what it is called; ``loss``), value. The table of `analyses.figures.training`."""
+        """A row a headline number at a step: step, measure (what it is called; ``loss``), value, low, high. The table of `analyses.figures.training`."""
         import pandas as pd
 
         rows = [
             {"step": step, "measure": "loss" if curve.measure == "loss" else curve.called, "value": value}
+            | dict(zip(("low", "high"), interval or (), strict=False))
             for curve in self.curves
-            for step, value in zip(curve.steps, curve.values, strict=True)
+            for step, value, interval in zip(curve.steps, curve.values, curve.intervals, strict=True)
         ]
-        return pd.DataFrame(rows, columns=["step", "measure", "value"])
+        return pd.DataFrame(rows, columns=["step", "measure", "value", "low", "high"])
 
     @property
     def curves(self) -> list[Curve]:
         """The headline numbers that were measured, in the order of `HEADLINES`."""
         found = []
         for (monitor, measure), called in HEADLINES.items():
-            own = [line for line in self.lines if line["monitor"] == monitor and line.get(measure) is not None]
-            if own:
-                pairs = {line["step"]: float(line[measure]) for line in own}
-                found.append(Curve(monitor, measure, called, tuple(pairs), tuple(pairs.values())))
+            own = [(line["step"], _measured(line)) for line in self.lines if line["monitor"] == monitor]
+            at = {step: measured[measure] for step, measured in own if measure in measured}
+            if at:
+                values, intervals = zip(*at.values(), strict=True)
+                found.append(Curve(monitor, measure, called, tuple(at), values, intervals))
         return found
 
     def story(self) -> list[str]:
@@ -266,9 +279,16 @@ class Flight:
         for line in self.lines:
             if line["monitor"] == RECORDER:
                 continue
-            for key, value in line.items():
-                if key not in OWN and isinstance(value, int | float):
-                    yield {"step": line["step"], "monitor": line["monitor"], **_placed(key), "value": float(value)}
+            for key, (value, interval) in _measured(line).items():
+                low, high = interval or (math.nan, math.nan)
+                yield {
+                    "step": line["step"],
+                    "monitor": line["monitor"],
+                    **_placed(key),
+                    "value": value,
+                    "low": low,
+                    "high": high,
+                }
 
     def _what(self) -> list[str]:
         begun, last = self._begun, max(line["step"] for line in self.lines)
@@ -426,8 +446,18 @@ def _drawn(function: Any, table: Any, monitor: str, measure: str, **size: float)
 
 
 def _box(curve: Curve) -> str:
-    first, last = curve.values[0], curve.values[-1]
-    return f"<div>{html.escape(curve.called)}<b>{last:.3g}</b><span class=soft>from {first:.3g} at step {curve.steps[0]}</span></div>"
+    first, last, interval = curve.values[0], curve.values[-1], curve.intervals[-1]
+    sure = f"{interval[0]:.3g} to {interval[1]:.3g}; " if interval else ""
+    return f"<div>{html.escape(curve.called)}<b>{last:.3g}</b><span class=soft>{sure}from {first:.3g} at step {curve.steps[0]}</span></div>"
+
+
+def _measured(line: Mapping[str, Any]) -> dict[str, tuple[float, tuple[float, float] | None]]:
+    """What a line says was measured, by name: the number and its interval. A line's low and high are of the number that it begins with."""
+    numbers = {key: float(value) for key, value in line.items() if key not in OWN and isinstance(value, int | float)}
+    first, edges = next(iter(numbers), None), None
+    if first not in ("low", "high") and numbers.keys() >= {"low", "high"}:
+        edges = numbers.pop("low"), numbers.pop("high")
+    return {key: (value, edges if key == first else None) for key, value in numbers.items()}
 
 
 def _placed(key: str) -> dict[str, Any]:

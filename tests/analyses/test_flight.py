@@ -59,9 +59,8 @@ def test_the_frame_has_every_number_once_and_in_its_place(log: Path) -> None:
         for r in table.to_dict("records")
     }
     assert len(rows) == len(table)
-    numbers = [
-        v for one in LINES if one["monitor"] != "recorder" for k, v in one.items() if k not in ("step", "seconds")
-    ]
+    apart = ("step", "seconds", "low", "high")
+    numbers = [v for one in LINES if one["monitor"] != "recorder" for k, v in one.items() if k not in apart]
     assert sorted(rows.values()) == sorted(v for v in numbers if isinstance(v, float))
     assert rows[5, "change", "all", "", "", None] == 0.1
     assert rows[5, "change", "", "", "11.attn.o", 11] == 0.2
@@ -69,24 +68,53 @@ def test_the_frame_has_every_number_once_and_in_its_place(log: Path) -> None:
     assert rows[10, "geometry", "stable_rank", "", "7.mlp.down", 7] == 3.0
     assert rows[10, "representation", "thinking.cka", "", "", None] == 0.9
     assert "recorder" not in set(table["monitor"])
+    sure = table[table["low"].notna() | table["high"].notna()]
+    assert sure[["step", "measure", "value", "low", "high"]].to_numpy().tolist() == [[0, "answer_nll", 4.0, 3.0, 5.0]]
     headlines = Flight.load(log).headlines()
-    assert list(headlines.columns) == ["step", "measure", "value"]
+    assert list(headlines.columns) == ["step", "measure", "value", "low", "high"]
+    assert headlines.loc[headlines["low"].notna(), ["value", "low", "high"]].to_numpy().tolist() == [[4.0, 3.0, 5.0]]
     nll = headlines[headlines["measure"] == HEADLINES["nll", "answer_nll"]]
     assert list(zip(nll["step"], nll["value"], strict=True)) == [(0, 4.0), (5, 5.0), (10, 2.0)]
     assert {"loss", "norm of the gradient"} < set(headlines["measure"])
 
 
 def test_the_story_tells_first_last_half_and_extremes() -> None:
-    curve = Curve("nll", "answer_nll", "answer NLL", (0, 5, 10), (4.0, 5.0, 2.0))
+    curve = Curve("nll", "answer_nll", "answer NLL", (0, 5, 10), (4.0, 5.0, 2.0), ((3.0, 5.0), None, (1.0, 2.5)))
     assert curve.half == pytest.approx(
         5 + 5 * 2 / 3
     )  # the way from 4 to 2 first goes up to 5, and crosses 3 after two thirds
-    assert str(curve) == "answer NLL: 4 at step 0, 2 at step 10; half of that by step 8; highest 5 at step 5"
-    assert str(Curve("a", "b", "it", (3,), (1.0,))) == "it: 1 at step 3"
-    assert str(Curve("a", "b", "it", (0, 3), (1.0, 1.0))) == "it: 1 at the first measurement and at the last"
-    assert Curve("a", "b", "it", (0, 3), (1.0, 1.0)).half is None
-    assert Curve("a", "b", "it", (0, 4), (0.0, 1.0)).half == 2
-    assert Curve("a", "b", "it", (0, 10, 20, 30), (0.0, 0.5, 0.5, 1.0)).half == 10  # where it came to the half first
+    assert str(curve) == "answer NLL: 4 at step 0, 2 [1, 2.5] at step 10; half of that by step 8; highest 5 at step 5"
+    assert str(Curve("a", "b", "it", (3,), (1.0,), (None,))) == "it: 1 at step 3"
+    assert (
+        str(Curve("a", "b", "it", (0, 3), (1.0, 1.0), (None, None))) == "it: 1 at the first measurement and at the last"
+    )
+    assert Curve("a", "b", "it", (0, 3), (1.0, 1.0), (None, None)).half is None
+    assert Curve("a", "b", "it", (0, 4), (0.0, 1.0), (None, None)).half == 2
+    assert (
+        Curve("a", "b", "it", (0, 10, 20, 30), (0.0, 0.5, 0.5, 1.0), (None,) * 4).half == 10
+    )  # where it came to the half first
+
+
+def test_an_interval_is_of_the_number_that_its_line_begins_with(log: Path) -> None:
+    begins = line(10, "accuracy", 1.0, accuracy=0.5, low=0.2, high=0.8, missing=1, n=16, thinking_tokens=30.0)
+    own = line(10, "mine", 1.0, low=1.0, high=2.0)
+    flight = Flight((*LINES, begins, own))
+    table: Any = flight.frame()
+    rows = table[table["step"] == 10].set_index(["monitor", "measure"])
+    assert rows.loc[("accuracy", "accuracy"), ["low", "high"]].tolist() == [0.2, 0.8]
+    assert rows.loc[("accuracy", "thinking_tokens"), ["low", "high"]].isna().all()
+    assert ("accuracy", "low") not in rows.index
+    assert rows.loc[("mine", "low"), "value"] == 1.0
+    assert "held-out accuracy: 0.5 [0.2, 0.8] at step 10" in flight.story()
+    assert "0.2 to 0.8; from 0.5 at step 10" in flight.page(log.with_name("page.html")).read_text()
+
+
+def test_two_lines_of_one_step_each_say_their_own() -> None:
+    flight = Flight((line(4, "training", loss=2.0), line(4, "training", reward=0.5)))
+    assert [(c.called, c.values) for c in flight.curves] == [
+        ("training loss (nats per token)", (2.0,)),
+        ("reward", (0.5,)),
+    ]
 
 
 def test_the_story_tells_what_failed_what_was_lost_and_what_it_cost(log: Path) -> None:
