@@ -176,19 +176,21 @@ def _how(draws: int, folds: int | None) -> str:
 
 
 def shuffled(labels: ArrayLike, groups: Int[np.ndarray, " row"], *, seed: int) -> np.ndarray:
-    """Labels dealt out again such that groups keep what is theirs.
+    """Labels dealt out again such that nothing tells them, and rows of a group stay as alike as they were.
 
-    Where each group has one label, whole groups exchange theirs. Where labels differ inside groups, they are exchanged inside each: what
-    then can still be told is the group alone.
-    Source: the permutation null of Hewitt and Liang (2019), arXiv 1909.03368, with a random label a group.
+    Whole groups exchange theirs, and where labels differ inside groups, so do the rows of each. Of groups that differ in size, a group's labels
+    run on into the next where they do not fit.
+    Source: the permutation null of Hewitt and Liang (2019), arXiv 1909.03368. They give a type its label at random; to exchange labels inside
+    groups alone would leave what tells a group, and of rows that are the same in all of a group (its prompt) that is everything.
     """
     y, draw = np.asarray(labels), np.random.default_rng(seed)
     names, first = np.unique(groups, return_index=True)
+    unit = units(groups)
     if all((y[groups == g] == y[f]).all() for g, f in zip(names, first, strict=True)):
-        return draw.permutation(y[first])[units(groups)]
-    order = np.lexsort((draw.random(len(y)), groups))
+        return draw.permutation(y[first])[unit]
+    giving, taking = draw.permutation(len(names)), draw.permutation(len(names))
     new = np.empty_like(y)
-    new[np.argsort(groups, kind="stable")] = y[order]
+    new[np.argsort(taking[unit], kind="stable")] = y[np.lexsort((draw.random(len(y)), giving[unit]))]
     return new
 
 

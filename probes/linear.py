@@ -178,7 +178,7 @@ def probe(
     groups:     one a transcript, kept whole in one fold; by default its question.
     kind:       ``"classes"``: logistic regression, judged by AUC. ``"number"``: ridge regression, judged by R².
     components: principal components kept before the probe; None keeps all coordinates. Wanted where rows are few.
-    shuffles:   shuffled labellings (inside groups' structure) that are probed as a control, at the penalties of the real ones.
+    shuffles:   labellings shuffled over groups, and inside them, that are probed as a control, at the penalties of the real ones.
 
     A transcript without a span is missing there. Raises ValueError for a span no transcript has, for labels of one class only, for one
     group only, for classes with fewer than two groups a fold, and as `collect` does.

@@ -165,18 +165,41 @@ def test_a_group_is_held_out_whole_and_folds_are_alike():
         deal(groups, labels, folds=1)
 
 
-def test_shuffling_keeps_what_is_the_groups():
+def test_shuffling_leaves_groups_as_alike_and_their_labels_to_chance():
     groups = np.repeat(np.arange(6), 4)
     constant = np.repeat([0, 0, 0, 1, 1, 1], 4)
     new = shuffled(constant, groups, seed=1)
     assert all(len(set(new[groups == g])) == 1 for g in range(6))
     assert new.sum() == constant.sum()
     assert any((shuffled(constant, groups, seed=s) != constant).any() for s in range(3))
-    mixed = np.random.default_rng(0).random(24) < 0.5
-    new = shuffled(mixed, groups, seed=1)
-    assert [new[groups == g].sum() for g in range(6)] == [mixed[groups == g].sum() for g in range(6)]
-    assert (new != mixed).any()
-    assert (shuffled(mixed, groups, seed=1) == new).all()
+    mixed = np.array([[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]], bool).ravel()
+    order = np.random.default_rng(0).permutation(24)  # rows of a group need not stand together
+    groups, mixed = groups[order], mixed[order]
+
+    def ones(y):
+        return [int(y[groups == g].sum()) for g in range(6)]
+
+    draws = [shuffled(mixed, groups, seed=s) for s in range(200)]
+    assert all(sorted(ones(new)) == sorted(ones(mixed)) for new in draws)
+    assert (shuffled(mixed, groups, seed=1) == draws[1]).all()
+    # every group has every share as often, and every row of it is a one as often
+    assert np.mean([ones(new) for new in draws], axis=0) == pytest.approx(np.full(6, sum(ones(mixed)) / 6), abs=0.5)
+    assert np.mean(draws, axis=0) == pytest.approx(np.full(24, mixed.mean()), abs=0.15)
+    uneven = np.repeat(np.arange(5), [1, 2, 5, 7, 9])
+    assert sum(shuffled(mixed, uneven, seed=3)) == mixed.sum()
+
+
+def test_what_is_the_same_in_all_of_a_group_is_told_by_no_shuffled_label():
+    """Rows of a prompt with several answers: a score that tells questions by their share of ones tells nothing once labels are shuffled."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), 6)
+    share = rng.random(40)
+    labels = rng.random(240) < share[groups]
+    scores = share[groups]
+    assert auc(scores, labels) > 0.75
+    null = [auc(scores, shuffled(labels, groups, seed=s)) for s in range(200)]
+    assert np.mean(null) == pytest.approx(0.5, abs=0.03)
+    assert np.quantile(null, 0.975) < auc(scores, labels)
 
 
 def test_rows_that_do_not_pair():
