@@ -109,11 +109,16 @@ def require_fit(
 def settled(change: Change, model: Model) -> Change:
     """A change that was checked against the model once, so that it need not be at every strength.
 
-    Raises ValueError for a `Direction` that was measured in another model and not said to be meant for this one (``carried_to``).
+    Raises ValueError for what does not fit the model, and for a `Direction` that was measured in another one and not said to be meant for this
+    (``carried_to``).
     """
-    if isinstance(change, Editing) and isinstance(direction := getattr(change.edit, "direction", None), Direction):
-        direction.require(model)
-    if not isinstance(change, Steering):
+    if isinstance(change, Delta):
+        _ = model.weights + change
+        return change
+    if isinstance(change, Editing):
+        if isinstance(direction := getattr(change.edit, "direction", None), Direction):
+            direction.require(model)
+        change.of(model.weights, 1.0)
         return change
     place(replace(change, strength=1.0, units="raw"), model)  # raises where it does not fit
     direction = change.direction

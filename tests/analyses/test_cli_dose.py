@@ -191,6 +191,7 @@ def test_bad_input_is_one_line_and_exit_code_2(surgery, home: Path, tmp_path: Pa
         (["--strengths", "1", "--add", vector, "--at", "*.attn.o"], "--at is of"),
         (["--strengths", "1", "--remove", u, "--at", "*.attn.o", "--over", "thinking"], "--over is of --steer"),
         (["--strengths", "1", "--remove", u], "--remove needs --at"),
+        (["--strengths", "1", "--remove", u, "--at", "*.mlp.wrong"], "*.mlp.wrong"),
         (["--strengths", "1", "--steer", u], "Say where to steer"),
         (["--strengths", "1", "--steer", u, "--at", "9.resid"], "9.resid"),
         (["--strengths", "1", "--steer", u, "--at", "1.resid", "--how", "shout"], "shout"),

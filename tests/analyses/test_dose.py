@@ -590,6 +590,7 @@ def test_bad_input_is_named_before_anything_is_measured(
     monkeypatch.setattr(module._Bench, "measure", lambda *_: pytest.fail("measured"))
     steering = changes(model)["steering"]
     edit = changes(model)["edit"]
+    other = Model(*tiny("gemma2"))
     for says, call in {
         "finite": lambda: sweep(model, steering, [0.1, math.nan], **SHORT),
         "one finite number": lambda: sweep(model, steering, [], **SHORT),
@@ -607,6 +608,10 @@ def test_bad_input_is_named_before_anything_is_measured(
         "cannot be swept": lambda: sweep(model, vector(), [1], **SHORT),
         "no strength": lambda: Editing(vector(), "*.attn.o"),
         "width|wide": lambda: sweep(model, Steering(vector(width=9), at="1.resid"), [1], **SHORT),
+        "needs the direction of its layer": lambda: sweep(model, Editing(RemoveDirection({"1.mid": vector()}), "*.attn.o"), [1], **SHORT),
+        "0.attn.nothing": lambda: sweep(model, Editing(Scale(0.0), "0.attn.nothing"), [1], **SHORT),
+        "of length 9": lambda: sweep(model, Editing(RemoveDirection(vector(width=9)), "*.attn.o"), [1], **SHORT),
+        "same anatomy": lambda: sweep(model, other.weights - other.weights, [1], **SHORT),
         "controls=0": lambda: sweep(model, Steering(how=lambda rows: rows, at="1.resid"), [1], **SHORT),
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=says):
