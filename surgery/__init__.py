@@ -3,6 +3,7 @@
 sites        Site: places have names; patterns match them
 anatomy      where each site is in a file, in a module, and which slice a head owns; families are data
 seeds        of draws that have a name
+numbers      finite and whole ones, or one clear error
 rounding     the dtypes of stored weights, and stochastic rounding to them
 weights      points and vectors: Weights, Delta, apply; lazy, exact
 hashing      what content is known by

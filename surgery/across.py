@@ -17,7 +17,7 @@ from torch import Tensor
 
 from surgery.anatomy import Anatomy
 from surgery.sites import Site
-from surgery.weights import Delta, Weights, pieces
+from surgery.weights import Delta, Weights, pieces, require_point, require_vector
 
 EMBED, HEAD = Site(None, "embed"), Site(None, "head")
 _BY_TOKEN = ("embed", "head", "head.bias")  # one row a token
@@ -52,8 +52,10 @@ def land(delta: Delta, on: Weights, *, base: str | os.PathLike[str] | None = Non
     of its own checkpoint): where it and `on` have a ``tokenizer.json``, the common rows are checked to stand for the same tokens.
 
     Raises ValueError, naming the first three sites, where layers or widths differ; where the two have no site in common; and where one
-    matrix would have to move in two ways.
+    matrix would have to move in two ways; TypeError for a model in place of the vector, or a vector in place of the model.
     """
+    require_vector(delta)
+    require_point(on)
     _require_fit(delta, on)
     takes, notes = _takes(delta, on)
     if not takes:

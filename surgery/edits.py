@@ -4,7 +4,7 @@ Most take one tensor to one tensor, ``(site, W) -> W``, with `W` ``[out, in]`` i
 ``apply(RemoveDirection(u), weights, at="*.attn.o")``. `SwapLayers` and `ReplaceLayers` take a point to a point and need no pattern:
 ``apply(SwapLayers(3, 4), weights)``. Either way nothing happens until the result is written or installed.
 
-Every edit has a strength: at 0 it changes no bit, at 1 it is whole.
+Every edit has a strength: at 0 it changes no bit, at 1 it is whole. Any finite number will do; another raises ValueError.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from surgery.linalg import low_rank, project_out
+from surgery.numbers import require_number, require_whole
 from surgery.sites import Site
 from surgery.weights import Edit, Weights, require_summable
 
@@ -31,6 +32,10 @@ class Scale:
 
     factor: float
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_number("factor", self.factor)
+        require_number("strength", self.strength)
 
     def bound(self, weights: Weights, sites: Iterable[Site]) -> Edit:
         """The same edit of what the model multiplies by: what `apply` asks for."""
@@ -73,7 +78,8 @@ class RemoveDirection:
         if not vectors:
             raise ValueError("There is no direction to remove: the mapping is empty.")
         for vector in vectors:
-            _require_direction(vector)
+            require_direction(vector)
+        require_number("strength", self.strength)
 
     def vector(self, site: Site) -> Float[Tensor, " out"]:
         """The vector for a site: the only one, the one at the site itself, or the one of its layer."""
@@ -126,9 +132,10 @@ class AddDirection:
     reads: Float[Tensor, " in"] | None = None
 
     def __post_init__(self) -> None:
-        for vector in (self.direction, self.reads):
-            if vector is not None:
-                _require_direction(vector)
+        require_direction(self.direction)
+        if self.reads is not None:
+            require_direction(self.reads)
+        require_number("strength", self.strength)
 
     def check(self, site: Site, shape: torch.Size) -> None:
         """Raise ValueError where the vectors do not fit the tensor at the site."""
@@ -162,6 +169,8 @@ class TruncateRank:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
+        require_number("strength", self.strength)
+        require_whole("rank", self.rank)
         if self.rank < 1:
             raise ValueError(f"A rank is 1 or more; this is {self.rank}. To silence a site, use Scale(0).")
 
@@ -201,6 +210,15 @@ class ReplaceLayers:
     layers: Sequence[int] | Mapping[int, int]
     strength: float = 1.0
 
+    def __post_init__(self) -> None:
+        require_number("strength", self.strength)
+        if not isinstance(self.layers, Sequence | Mapping):
+            raise ValueError(
+                f"layers={self.layers!r}: name them in a list, as in [3, 4], or by their places, as in {{3: 7}}."
+            )
+        for layer in (*self.layers, *(self.layers.values() if isinstance(self.layers, Mapping) else ())):
+            require_whole("layer", layer)
+
     def __call__(self, weights: Weights) -> Weights:
         layers = self.layers if isinstance(self.layers, Mapping) else {layer: layer for layer in self.layers}
         return _transplanted(weights, self.donor, layers, self.strength)
@@ -219,6 +237,9 @@ class SwapLayers:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
+        require_number("strength", self.strength)
+        for layer in (self.first, self.second):
+            require_whole("layer", layer)
         if self.first == self.second:
             raise ValueError(f"Layer {self.first} swapped with itself changes nothing: name two layers.")
 
@@ -297,7 +318,10 @@ def _block(weights: Weights, layer: int) -> dict[str, Site]:
     return named | {f"file:{n[len(prefix) :]}": site for n, site in unnamed.items() if n.startswith(prefix)}
 
 
-def _require_direction(vector: Tensor) -> None:
+def require_direction(vector: Tensor) -> None:
+    """Raise ValueError where it is not one finite, non-zero vector."""
+    if not isinstance(vector, Tensor):
+        raise ValueError(f"A direction is one tensor, not a {type(vector).__name__}: {vector!r:.60}.")
     norm = float(torch.linalg.vector_norm(vector.float()))
     if vector.ndim != 1 or not 0 < norm < float("inf"):
         raise ValueError(

@@ -23,9 +23,10 @@ from surgery.adapter_config import lora_pair, read_adapter_config, unusable
 from surgery.adapter_names import CONFIG, WEIGHTS, Names, split_key
 from surgery.headers import UNTIE
 from surgery.linalg import low_rank_factors
+from surgery.numbers import require_whole
 from surgery.sites import Site
 from surgery.tensorfile import CheckpointError, Stored, TensorFile, TensorSink, read_header
-from surgery.weights import Delta, Weights, pieces
+from surgery.weights import Delta, Weights, pieces, require_vector
 from surgery.whole import new_folder
 
 if TYPE_CHECKING:
@@ -78,8 +79,9 @@ class Factored(Delta):
 def joined(delta: Delta) -> Factored:
     """A sum of factored vectors as one, exactly: factors side by side, so ranks add up.
 
-    ``joined(0.8 * a + 0.2 * b)`` for two adapters. Raises ValueError where a term is not held as factors.
+    ``joined(0.8 * a + 0.2 * b)`` for two adapters. Raises ValueError where a term is not held as factors, TypeError for a model.
     """
+    require_vector(delta)
     pairs: dict[Site, tuple[list[Tensor], list[Tensor]]] = {}
     for coefficient, leaf in delta.terms():
         sites = leaf.factored() if isinstance(leaf, Factored) else []
@@ -102,6 +104,7 @@ def factor_pair(W: Float[Tensor, "out in"], rank: int) -> tuple[Float[Tensor, "o
     rank: 1 or more; the short side at most is used. The error is in the Frobenius norm, 0 where W is zero, measured on the fp32
     factors themselves. Source: Eckart and Young 1936.
     """
+    require_whole("rank", rank)
     long, short = low_rank_factors(W, min(rank, *W.shape))
     left, right = long.float(), short.T.contiguous().float()
     rows = max(1, _STRIP // W.shape[1])
@@ -120,6 +123,8 @@ def truncated(delta: Delta, rank: int) -> tuple[Factored, dict[Site, float]]:
     factors and is left out, with error 1; so is a change that is zero, with error 0. Raises ValueError for a rank below 1, or
     where there is no matrix at all. Source: Eckart and Young 1936.
     """
+    require_vector(delta)
+    require_whole("rank", rank)
     if rank < 1:
         raise ValueError(f"rank {rank}: a rank is 1 or more.")
     pairs: dict[Site, tuple[Tensor, Tensor]] = {}
@@ -443,7 +448,7 @@ def save_adapter(
     seal: called with the finished folder before it appears under its name: the place to add a record.
 
     Raises ValueError for a vector that is empty, is not all factors, or moves what a LoRA cannot hold (see `lora_sites`: an embedding tied
-    to its head is among it, since PEFT merges the change of tied modules twice); FileExistsError if `to` exists; CheckpointError where
+    to its head is among it, since PEFT merges the change of tied modules twice), or holds what is not finite; FileExistsError if `to` exists; CheckpointError where
     PEFT would not find the same modules.
     """
     if not isinstance(delta, Factored):
@@ -468,6 +473,9 @@ def save_adapter(
         raise ValueError(
             f"No LoRA of {base!r} can hold {_listed(unheld)}{why}. Leave them out: truncated(delta.keep(...), rank)[0]."
         )
+    for site in delta:
+        if not all(bool(torch.isfinite(factor).all()) for factor in delta.factors(site)):
+            raise ValueError(f"{site} holds values that are NaN or infinite; nothing was written.")
     loras = {
         name.removesuffix(".weight"): _module_factors(delta, anatomy, sites, base.shapes())
         for name, sites in anatomy.stored_in().items()

@@ -17,12 +17,22 @@ from torch import Tensor
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint, load_module
 from surgery.decoding import GumbelNoise, decode, followed, pad_after_prefix, prefix_cache
+from surgery.numbers import require_whole
 from surgery.rounding import as_dtype
 from surgery.rows import rows_are
 from surgery.side_files import HUB_FILES
 from surgery.sites import Site
-from surgery.transcript import THINK, Markers, Transcript, also_ends, end_tokens, opens_thinking, read_transcript
-from surgery.weights import Weights, pieces, some_rows
+from surgery.transcript import (
+    THINK,
+    Markers,
+    Transcript,
+    also_ends,
+    end_tokens,
+    opens_thinking,
+    read_transcript,
+    require_several,
+)
+from surgery.weights import Weights, pieces, require_point, some_rows
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -154,6 +164,8 @@ class Model:
         An opening marker that the prompt's template ends in is not said again.
         """
         before = self.prompt(question)
+        if not isinstance(completion, str):
+            raise ValueError(f"A completion is a text, not a {type(completion).__name__}: {completion!r:.60}.")
         if opens_thinking(before, self.markers):  # the template has said it
             completion = completion.removeprefix(self.markers.open)
             completion = completion.removeprefix("\n") if before.endswith("\n") else completion
@@ -177,7 +189,8 @@ class Model:
         """Answer each question `samples` times; transcripts come question by question, a question's samples together.
 
         temperature: 0 is greedy, the default for one sample; 1 is the default for several. Sample j of question i depends on
-        ``(seed, i, j)`` alone, whatever the batch: the noise of a row is its own (Gumbel-max sampling).
+        ``(seed, i, j)`` alone, whatever the batch: the noise of a row is its own (Gumbel-max sampling). Raises ValueError for counts that are
+        no whole numbers of 1 or more, and a temperature out of range.
         """
         asked = [questions] if isinstance(questions, str) else list(questions)
         heat = _heat(samples, temperature)
@@ -208,6 +221,7 @@ class Model:
         Their completions begin with what was given, the span ``given`` (absent where only a prompt was), and go on with the span
         ``continuation``; ``meta`` is kept, with the number of the ``sample``. Raises ValueError for a transcript that has ended already.
         """
+        require_several(transcripts)
         heat = _heat(samples, temperature)
         for index, transcript in enumerate(transcripts):
             if transcript.finished:
@@ -237,6 +251,8 @@ class Model:
         """What is written after each start, sample by sample. prompts: how many tokens of each start are its prompt."""
         from tqdm.auto import tqdm
 
+        require_whole("max_new_tokens", length, 1)
+        require_whole("batch_size", batch_size, 1)
         jobs = [(i, j) for i in range(len(starts)) for j in range(samples)]
         order = sorted(jobs, key=lambda job: len(starts[job[0]]))  # little padding
         done: dict[tuple[int, int], list[int]] = {}
@@ -329,6 +345,7 @@ def _require_a_model(module: nn.Module) -> None:
 
 
 def _heat(samples: int, temperature: float | None) -> float:
+    require_whole("samples", samples)
     heat = (0.0 if samples == 1 else 1.0) if temperature is None else temperature
     if samples < 1 or not 0 <= heat < math.inf or (samples > 1 and heat == 0):
         raise ValueError(
@@ -355,6 +372,7 @@ def changed_parameters(weights: Weights, model: Model) -> dict[str, Tensor]:
     """
     from surgery.weights import require_same_sites
 
+    require_point(weights)
     live = model.weights
     require_same_sites(
         live, weights, live.shapes().keys() | {s for s in weights if not s.is_unnamed}

@@ -17,15 +17,16 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from surgery.lowrank import Factored
+from surgery.numbers import require_number, require_whole
 from surgery.sites import Patterns, Site, match
-from surgery.weights import Delta, Origin
+from surgery.weights import Delta, Origin, require_vector
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -63,8 +64,12 @@ def similarity(
     """rho, |dW| and |C dW| of the change ``left @ right``, or of `left` itself where there is no right; neither C nor dW is formed.
 
     O(out in r) time. With ``rightᵀ = Q R`` every norm of ``X right`` is that of ``X Rᵀ``, which has at most r columns; and
-    ``<C dW, dW> = |Vᵀ dW|² / |V|``. Raises ValueError for values that are not finite. Source: Safe LoRA, arXiv 2405.16833.
+    ``<C dW, dW> = |Vᵀ dW|² / |V|``. Raises ValueError for values that are not finite, and for matrices of other heights. Source: Safe LoRA, arXiv 2405.16833.
     """
+    if len(V) != len(left):
+        raise ValueError(
+            f"V is {tuple(V.shape)} and the change {tuple(left.shape)}: they have as many rows, those of one matrix."
+        )
     B = _norms_of(left, right)
     norm, size = _norm(B), _norm(V)
     if not math.isfinite(norm) or not math.isfinite(size):
@@ -163,10 +168,12 @@ def similarities(
     """`similarity` at every linear module of a change: its matrices inside the layers (those `at` matches).
 
     alignment: ``aligned - base``; a site it lacks is one that alignment did not change. Raises ValueError where the change has no such
-    module, where the two have none in common or differ in shape, and for values that are not finite.
+    module, where the two have none in common or differ in shape, and for values that are not finite; TypeError for a model in place of a change.
     """
     from tqdm.auto import tqdm
 
+    require_vector(change)
+    require_vector(alignment)
     sites = _modules(change, alignment, at)
     found = {}
     for site in tqdm(sites, desc="judging", disable=not progress, leave=False):
@@ -198,14 +205,16 @@ def safelora(
     at:         patterns of sites to judge; by default every matrix in the layers. What is not judged stays as it is.
 
     A module that alignment did not change (V = 0), or that the change does not move, has no rho; it is left as it is and not counted.
-    Raises ValueError as `similarities` does, for tau and count together, and for a count out of range.
+    Raises ValueError as `similarities` does, for tau and count together, a tau that is no finite number, and a count out of range.
     Source: Safe LoRA, arXiv 2405.16833.
     Differs: modules are matched by name, not by their order; a full fine-tune will do; the released code turns V = 0 into NaN.
     """
+    _require_word("projection", projection, Projection)
     if cut is not None and projection != "exact":
         raise ValueError(f"cut belongs to the exact projection, and {projection!r} has no use for it.")
     if cut is not None:
         column_space(torch.ones(1, 1), cut)  # raises for a cut out of range, before any work
+    _require_choice(tau, count)
     similar = similarities(change, alignment, at=at, progress=progress)
     tau = TAU if tau is None and count is None else tau
     chosen = _chosen(similar, tau, count, operator.le)
@@ -261,8 +270,12 @@ def safemerge(
     Source: SafeMERGE, arXiv 2503.17239; its released code merges in the form called ``peft`` here.
     Differs: matched by name; where V = 0 the released code always merges, here there is nothing to go by and nothing is done.
     """
+    _require_word("form", form, Form)
+    require_number("weight", weight)
+    require_vector(safe)
     if not 0 <= weight <= 1:
         raise ValueError(f"weight={weight}: the share of the change against the safe one, in [0, 1].")
+    _require_choice(tau, count)
     similar = similarities(change, alignment, at=at, progress=progress)
     tau = MERGE_TAU if tau is None and count is None else tau
     chosen = _chosen(similar, tau, count, operator.lt)
@@ -353,6 +366,21 @@ def _modules(change: Delta, alignment: Delta, at: Patterns | None) -> list[Site]
     return sites
 
 
+def _require_word(name: str, word: str, words: Any) -> None:
+    if word not in get_args(words):
+        *first, last = get_args(words)
+        raise ValueError(f"{name}={word!r}: choose {', '.join(first)} or {last}.")
+
+
+def _require_choice(tau: float | None, count: int | None) -> None:
+    if tau is not None and count is not None:
+        raise ValueError(f"tau={tau} and count={count}: choose modules by a threshold or by number.")
+    if tau is not None:
+        require_number("tau", tau)
+    if count is not None:
+        require_whole("count", count)
+
+
 def _chosen(
     similar: Mapping[Site, Similarity], tau: float | None, count: int | None, below: Callable[[float, float], bool]
 ) -> frozenset[Site]:
@@ -360,8 +388,6 @@ def _chosen(
     if count is None:
         assert tau is not None
         return frozenset(site for site, rho in judged.items() if below(rho, tau))
-    if tau is not None:
-        raise ValueError(f"tau={tau} and count={count}: choose modules by a threshold or by number.")
     if not 1 <= count <= len(judged):
         raise ValueError(f"count={count}: {len(judged)} modules can be judged, so ask for 1 to {len(judged)}.")
     return frozenset(sorted(judged, key=judged.__getitem__)[:count])  # equal ones in the order of the sites

@@ -24,7 +24,7 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return dtype
     if dtype == "auto":
         return None
-    found = getattr(torch, short.get(dtype, dtype), None)
+    found = getattr(torch, short.get(dtype, dtype), None) if isinstance(dtype, str) else None
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"{dtype!r} is not a dtype of weights. Choose float32, bfloat16, float16 or auto.")
     return found

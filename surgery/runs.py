@@ -158,12 +158,13 @@ def _from_line(line: bytes, where: str) -> Transcript:
         [_pair(o, where) for o in row["offsets"]],
         {n: _pair(s, where) for n, s in row["spans"].items()},
     )
-    if len(ids) != len(offsets) or not all(isinstance(i, int) for i in ids):
+    if len(ids) != len(offsets) or not all(type(i) is int and i >= 0 for i in ids):
         raise ValueError(
             f"{where}: {len(ids)} token ids and {len(offsets)} offsets; each token has one, and an id is a whole number."
         )
     outside = [name for name, (begin, end) in spans.items() if not 0 <= begin <= end <= len(ids)]
-    if outside or any(a[0] > b[0] for a, b in pairwise(offsets)):
+    backward = any(not 0 <= begin <= end for begin, end in offsets) or any(a[0] > b[0] for a, b in pairwise(offsets))
+    if outside or backward:
         raise ValueError(
             f"{where}: {f'the span {outside[0]} is' if outside else 'the offsets are'} not within its {len(ids)} tokens."
         )

@@ -211,9 +211,19 @@ def _offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[st
 
 
 def require_several(transcripts: Sequence[Transcript]) -> None:
-    """Raise ValueError for one transcript where a list of them belongs."""
+    """Raise ValueError for one transcript where a list of them belongs, and for a list of something else."""
     if isinstance(transcripts, Transcript):
         raise ValueError("A list of transcripts was expected, not one: write [transcript].")
+    for transcript in transcripts:
+        _require_transcript(transcript)
+
+
+def _require_transcript(given: object) -> None:
+    if not isinstance(given, Transcript):
+        raise ValueError(
+            f"A transcript was expected, not a {type(given).__name__} ({given!r:.60}). model.generate(questions) makes them, and "
+            "model.transcript(question, completion) one of a text."
+        )
 
 
 def positions(transcript: Transcript, over: str | Sequence[str]) -> list[int]:
@@ -224,11 +234,7 @@ def positions(transcript: Transcript, over: str | Sequence[str]) -> list[int]:
     the last; ``/therefore/`` the tokens of the completion that overlap a match of a regular expression, ``prompt~/not/`` those of the
     prompt. Raises ValueError, listing what can be asked for, on anything else.
     """
-    if not isinstance(transcript, Transcript):
-        raise ValueError(
-            f"A transcript was expected, not a {type(transcript).__name__} ({transcript!r:.60}). model.generate(questions) makes them, and "
-            "model.transcript(question, completion) one of a text."
-        )
+    _require_transcript(transcript)
     wanted = (over,) if isinstance(over, str) else over
     return sorted({i for text in wanted for i in _one_span(transcript, text)})
 

@@ -8,6 +8,7 @@ leaves, so ``base + (tuned - base)`` *is* ``tuned``, to the bit.
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -236,6 +237,8 @@ class Delta(_Tensors):
     def __mul__(self, scale: float) -> Delta:
         if not isinstance(scale, int | float):
             return NotImplemented
+        if not math.isfinite(scale):
+            raise ValueError(f"A change times {scale} is none: give a finite number.")
         return Difference([(scale * c, leaf) for c, leaf in self.terms()], self.shapes())
 
     __rmul__ = __mul__
@@ -510,6 +513,18 @@ def require_summable(weights: Weights, site: Site) -> None:
 def linear_sites(weights: Weights) -> list[Site]:
     """The attention and MLP matrices of every layer (210 in the specimen)."""
     return weights.anatomy.linear_sites()
+
+
+def require_point(given: object) -> None:
+    """Raise TypeError for a change where a model's weights are wanted."""
+    if isinstance(given, Delta):
+        raise TypeError(f"{given!r}: a model is wanted, and this is a change: add it to one, as in base + change.")
+
+
+def require_vector(given: object) -> None:
+    """Raise TypeError for a model's weights where a change is wanted."""
+    if isinstance(given, Weights):
+        raise TypeError(f"{given!r}: a change is wanted, and this is a model: take the difference, as in tuned - base.")
 
 
 def require_same_sites(a: _Tensors, b: _Tensors, among: Iterable[Site] | None = None) -> None:

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from surgery.rounding import generator, stochastic
 from surgery.side_files import UNDO_LIMIT, copy_file, side_files
 from surgery.sites import Site
 from surgery.tensorfile import Stored, header_bytes, raw_bytes, read_header
-from surgery.weights import Weights, minus, require_summable, some_rows
+from surgery.weights import Weights, minus, require_point, require_summable, some_rows
 from surgery.whole import flush, new_folder
 
 Rounding = Literal["nearest", "stochastic"]
@@ -113,17 +113,25 @@ def write(
     seal: called with the finished folder and what is known about it, before it appears under its name: the place to add a record.
 
     Raises FileExistsError if `to` exists, ValueError for non-finite values and for a quantised model's codes in another `dtype` (naming the
-    site), CheckpointError where the files have a head of its own that config.json ties, VerificationError if the proof fails.
+    site), CheckpointError where the files have a head of its own that config.json ties, VerificationError if the proof fails;
+    TypeError for a change, which is not a model.
     """
+    require_point(weights)
     layout = weights.layout
     if layout is None:
         raise ValueError(
             "These weights come from a live module with no checkpoint behind it; there are no files to imitate. Use module.save_pretrained."
         )
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"Weights cannot be stored as {dtype}.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"Weights cannot be stored as {dtype!r}: give a torch.dtype of floating point, such as torch.bfloat16."
+        )
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding={rounding!r}: choose nearest or stochastic.")
+    if loops not in get_args(Loops):
+        raise ValueError(f"loops={loops!r}: choose refuse, report or ignore.")
+    if not undo_limit >= 0:
+        raise ValueError(f"undo_limit={undo_limit!r}: bytes, 0 or more.")
     if dtype is not None:
         for site in layout:
             require_summable(layout, site)

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -109,7 +110,7 @@ def test_strength_0_keeps_negative_zeros(weights):
     W = torch.tensor([[0.0, -0.0], [-0.0, -1.0]])
     for edit in (
         Scale(-3.0, 0.0),
-        Scale(float("inf"), 0.0),
+        Scale(1e308, 0.0),
         RemoveDirection(torch.ones(2), 0.0),
         AddDirection(torch.ones(2), 0.0),
         TruncateRank(1, 0.0),
@@ -560,3 +561,45 @@ def test_a_direction_that_a_layer_lacks_or_has_twice_is_an_error(weights):
         RemoveDirection({0: torch.zeros(32)})
     with pytest.raises(ValueError, match=r"0.attn.o is \(32, 48\) and cannot write a direction of length 12"):
         apply(RemoveDirection({0: V}), point, "0.attn.o")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "1", None, [1.0]])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: Scale(x),
+        lambda x: Scale(0.5, x),
+        lambda x: RemoveDirection(U, x),
+        lambda x: AddDirection(U, x),
+        lambda x: TruncateRank(2, x),
+        lambda x: SwapLayers(0, 1, x),
+        lambda x: ReplaceLayers(None, [0], x),
+    ],
+)
+def test_what_is_no_finite_number_is_no_strength(make, bad, unchecked):
+    """They went on to weights of NaN, which `installed` computed with, or to torch's words for another type."""
+    with pytest.raises(ValueError, match=r"(strength|factor)=.*a finite number"):
+        make(bad)
+
+
+@pytest.mark.parametrize("bad", [2.5, math.nan, math.inf, True, "2"])
+def test_what_is_no_whole_number_is_no_rank(bad, unchecked):
+    with pytest.raises(ValueError, match=r"rank=.*: give a whole number"):
+        TruncateRank(bad)
+
+
+@pytest.mark.parametrize("bad", [[1.0, 2.0], np.ones(32), None, "brief"])
+def test_what_is_no_tensor_is_no_direction(bad, unchecked):
+    for make in (RemoveDirection, AddDirection, lambda x: RemoveDirection({0: x}), lambda x: AddDirection(U, reads=x)):
+        if bad is not None or make in (RemoveDirection, AddDirection):
+            with pytest.raises(ValueError, match=r"A direction is one tensor, not a (list|ndarray|NoneType|str)"):
+                make(bad)
+
+
+@pytest.mark.parametrize("layers", [3, "34", [1.5], {0: "1"}, [True]])
+def test_layers_are_whole_numbers(layers, unchecked):
+    with pytest.raises(ValueError, match=r"layers=3: name them in a list|layer=.*: give a whole number"):
+        ReplaceLayers(None, layers)
+    if layers != 3:
+        with pytest.raises(ValueError, match=r"layer=.*: give a whole number"):
+            SwapLayers(0, next(iter(layers.values() if isinstance(layers, dict) else layers)))

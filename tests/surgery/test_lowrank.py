@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from surgery.across import land
 from surgery.adapter_names import CONFIG, WEIGHTS
 from surgery.checkpoint import Checkpoint, load_module
 from surgery.edits import Scale
@@ -566,3 +567,27 @@ def test_a_write_that_fails_leaves_nothing(train: Train, tmp_path: Path, monkeyp
     with pytest.raises(CheckpointError, match="PEFT would not load this adapter"):
         save_adapter(adapter, tmp_path / "x", base)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_factors_that_are_not_finite_are_not_saved(train: Train, tmp_path: Path) -> None:
+    base = train("llama").base
+    site = Site.parse("0.attn.o")
+    for bad in (float("nan"), float("inf")):
+        pair = torch.full((base.shape(site)[0], 2), bad), torch.ones(2, base.shape(site)[1])
+        with pytest.raises(ValueError, match=r"0\.attn\.o holds values that are NaN or infinite; nothing was written"):
+            save_adapter(Factored({site: pair}), tmp_path / "x", base)
+    assert not (tmp_path / "x").exists()
+
+
+def test_models_have_no_factors(train: Train, unchecked: None) -> None:
+    base = train("llama").base
+    for call in (lambda: truncated(base, 2), lambda: joined(base), lambda: land(base, base)):
+        with pytest.raises(TypeError, match="a change is wanted, and this is a model"):
+            call()
+
+
+@pytest.mark.parametrize("rank", [2.5, True, "2"])
+def test_a_rank_is_a_whole_number(rank: Any, train: Train, unchecked: None) -> None:
+    change = train("llama").adapter()
+    with pytest.raises(ValueError, match=r"rank=.*: give a whole number"):
+        truncated(change, rank)

@@ -237,3 +237,65 @@ def test_a_teachers_transcript():
     t = model.transcript("why", "<think>\na\n</think>\nb", source="teacher")
     assert (t.thinking, t.answer, t.finished, t.meta) == ("a", "b", True, {"source": "teacher"})
     assert t.prompt == model.prompt("why").strip() != ""
+
+
+def test_what_cannot_be_generated(unchecked):
+    """A negative batch was a KeyError, and half a sample Python's word for it."""
+    model = Model(*tiny("llama"))
+    begun = [read_transcript(model.tokenizer, "one", model.prompt_ids("one"), [])]
+    for write_on in (lambda **how: model.generate(QUESTIONS, **how), lambda **how: model.continued(begun, **how)):
+        for bad in (0, -1, 1.5, "2", True):
+            with pytest.raises(ValueError, match=f"batch_size={bad!r}: give a whole number, 1 or more"):
+                write_on(batch_size=bad)
+        for bad in (0, -1, 1.5, "2"):
+            with pytest.raises(ValueError, match=f"max_new_tokens={bad!r}: give a whole number, 1 or more"):
+                write_on(max_new_tokens=bad)
+        for bad in (1.5, "2"):
+            with pytest.raises(ValueError, match=f"samples={bad!r}: give a whole number"):
+                write_on(samples=bad)
+    with pytest.raises(ValueError, match=r"not one: write \[transcript\]"):
+        model.continued(begun[0])
+    with pytest.raises(ValueError, match="A transcript was expected, not a str"):
+        model.continued(["one"])
+    for text in (None, ["a"]):
+        with pytest.raises(ValueError, match="A completion is a text, not a"):
+            model.transcript("q", text)
+
+
+def test_a_change_is_no_model(tmp_path, unchecked):
+    model = Model.load(save_tiny("llama", tmp_path / "model"))
+    change = model.weights - model.weights
+    with pytest.raises(
+        TypeError, match=r"a model is wanted, and this is a change: add it to one, as in base \+ change"
+    ):
+        write(change, tmp_path / "out")
+    with pytest.raises(TypeError, match="a model is wanted, and this is a change"), model.installed(change):
+        pass
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_change_has_a_finite_strength(scale):
+    """`installed` computed with the NaN that came of it."""
+    change = Model(*tiny("llama")).weights - Model(*tiny("llama", seed=1)).weights
+    with pytest.raises(ValueError, match=f"A change times {scale} is none: give a finite number"):
+        scale * change
+
+
+def test_words_that_mean_nothing_to_a_write(tmp_path, unchecked):
+    """A word that is not one of the three generated, and refused nothing; a dtype by name was an AttributeError."""
+    point = Model.load(save_tiny("llama", tmp_path / "model")).weights
+    for name, options, said in (
+        ("loops", {"loops": "refus"}, "loops='refus': choose refuse, report or ignore"),
+        ("limit", {"undo_limit": -1}, "undo_limit=-1: bytes, 0 or more"),
+        ("nan", {"undo_limit": float("nan")}, "undo_limit=nan: bytes, 0 or more"),
+        (
+            "dtype",
+            {"dtype": "bfloat16"},
+            "Weights cannot be stored as 'bfloat16': give a torch.dtype of floating point, such as torch.bfloat16",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            write(point, tmp_path / name, **options)
+        assert not (tmp_path / name).exists()
+    with pytest.raises(ValueError, match="5 is not a dtype of weights"):
+        as_dtype(5)

@@ -509,3 +509,33 @@ def test_unaligned_files_are_read_by_name(cases, tmp_path):
     one, other = safelora(adapter, aligned - base), safelora(adapter, Checkpoint(folder) - base)
     for site in adapter:
         torch.testing.assert_close(one.delta[site], other.delta[site], rtol=1e-4, atol=1e-6)
+
+
+def test_words_and_numbers_that_say_nothing(cases, unchecked):
+    """A threshold of NaN realigned nothing, and a word that is no projection or form was taken for another."""
+    base, aligned, tuned, _ = cases("llama")
+    change, alignment = tuned - base, aligned - base
+    for realign in (
+        lambda **how: safelora(change, alignment, **how),
+        lambda **how: safemerge(change, change, alignment, **how),
+    ):
+        with pytest.raises(ValueError, match="tau=nan: give a finite number"):
+            realign(tau=math.nan)
+        with pytest.raises(ValueError, match=r"count=2\.5: give a whole number"):
+            realign(count=2.5)
+    with pytest.raises(ValueError, match="projection='papr': choose paper, exact or shrink"):
+        safelora(change, alignment, projection="papr")
+    with pytest.raises(ValueError, match="form='exat': choose exact or peft"):
+        safemerge(change, change, alignment, form="exat")
+    with pytest.raises(ValueError, match=r"V is \(3, 4\) and the change \(4, 2\)"):
+        similarity(torch.ones(3, 4), torch.ones(4, 2))
+
+
+def test_models_are_no_changes(cases, unchecked):
+    """Whole models were compared as if they were changes."""
+    base, aligned, tuned, _ = cases("llama")
+    for given in ((tuned, aligned - base), (tuned - base, aligned)):
+        with pytest.raises(TypeError, match=r"a change is wanted, and this is a model: take the difference"):
+            safelora(*given)
+    with pytest.raises(TypeError, match="a change is wanted, and this is a model"):
+        safemerge(tuned - base, tuned, aligned - base)

@@ -115,6 +115,10 @@ HEAD = json.dumps({"runs": 1, "model": None, "about": {}, "count": 1})
         ([HEAD, *spoiled_line(offsets=[[0, 1], [1]])], "a span is two whole numbers"),
         ([HEAD, *spoiled_line(spans={"answer": [1, 3]})], "the span answer is not within its 2 tokens"),
         ([HEAD, *spoiled_line(offsets=[[1, 2], [0, 1]])], "the offsets are not within"),
+        ([HEAD, *spoiled_line(offsets=[[-3, 1], [1, 2]])], "the offsets are not within"),
+        ([HEAD, *spoiled_line(offsets=[[0, 1], [2, 1]])], "the offsets are not within"),
+        ([HEAD, *spoiled_line(ids=[5, True])], "an id is a whole number"),
+        ([HEAD, *spoiled_line(ids=[5, -6])], "an id is a whole number"),
     ],
 )
 def test_a_damaged_file_says_where(lines: list[str], said: str, tmp_path: Path) -> None:
