@@ -223,6 +223,14 @@ def test_holm_by_hand_and_by_its_closure():
         assert holm(p) == pytest.approx(closed)
 
 
+def test_the_ends_of_what_may_be_asked():
+    """p-values of 0 and 1 are p-values, one question is a question, and one that is right each time is one right of one."""
+    assert holm([0.0, 1.0]).tolist() == [0.0, 1.0]
+    assert tango(1, 0, 1).value == 1
+    assert share([1, 1, 1], ["a"] * 3) == wilson(1, 1)
+    assert share([0, 0], ["a"] * 2) == wilson(0, 1)
+
+
 def test_mcnemar_is_the_binomial_test():
     rng = np.random.default_rng(8)
     for _ in range(20):
@@ -245,6 +253,15 @@ def test_mcnemar_is_the_binomial_test():
         (lambda: bootstrap([1.0, 2.0], draws=0), "at least 1"),
         (lambda: paired_bootstrap([1.0], [1.0, 2.0]), "same items"),
         (lambda: holm([0.2, 1.2]), r"\[0, 1\]"),
+        (lambda: holm([-0.2, 0.5]), r"\[0, 1\]"),
+        (lambda: tango(1, 1, 4, level=95), "level=95"),
+        (lambda: tango(-1, 2, 4), "-1 won and 2 lost of 4"),
+        (lambda: tango(2, -1, 4), "2 won and -1 lost of 4"),
+        (lambda: tango(0, 0, 0), "of 0 questions"),
+        (lambda: share_difference([0.5, -0.5], [0.5, 0.5]), "between 0 and 1"),
+        (lambda: share_difference([0.5, 0.5], [0.5, 1.5]), "between 0 and 1"),
+        (lambda: crossed_bootstrap(np.zeros((0, 3))), r"this one has shape \(0, 3\)"),
+        (lambda: crossed_bootstrap(np.array([[0.0, math.nan]])), "without gaps"),
         (lambda: mcnemar([1, 0], [1]), "same items"),
         (lambda: mcnemar([1, 0.5], [1, 0]), "right/wrong"),
     ],
