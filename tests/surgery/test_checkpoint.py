@@ -354,6 +354,21 @@ def test_a_buffer_of_minus_infinity_is_carried(tmp_path):
             save_delta(tuned - Checkpoint(base.folder), tmp_path / "never", base_hash="")
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_mask_of_whole_numbers_is_carried_however_weights_are_rounded(rounding, tmp_path):
+    """As in older GPT-2 and GPT-NeoX files: a sum reaches it, and rounds it to no neighbour."""
+    masks = {"gpt_neox.layers.0.attention.bias": torch.tensor([[1, 0], [1, 1]], dtype=torch.uint8)}
+
+    def saved(folder, seed):
+        made = save_tiny("gpt-neox", folder, dtype=torch.float16, seed=seed)
+        return with_head(made, lambda tensors, _: tensors.update(masks))
+
+    base, tuned = Checkpoint(saved(tmp_path / "model", 0)), Checkpoint(saved(tmp_path / "tuned", 1))
+    write(base + 0.5 * (tuned - base), tmp_path / "half", rounding=rounding, dtype=torch.bfloat16)
+    for name in masks:
+        assert bytes_of(tmp_path / "half")[name] == bytes_of(base.folder)[name]
+
+
 def test_a_live_model_without_files(tmp_path):
     module, tokenizer = tiny("llama")
     with pytest.raises(ValueError, match=r"no checkpoint behind it.*Use module\.save_pretrained"):
