@@ -19,6 +19,7 @@ from probes.capture import Keep, forward, only_activations, pad_right, require_s
 from probes.engines import Engine, reader
 from probes.shards import Folder, Stored
 from surgery.model import Model
+from surgery.numbers import require_whole
 from surgery.rows import are_apart, has_hooks, rows_are
 from surgery.sites import Patterns, Site, match, nothing_matched
 from surgery.tensorfile import save_whole
@@ -70,17 +71,25 @@ class Activations:
 
     @classmethod
     def load(cls, path: str | Path) -> Activations:
-        """What `save` wrote, or the folder that `collect` wrote to. Raises ValueError for a folder that is not complete."""
+        """What `save` wrote, or the folder that `collect` wrote to. Raises ValueError for a folder that is not complete, and for a file of something else."""
         if Path(path).is_dir():
             folder = Folder.open(Path(path))
             folder.require_complete()
             transcript, position, span = map(folder.read, _LABELS)
             return cls(Stored(folder), transcript, position, span, tuple(folder.about["over"]))
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            over, sites = (file.metadata()[name].split("\n") for name in ("over", "sites"))
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                said = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged, or no safetensors file: {error}.") from error
+        if not {"over", "sites"} <= said.keys():
+            raise ValueError(
+                f"{path} holds no activations: give what Activations.save wrote, or the folder of collect."
+            )
+        over, sites = (said[name].split("\n") for name in ("over", "sites"))
         return cls._from(tensors, sites, over)
 
     @classmethod
@@ -375,8 +384,7 @@ class _Run:
         batch_size: int,
     ):
         require_several(transcripts)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: a batch has at least one transcript.")
+        require_whole("batch_size", batch_size, 1)
         self.model, self.transcripts, self.pool, self._size = model, transcripts, pool, batch_size
         self.sites = match(at, model.anatomy.activation_sites())
         for site in self.sites:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -72,13 +73,21 @@ class Folder:
 
     @classmethod
     def open(cls, path: Path) -> Folder:
-        """A folder that is there. Raises ValueError where it is none of ours."""
+        """A folder that is there. Raises ValueError where it is none of ours, or does not say any more what it is of."""
         if not (path / _MANIFEST).is_file():
             raise ValueError(
                 f"{path} has no {_MANIFEST}, so it holds no activations. collect(..., to=FOLDER) makes such a folder."
             )
-        said = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        return cls(path, said["about"], tuple((begin, end) for begin, end in said["shards"]))
+        try:
+            said = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+            about, shards = said["about"], tuple((int(begin), int(end)) for begin, end in said["shards"])
+            if not all(isinstance(about[name], list) for name in ("sites", "over")):
+                raise TypeError("sites and over are lists")
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{path / _MANIFEST} is damaged ({error}): remove the folder, and collect again."
+            ) from error
+        return cls(path, about, shards)
 
     def file(self, number: int) -> Path:
         return self.path / f"rows-{number:05}.safetensors"
@@ -105,16 +114,25 @@ class Folder:
 
     def read_shard(self, number: int, name: str) -> Tensor:
         """One column of one shard."""
-        from safetensors import safe_open
-
-        with safe_open(self.file(number), framework="pt") as file:
+        with self._opened(number) as file:
             return file.get_tensor(name)
 
     def read_whole(self, number: int) -> dict[str, Tensor]:
         """All columns of one shard."""
-        from safetensors.torch import load_file
+        with self._opened(number) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
 
-        return load_file(self.file(number))
+    @contextmanager
+    def _opened(self, number: int) -> Iterator[Any]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.file(number), framework="pt") as file:
+                yield file
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.file(number)} is damaged: {error}. Remove it, and the same collect(..., to=...) makes it anew."
+            ) from error
 
 
 class Stored(Mapping[Site, Tensor]):

@@ -588,3 +588,54 @@ def test_layers_that_run_without_hooks():
     with pytest.raises(ValueError, match=r"The hook on model\.layers\.1 never ran in the forward pass\. Compiled"):
         collect(model, runs, at=["1.resid", "2.resid"])
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nope",
+        "{}",
+        "[]",
+        '{"about": {}, "shards": [5]}',
+        '{"about": {"over": []}, "shards": [[0, 1]]}',
+        '{"about": 1, "shards": []}',
+    ],
+)
+def test_a_damaged_folder_says_which_file_it_is(text, tmp_path, small_shards):
+    """It ended in the words of a JSON parser, or a KeyError."""
+    model, runs = setup()
+    stored(model, runs, tmp_path / "a")
+    (tmp_path / "a" / "capture.json").write_text(text)
+    for call in (
+        lambda: Activations.load(tmp_path / "a"),
+        lambda: list(Activations.shards(tmp_path / "a")),
+        lambda: stored(model, runs, tmp_path / "a"),
+    ):
+        with pytest.raises(ValueError, match=r"capture\.json is damaged.*: remove the folder"):
+            call()
+
+
+def test_a_damaged_shard_says_which_it_is_and_is_made_anew(tmp_path, small_shards):
+    model, runs = setup()
+    whole = stored(model, runs, tmp_path / "a")
+    before = {site: whole[site] for site in whole.sites}
+    second = tmp_path / "a" / "rows-00001.safetensors"
+    for spoiled in (b"", second.read_bytes()[:-5]):
+        second.write_bytes(spoiled)
+        for call in (
+            lambda: Activations.load(tmp_path / "a"),
+            lambda: list(Activations.shards(tmp_path / "a")),
+            lambda: stored(model, runs, tmp_path / "a"),
+        ):
+            with pytest.raises(
+                ValueError, match=r"rows-00001\.safetensors is damaged.*Remove it, and the same collect"
+            ):
+                call()
+        second.unlink()
+        again = stored(model, runs, tmp_path / "a")
+        assert all(torch.equal(again[site], before[site]) for site in before)
+    before_one = tmp_path / "one.safetensors"
+    before_one.write_bytes(b"12345678")
+    with pytest.raises(ValueError, match=r"one\.safetensors is damaged"):
+        Activations.load(before_one)
