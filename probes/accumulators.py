@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes.results import read_tensors
+from surgery.numbers import require_whole
 from surgery.tensorfile import save_whole
 
 Rows = Float[Tensor, "row d"]
@@ -49,7 +50,7 @@ class Moments:
     @classmethod
     def of(cls, rows: Rows) -> Moments:
         """Of these rows. Raises ValueError as `add_` does."""
-        return cls.empty(rows.shape[1], rows.device).add_(rows)
+        return cls.empty(rows.shape[-1], rows.device).add_(rows)
 
     def add_(self, rows: Rows) -> Moments:
         """Take in more rows, in place; gives itself. Raises ValueError, and takes nothing in, for another width or rows not finite."""
@@ -70,6 +71,8 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         """Of the rows of both. Raises ValueError when their widths differ."""
+        if not isinstance(other, Moments):
+            return NotImplemented
         _require_merge(self.mean, other.mean)
         count, delta = self.count + other.count, other.mean.to(self.mean) - self.mean
         share = other.count / count if count else 0.0
@@ -128,7 +131,7 @@ class CrossMoments:
     @classmethod
     def of(cls, x: Float[Tensor, "row d"], y: Float[Tensor, "row e"]) -> CrossMoments:
         """Of these rows. Raises ValueError as `add_` does."""
-        return cls.empty(x.shape[1], y.shape[1], x.device).add_(x, y)
+        return cls.empty(x.shape[-1], y.shape[-1], x.device).add_(x, y)
 
     def add_(self, x: Float[Tensor, "row d"], y: Float[Tensor, "row e"]) -> CrossMoments:
         """Take in more rows of both, in place; gives itself. Raises ValueError, and takes nothing in, where they do not pair or are not finite."""
@@ -151,6 +154,8 @@ class CrossMoments:
 
     def __add__(self, other: CrossMoments) -> CrossMoments:
         """Of the rows of both. Raises ValueError when their widths differ."""
+        if not isinstance(other, CrossMoments):
+            return NotImplemented
         _require_merge(self.mean_x, other.mean_x)
         _require_merge(self.mean_y, other.mean_y)
         count = self.count + other.count
@@ -200,6 +205,7 @@ def _require_merge(a: Tensor, b: Tensor) -> None:
 
 
 def _degrees(count: int, ddof: int) -> int:
+    require_whole("ddof", ddof, 0)
     if count <= ddof:
         raise ValueError(f"A covariance with ddof={ddof} needs more than {ddof} rows; there are {count}.")
     return count - ddof

@@ -22,6 +22,7 @@ from probes.passes import Batch, batches
 from probes.results import interval, load_tensors, save_tensors
 from surgery.borrowing import text_positions
 from surgery.model import Model
+from surgery.numbers import require_whole
 from surgery.sites import Site
 from surgery.transcript import Transcript, positions
 
@@ -150,8 +151,7 @@ def attention(
     """
     from tqdm.auto import tqdm
 
-    if queries < 1:
-        raise ValueError(f"queries={queries}: read at least one token at a time.")
+    require_whole("queries", queries, 1)
     marks, looking = ([positions(t, span) for t in transcripts] for span in (to, over))
     wanted = [asked if marked else [] for marked, asked in zip(marks, looking, strict=True)]
     kept = tuple(i for i in range(len(transcripts)) if wanted[i])

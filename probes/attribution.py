@@ -33,6 +33,7 @@ from probes.results import interval, load_tensors, save_tensors
 from surgery.anatomy import Anatomy, Tap
 from surgery.edits import gain
 from surgery.model import Model, require_no_adapter
+from surgery.numbers import require_whole
 from surgery.rows import may_leave
 from surgery.sites import Patterns, Site, match, nothing_matched
 from surgery.transcript import Transcript, nobody_has, positions
@@ -108,6 +109,8 @@ class Contributions:
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"share={share}: of all heads, in (0, 1].")
         found = self.heads
+        if count is not None:
+            require_whole("count", count)
         wanted = max(1, round(share * self.n_heads)) if share is not None else count
         assert wanted is not None
         if not 1 <= wanted <= len(found.sites):
@@ -327,7 +330,7 @@ def ablated(model: Model, parts: Patterns, *, to: Mapping[Site, Tensor] | None =
     parts: sites or patterns: heads as in ``3.attn.o.h2``, of which what they give to ``attn.o`` is silenced, and whole attentions and MLPs as
     in ``3.attn.out`` and ``3.mlp.out``. to: site -> vector; of heads the site is ``3.attn.z`` and the vector as wide as all heads
     together, of which the silenced ones take their part. Hooks are gone on leaving. Raises ValueError for a part that does not exist,
-    and for vectors of another width.
+    and for vectors of another width or not finite.
     """
     chosen: dict[Site, list[slice]] = {}
     for site in _silent(model.anatomy, parts):
@@ -655,7 +658,9 @@ def _others(model: Model, transcripts: Sequence[Transcript], against: int | Sequ
         raise ValueError(
             f"against={against!r}: a token is meant by its id, as in tokenizer(text, add_special_tokens=False).input_ids[0]."
         )
-    others = [against] * len(transcripts) if isinstance(against, int) else list(against)
+    others = list(against) if isinstance(against, Iterable) else [against] * len(transcripts)
+    for token in others:
+        require_whole("against", token)
     if len(others) != len(transcripts) or not all(0 <= token < model.anatomy.vocab for token in others):
         raise ValueError(
             f"against: one token id, or one for each of the {len(transcripts)} transcripts, from 0 to {model.anatomy.vocab - 1}; "
@@ -720,6 +725,8 @@ def _fixed(model: Model, site: Site, to: Mapping[Site, Tensor]) -> Tensor:
     if site not in to or to[site].shape != (width,):
         found = f"shape {tuple(to[site].shape)}" if site in to else "nothing"
         raise ValueError(f"To fix what passes {site} takes a vector of {width} numbers there; got {found}.")
+    if not bool(torch.isfinite(to[site]).all()):
+        raise ValueError(f"The vector to fix {site} to holds values that are NaN or infinite.")
     return to[site]
 
 

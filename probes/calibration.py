@@ -26,7 +26,8 @@ from probes.directions import Labels, per_row
 from probes.estimates import Estimate, no_interval, resamples
 from probes.fitting import Settings, crossed, fit_path, of_length
 from probes.held_out import deal, mean_score, require_two_a_fold, shuffled, units, widening
-from probes.linear import EMBEDDING, gathered, labelled, require_folds, rows_at
+from probes.linear import EMBEDDING, gathered, labelled, require_folds, require_one_span, rows_at
+from probes.results import reading
 from surgery.model import Model
 from surgery.sites import Patterns, Site, match
 from surgery.transcript import Transcript
@@ -270,10 +271,10 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """What `save` wrote."""
-        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        bins: Any = {name: tuple(Bin(**one) for one in bins) for name, bins in found["bins"].items()}
-        return cls(tuple(CalibrationRow(**row) for row in found["rows"]), bins, found["about"])
+        """What `save` wrote. Raises ValueError for a file of something else."""
+        with reading(path, cls) as found:
+            bins: Any = {name: tuple(Bin(**one) for one in bins) for name, bins in found["bins"].items()}
+            return cls(tuple(CalibrationRow(**row) for row in found["rows"]), bins, found["about"])
 
     def __repr__(self) -> str:
         said = "; ".join(
@@ -306,6 +307,8 @@ def calibration(
     Arguments and errors as there; labels are of two classes.
     """
     match(at, model.anatomy.activation_sites())
+    require_one_span(over)
+    Settings("classes", components, 1, draws, seed)  # raises before any pass
     require_folds(transcripts, labels, groups, over=(over,), folds=folds)
     found = gathered(
         model, transcripts, labels, groups, at=at, over=(over,), seed=seed, batch_size=batch_size, progress=progress

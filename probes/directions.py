@@ -74,7 +74,8 @@ class Direction(Mapping[Site, Tensor]):
     def of(cls, raw: Mapping[Site, Tensor] | Mapping[str, Tensor], **about: Any) -> Direction:
         """A direction from raw vectors, which give it its lengths. Raises ValueError for a vector that is zero or not finite."""
         vectors, norms = {}, {}
-        for name, vector in raw.items():
+        for name, given in raw.items():
+            vector = torch.as_tensor(given)
             norm = float(torch.linalg.vector_norm(vector.double()))
             if vector.ndim != 1 or not 0 < norm < math.inf:
                 raise ValueError(
@@ -155,6 +156,8 @@ class Direction(Mapping[Site, Tensor]):
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Direction:
+        if divisor == 0:
+            raise ValueError("A direction divided by 0 has no direction.")
         return self * (1 / divisor)
 
     def __neg__(self) -> Direction:

@@ -24,6 +24,7 @@ from probes.activations import Activations, stream
 from probes.directions import Labels, per_row
 from probes.estimates import Estimate
 from probes.held_out import auc_score, deal, units
+from probes.results import reading
 from surgery.model import Model
 from surgery.runs import fingerprint
 from surgery.sites import Patterns, Site
@@ -67,7 +68,7 @@ def eraser(x: Moments, cross: CrossMoments, *, tolerance: float = TOLERANCE) -> 
     """The eraser of the concept z from x, from streamed moments of the same rows.
 
     x:         of the activations. cross: of the activations with the labels, a column for each class (or number).
-    tolerance: directions with less than this share of the largest variance are taken to be constant.
+    tolerance: directions with less than this share of the largest variance, in [0, 1), are taken to be constant.
     Raises ValueError where the moments are of different rows, and where x and z do not vary together at all: nothing is to be erased.
     Source: Belrose et al. (2023), arXiv 2306.03819, theorem 4.3 (LEACE).
     Differs: the rank is that of ``W S_xz`` to rounding, where the released code drops singular values below 0.01; covariances are not shrunk.
@@ -77,6 +78,8 @@ def eraser(x: Moments, cross: CrossMoments, *, tolerance: float = TOLERANCE) -> 
             f"The activations' moments are of {x.count} rows of width {len(x.mean)}, the labels' of {cross.count} of width {len(cross.mean_x)}: "
             "both must come from the same rows."
         )
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance={tolerance}: a share of the largest variance, in [0, 1).")
     values, axes = torch.linalg.eigh(x.covariance(ddof=0))
     live = values > tolerance * values[-1].clamp_min(0)
     if values[-1] <= 0 or not live.any():
@@ -262,10 +265,13 @@ class Erased:
 
     @classmethod
     def load(cls, path: str | Path) -> Erased:
-        """What `save` wrote."""
-        found = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+        """What `save` wrote. Raises ValueError for a file of something else."""
         scores = ("before", "after")
-        return cls(tuple(Left(**{**row, **{k: Estimate(**{"seed": None, **row[k]}) for k in scores}}) for row in found))
+        with reading(path, cls) as found:
+            rows = found["rows"]
+            return cls(
+                tuple(Left(**{**row, **{k: Estimate(**{"seed": None, **row[k]}) for k in scores}}) for row in rows)
+            )
 
     def _repr_html_(self) -> str:
         return self.frame().to_html(max_rows=24, float_format="%.4g", index=False)
@@ -277,10 +283,12 @@ def check(
     """Erase two classes from activations and probe for them: on the same rows, where nothing may be left, and on held-out groups.
 
     labels: 1 or 0 a row or transcript, None leaves it out. groups: kept whole in one fold.
-    C: inverse strength of the held-out probes' penalty.
+    C: inverse strength of the held-out probes' penalty, above 0.
     Held-out rows are another sample: their classes' means differ by chance after erasing, and by what the eraser could not learn. An AUC after
     erasing far *below* 0.5 is the sign of a fold's means leaning the other way, and no trace of the concept.
     """
+    if not C > 0:
+        raise ValueError(f"C={C}: the inverse strength of the penalty is above 0.")
     given, names = per_row(acts, labels, "labels"), per_row(acts, groups, "groups")
     kept = [i for i, label in enumerate(given) if label is not None and label == label]
     y = np.array([given[i] for i in kept], dtype=float)

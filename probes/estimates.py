@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int, Num
 
+from surgery.numbers import require_whole
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -61,6 +63,8 @@ def resamples(units: int, draws: int, seed: int) -> Int[np.ndarray, "draws units
 
     For a statistic made of per-unit sums, ``resamples(...) @ sums`` is every bootstrap sample at once.
     """
+    require_whole("draws", draws)
+    require_whole("seed", seed, 0)
     if units < 1 or draws < 1:
         raise ValueError(f"{draws} bootstrap draws of {units} units: both must be at least 1")
     return np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=draws)

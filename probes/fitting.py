@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from probes.held_out import deal, units
+from surgery.numbers import require_whole
 from surgery.sites import Site
 
 Kind = Literal["classes", "number"]
@@ -23,11 +24,22 @@ _COARSE = 1e-3  # tolerance of fits that only choose a penalty
 
 @dataclass(frozen=True)
 class Settings:
+    """How probes are fitted and judged. Raises ValueError for what means nothing."""
+
     kind: Kind
     components: int | None
     shuffles: int
     draws: int
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind={self.kind!r}: choose classes or number.")
+        if self.components is not None:
+            require_whole("components", self.components, 1)
+        require_whole("shuffles", self.shuffles, 0)
+        require_whole("draws", self.draws, 1)
+        require_whole("seed", self.seed, 0)
 
 
 def select(X: np.ndarray, y: np.ndarray, g: np.ndarray, settings: Settings) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 
 from probes.estimates import Estimate, no_interval, resamples
+from surgery.numbers import require_whole
 
 _CHUNK = 1 << 20  # resampled rows that are in work at once
 
@@ -36,6 +37,8 @@ def deal(
     A group stays whole, and groups of like mean label are spread over all folds. With fewer groups than folds there are as many
     folds as groups. Raises ValueError where there is nothing to hold out: one group only.
     """
+    require_whole("folds", folds)
+    require_whole("seed", seed, 0)
     if folds < 2:
         raise ValueError(f"{folds} folds hold nothing out: ask for 2 or more.")
     sizes = np.bincount(groups)
@@ -68,9 +71,12 @@ def auc(scores: ArrayLike, labels: ArrayLike, strata: ArrayLike | None = None) -
     """How often a positive row scores above a negative one of the same stratum, ties counted half: in [0, 1], 0.5 is chance.
 
     strata: a label a row; only rows with equal labels are compared. None compares all. NaN where no two rows can be compared.
+    Raises ValueError for scores of NaN, labels other than 1 and 0, and rows that do not match.
     Source: Mann and Whitney (1947); strata: van Elteren (1960), each pair weighing the same.
     """
     s, y, strata = _rows(scores, labels, strata)
+    if missing := int(np.isnan(s).sum()):
+        raise ValueError(f"{missing} of {len(s)} scores are NaN: leave their rows out.")
     won, asked = _won_and_asked(s, y, strata, np.ones((1, len(s))))
     return float(won[0] / asked[0]) if asked[0] else math.nan
 
@@ -101,6 +107,7 @@ def auc_score(
     Source: Efron and Tibshirani (1993), section 13.3, with groups as units; Nadeau and Bengio (2003), "Inference for the generalization error",
     equation 8, for the widening; Clopper and Pearson (1934) for all or none.
     """
+    widening(folds)  # raises before any work
     s, y, strata = _rows(scores, labels, strata)
     seen = ~np.isnan(s)
     s, y, strata, unit = s[seen], y[seen], units(strata[seen]), units(np.asarray(groups)[seen])
@@ -158,7 +165,10 @@ def mean_score(
 
 def widening(folds: int | None) -> float:
     """How much wider an interval of cross-fitted predictions is than the bootstrap's, see `auc_score`."""
-    return 1.0 if folds is None else math.sqrt(1 + folds / (folds - 1))
+    if folds is None:
+        return 1.0
+    require_whole("folds", folds, 2)
+    return math.sqrt(1 + folds / (folds - 1))
 
 
 def _ends(value: float, above: np.ndarray, below: np.ndarray, folds: int | None) -> tuple[float, float]:
@@ -195,7 +205,10 @@ def shuffled(labels: ArrayLike, groups: Int[np.ndarray, " row"], *, seed: int) -
 
 
 def _rows(scores: ArrayLike, labels: ArrayLike, strata: ArrayLike | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    s, y = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    s, given = np.asarray(scores, dtype=float), np.asarray(labels)
+    if not np.isin(given, (0, 1)).all():
+        raise ValueError("An AUC is of two classes: labels are 1 or 0 (or true and false).")
+    y = given.astype(bool)
     k = np.zeros(len(s), dtype=np.int64) if strata is None else units(strata)
     if not s.shape == y.shape == k.shape or s.ndim != 1:
         raise ValueError(

@@ -20,6 +20,7 @@ from probes.activations import as_spans
 from probes.passes import Batch, batches, run
 from probes.results import interval, load_tensors, save_tensors
 from surgery.model import Model
+from surgery.numbers import require_whole
 from surgery.rows import rows_are
 from surgery.sites import Patterns, Site, match
 from surgery.transcript import Transcript, nobody_has, positions
@@ -151,8 +152,13 @@ _TENSORS = ("transcript", "position", "token", "following", "kl", "nll", "top", 
 
 @torch.no_grad()
 def unembed(model: Model, stream: Float[Tensor, "row d"]) -> Float[Tensor, "row vocab"]:
-    """The logits a stream has as if it left the last block: final norm, head and the family's soft cap, in the model's own dtype; fp32."""
+    """The logits a stream has as if it left the last block: final norm, head and the family's soft cap, in the model's own dtype; fp32.
+
+    Raises ValueError for rows of another width.
+    """
     anatomy, module = model.anatomy, model.module
+    if stream.shape[-1] != anatomy.d_model:
+        raise ValueError(f"These rows have width {stream.shape[-1]}, and this model's stream {anatomy.d_model}.")
     norm = module.get_submodule(anatomy.tap(Site(anatomy.n_layers, "resid")).path)
     head: Any = module.get_output_embeddings()
     logits = head.forward(norm.forward(stream.to(head.weight.dtype))).float()  # hooks have had their say
@@ -185,6 +191,7 @@ def lens(
     other = [s for s in sites if s.part not in ("resid", "mid") or s.head is not None]
     if other:
         raise ValueError(f"{other[0]} is no stream: the lens reads resid and mid.")
+    require_whole("top", top)
     if not 1 <= top <= anatomy.vocab:
         raise ValueError(f"top={top}: keep 1 to {anatomy.vocab} tokens.")
     wanted = [positions(t, over) for t in transcripts]

@@ -26,6 +26,7 @@ from probes.directions import Labels, per_row
 from probes.estimates import Estimate, no_interval
 from probes.fitting import Kind, Settings, fit_path, length_bins, loss, of_length, select
 from probes.held_out import auc, auc_score, deal, mean_score, require_two_a_fold, shuffled, units
+from probes.results import reading
 from surgery.borrowing import own_draws
 from surgery.linalg import each_matrix
 from surgery.model import Model
@@ -142,10 +143,10 @@ class ProbeTable:
 
     @classmethod
     def load(cls, path: str | Path) -> ProbeTable:
-        """What `save` wrote."""
-        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        chosen = tuple(Chosen(**{**c, "sites": tuple(c["sites"])}) for c in found["chosen"])
-        return cls(tuple(ProbeRow(**row) for row in found["rows"]), chosen, found["about"])
+        """What `save` wrote. Raises ValueError for a file of something else."""
+        with reading(path, cls) as found:
+            chosen = tuple(Chosen(**{**c, "sites": tuple(c["sites"])}) for c in found["chosen"])
+            return cls(tuple(ProbeRow(**row) for row in found["rows"]), chosen, found["about"])
 
     def __repr__(self) -> str:
         said = ", ".join(f"{c.span} {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]" for c in self.chosen)
@@ -186,6 +187,7 @@ def probe(
     Differs: groups are held out whole; controls are always there; the penalty is chosen inside the training folds.
     """
     spans = (over,) if isinstance(over, str) else tuple(over)
+    Settings(kind, components, shuffles, draws, seed)  # raises before any pass
     match(at, model.anatomy.activation_sites())
     require_folds(transcripts, labels, groups, over=spans, kind=kind, folds=folds)
     found = gathered(
@@ -226,6 +228,12 @@ def require_folds(
     named = [text.question for text in transcripts] if groups is None else groups
     for span in over:
         _dealt([i for i in kept if positions(transcripts[i], span)], labels, named, kind, span, folds, 0, called)
+
+
+def require_one_span(over: object) -> None:
+    """Raise ValueError for several spans where one is read."""
+    if not isinstance(over, str):
+        raise ValueError(f"over={over!r}: one span is read here, as in over='answer'.")
 
 
 def _kept(

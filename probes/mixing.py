@@ -45,10 +45,8 @@ def mixed(
     range, and models with other tokens.
     """
     scales = torch.as_tensor(scale, dtype=torch.float32).detach().cpu().reshape(-1)
-    if not scales.numel() or not bool(torch.isfinite(scales).all()):
-        raise ValueError(f"A scale is a finite number, or one for each question; this is {scale}.")
-    if not 0 <= floor < 1:
-        raise ValueError(f"A floor is a share of the likeliest token's probability, in [0, 1); this is {floor}.")
+    _require_scale(scales)
+    _require_floor(floor)
     module: Any = base.module
     swap: Swap = nullcontext
     if isinstance(tuned, Model):
@@ -81,14 +79,26 @@ def mix_logits(
     """``base + scale (tuned - base)`` in fp32: logits of the normalised ``p_base^(1 - scale) p_tuned^scale``.
 
     scale: 0 gives the base's logits and 1 the tuned's, bit for bit. floor: where the base's probability is below this share of its
-    largest the logit is minus infinity.
+    largest the logit is minus infinity. Raises ValueError as `mixed`.
     """
+    _require_floor(floor)
     low, high = base.float(), tuned.float()
     weight = torch.as_tensor(scale, dtype=torch.float32, device=low.device)
+    _require_scale(weight)
     mixed = torch.where(weight == 0, low, torch.where(weight == 1, high, low + weight * (high - low)))
     if floor == 0:
         return mixed
     return mixed.masked_fill(low < low.amax(-1, keepdim=True) + math.log(floor), -math.inf)
+
+
+def _require_scale(scale: Tensor) -> None:
+    if not scale.numel() or not bool(torch.isfinite(scale).all()):
+        raise ValueError(f"A scale is a finite number, or one for each question; this is {scale.tolist()}.")
+
+
+def _require_floor(floor: float) -> None:
+    if not 0 <= floor < 1:
+        raise ValueError(f"A floor is a share of the likeliest token's probability, in [0, 1); this is {floor}.")
 
 
 class _Mixture:

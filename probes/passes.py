@@ -13,6 +13,7 @@ from torch import Tensor
 from probes.capture import pad_right, read
 from surgery.anatomy import Tap
 from surgery.model import Model
+from surgery.numbers import require_whole
 from surgery.rows import rows_are
 from surgery.transcript import Transcript
 
@@ -54,6 +55,7 @@ def batches(
     model: Model, transcripts: Sequence[Transcript], wanted: Sequence[Sequence[int]], size: int
 ) -> Iterator[Batch]:
     """The transcripts of which something is wanted, those of like length together."""
+    require_whole("batch_size", size, 1)
     order = sorted((i for i in range(len(transcripts)) if wanted[i]), key=lambda i: len(transcripts[i].ids))
     for start in range(0, len(order), size):
         members = order[start : start + size]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ def interval(
     sums.index_add_(0, torch.from_numpy(unit), values.double())
     low, high = ends(resampled_means(sums.numpy(), np.bincount(unit), draws, seed), n, level)
     return low, high, n
+
+
+@contextmanager
+def reading(path: str | Path, kind: type) -> Iterator[dict[str, Any]]:
+    """What a JSON file of results says; what is missing in it, or else than it should be, is a ValueError that names the file and what it should hold."""
+    try:
+        yield json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no {kind.__name__}: give what {kind.__name__}.save wrote ({error}).") from error
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:

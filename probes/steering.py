@@ -61,7 +61,7 @@ class Steering:
     units:     what a length of 1 is. "residual": the mean norm of the stream there, see `stream_norms`; "raw": the length of the
                vector as it was given (for a `Direction` the length of the difference it was made from); or a length for each site.
 
-    Raises ValueError for a strength or a vector that is not finite, a vector of zeros, an unknown word.
+    Raises ValueError for a strength, a length or a vector that is not finite, a vector of zeros, an unknown word, no span.
     """
 
     direction: Any = None
@@ -89,13 +89,18 @@ class Steering:
             raise ValueError(
                 "Say where to steer, as in at='*.resid': a mapping from layers does not know where in them."
             )
+        if not self.spans:
+            raise ValueError("No span is named. Say which tokens: prompt, thinking, answer, completion or all.")
         if not self.strengths.numel() or not bool(torch.isfinite(self.strengths).all()):
             raise ValueError(f"A strength is a finite number, or one for each row; this is {self.strength}.")
 
     @property
     def strengths(self) -> Float[Tensor, " item"]:
         """The strength of each question, transcript or row; a single one stands for all."""
-        return torch.as_tensor(self.strength, dtype=torch.float32).detach().cpu().reshape(-1)
+        try:
+            return torch.as_tensor(self.strength, dtype=torch.float32).detach().cpu().reshape(-1)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"A strength is a finite number, or one for each row; this is {self.strength}.") from error
 
     @property
     def is_function(self) -> bool:
@@ -236,6 +241,8 @@ def _lengths(steering: Steering, model: Model | Weights, sites: list[Site]) -> d
         given = {Site.parse(site): float(length) for site, length in steering.units.items()}
         if missing := [s for s in sites if s not in given]:
             raise ValueError(f"units give no length for {missing[0]}; they have {', '.join(map(str, given))}.")
+        if wrong := [s for s in sites if not 0 < given[s] < math.inf]:
+            raise ValueError(f"units at {wrong[0]}: {given[wrong[0]]} is no length; give a finite number above 0.")
         return {site: given[site] for site in sites}
     if not isinstance(model, Model):
         raise ValueError(

@@ -24,7 +24,8 @@ from probes.activations import Activations
 from probes.directions import Labels, per_row, span_lengths
 from probes.fitting import Crossed, Settings, crossed, length_bins, of_length
 from probes.held_out import auc, auc_score, deal, require_two_a_fold, shuffled, units
-from probes.linear import EMBEDDING, gathered, labelled, rows_at
+from probes.linear import EMBEDDING, gathered, labelled, require_one_span, rows_at
+from probes.results import reading
 from surgery.model import Model
 from surgery.sites import Patterns, Site
 from surgery.transcript import Transcript, nobody_has
@@ -96,9 +97,9 @@ class TransferTable:
 
     @classmethod
     def load(cls, path: str | Path) -> TransferTable:
-        """What `save` wrote."""
-        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(tuple(TransferRow(**row) for row in found["rows"]), found["about"])
+        """What `save` wrote. Raises ValueError for a file of something else."""
+        with reading(path, cls) as found:
+            return cls(tuple(TransferRow(**row) for row in found["rows"]), found["about"])
 
     def __repr__(self) -> str:
         said = []
@@ -132,6 +133,8 @@ def transfer(
 
     Other arguments and errors as `probes.linear.probe`; ValueError also for fewer than two sets, and a set with one class only.
     """
+    require_one_span(over)
+    Settings("classes", components, shuffles, draws, seed)  # raises before any pass
     texts = [text for runs, _ in sets.values() for text in runs]
     for name, (runs, given) in sets.items():
         if len(runs) != len(given):
@@ -183,6 +186,8 @@ def along(
     A place is known only when all is said, so that it gives away the length of the whole: beside each number stands what that length alone
     gives, and the AUC among spans of about equal length. Other arguments and errors as `probes.linear.probe`; labels are of two classes.
     """
+    require_one_span(over)
+    Settings("classes", components, shuffles, draws, seed)  # raises before any pass
     if len(labels) != len(transcripts):
         raise ValueError(f"{len(transcripts)} transcripts, {len(labels)} labels: give one label a transcript.")
     places = tuple(dict.fromkeys(float(f) for f in fractions))

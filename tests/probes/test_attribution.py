@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from probes.activations import collect
+from probes.attention import attention
 from probes.attribution import (
     Ablations,
     Contributions,
@@ -17,6 +18,7 @@ from probes.attribution import (
     logit_contributions,
     writers_of,
 )
+from probes.lens import lens, unembed
 from probes.results import interval
 from probes.steering import steered
 from surgery.edits import RemoveDirection, Scale
@@ -537,3 +539,33 @@ def test_an_adapter_in_the_module():
     table = contributions(merged, direction(), runs, at="3.resid").frame().set_index("site")["score"]
     assert len(merged.weights) == before
     assert sum(table[f"1.attn.o.h{h}"] for h in range(HEADS)) == pytest.approx(table["1.attn.out"], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_a_batch_holds_a_transcript(size, unchecked):
+    """Batches of less than none left every score at zero, without a word."""
+    model, runs = setup("llama")
+    for call in (
+        lambda: contributions(model, direction(), runs, at="2.resid", batch_size=size),
+        lambda: logit_contributions(model, runs, batch_size=size),
+        lambda: ablations(model, direction(), runs, "1.attn.out", at="2.resid", batch_size=size),
+        lambda: attention(model, runs, to="prompt", batch_size=size),
+        lambda: lens(model, runs, batch_size=size),
+        lambda: collect(model, runs, batch_size=size),
+    ):
+        with pytest.raises(ValueError, match=f"batch_size={size}: give a whole number, 1 or more"):
+            call()
+
+
+def test_numbers_that_mean_nothing(unchecked):
+    model, runs = setup("llama")
+    with pytest.raises(ValueError, match=r"count=1\.5: give a whole number"):
+        contributions(model, direction(), runs, at="2.resid").top(count=1.5)
+    for against in (1.5, [1.5] * len(runs)):
+        with pytest.raises(ValueError, match=r"against=1\.5: give a whole number"):
+            logit_contributions(model, runs, against=against)
+    fixed = {Site(1, "attn.out"): torch.full((32,), math.nan)}
+    with pytest.raises(ValueError, match=r"1\.attn\.out.*NaN or infinite"), ablated(model, "1.attn.out", to=fixed):
+        pass
+    with pytest.raises(ValueError, match=r"width 3.*32"):
+        unembed(model, torch.ones(2, 3))

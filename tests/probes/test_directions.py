@@ -615,3 +615,13 @@ def test_options_change_something():
         other = length_direction(model, runs, **options)
         assert other.sites != base.sites or not torch.equal(other[base.sites[1]], base[base.sites[1]])
     assert dataclasses.replace(base).norms == base.norms
+
+
+def test_what_has_no_direction(unchecked, tmp_path):
+    found = Direction.of({MID: torch.ones(3)})
+    with pytest.raises(ValueError, match="A direction divided by 0 has no direction"):
+        found / 0
+    assert torch.equal(Direction.of({MID: [3.0, 4.0]})[MID], torch.tensor([0.6, 0.8]))
+    save_file({"a": torch.ones(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors holds no activations"):
+        Activations.load(tmp_path / "other.safetensors")

@@ -254,3 +254,13 @@ def test_what_cannot_be_erased(tmp_path):
 def test_an_eraser_by_hand():
     erase = Eraser(torch.tensor([1.0, 0.0]), torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 0.0]]))
     assert erase(torch.tensor([[5.0, 2.0]])).tolist() == [[1.0, 2.0]]
+
+
+def test_settings_that_erase_nothing_or_anything():
+    X, z = rows()
+    for tolerance in (-1.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"tolerance={tolerance}: a share of the largest variance, in \[0, 1\)"):
+            leace(activations({MID: X}), z, tolerance=tolerance)
+    for C in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"C={C}: the inverse strength of the penalty is above 0"):
+            check(activations({MID: X}), z, torch.arange(200), C=C)

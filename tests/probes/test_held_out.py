@@ -205,3 +205,15 @@ def test_what_is_the_same_in_all_of_a_group_is_told_by_no_shuffled_label():
 def test_rows_that_do_not_pair():
     with pytest.raises(ValueError, match=r"a score, a label and a stratum a row; got shapes \(2,\), \(3,\)"):
         auc([1.0, 2.0], [0, 1, 1])
+
+
+def test_what_no_auc_is_of():
+    """Scores of NaN counted as lost, labels of another kind as ones, and one fold divided by zero."""
+    with pytest.raises(ValueError, match="1 of 3 scores are NaN: leave their rows out"):
+        auc([1.0, np.nan, 2.0], [0, 1, 1])
+    for call in (auc, lambda s, y: auc_score(s, y, [0, 1])):
+        with pytest.raises(ValueError, match="labels are 1 or 0"):
+            call([1.0, 2.0], [5, 7])
+    for folds in (0, 1, -1, 1.5):
+        with pytest.raises(ValueError, match=f"folds={folds}: give a whole number, 2 or more"):
+            auc_score([0.1, 0.2, 0.3, 0.4], [0, 1, 0, 1], [0, 1, 2, 3], folds=folds)

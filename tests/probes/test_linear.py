@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from probes.activations import Activations, collect
+from probes.calibration import Calibration, calibration
+from probes.erasure import Erased
 from probes.fitting import BINS, PENALTIES, Settings, crossed, fit_path, select
 from probes.held_out import deal, shuffled, units
 from probes.linear import ProbeTable, _judge, _spread, _Task, probe, probe_rows, untrained
+from probes.transfer import TransferTable, along, transfer
 from surgery.model import Model
 from surgery.sites import Site
 from surgery.transcript import positions
@@ -407,3 +410,61 @@ def test_as_many_rows_as_transcripts_but_not_one_each():
     for span in spans:
         a, b = row(some, LOW, span), row(once, LOW, span)
         assert (a.value, a.low, a.length, a.untrained, a.n) == (b.value, b.low, b.length, b.untrained, b.n)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kind": "clases"}, "kind='clases': choose classes or number"),
+        ({"components": 0}, "components=0: give a whole number, 1 or more"),
+        ({"components": 2.5}, "components=2.5: give a whole number, 1 or more"),
+        ({"shuffles": -1}, "shuffles=-1: give a whole number, 0 or more"),
+        ({"draws": 1.5}, "draws=1.5: give a whole number, 1 or more"),
+        ({"seed": -1}, "seed=-1: give a whole number, 0 or more"),
+    ],
+)
+def test_settings_that_mean_nothing_are_told_before_any_pass(options, said, unchecked, monkeypatch):
+    """A word that is no kind was taken for a number's, fewer shuffles than none for none; the rest came from scikit-learn and numpy."""
+    model = Model(*tiny("llama"))
+    runs, labels = runs_of(model)
+    with pytest.raises(ValueError, match=said):
+        probe_rows(collect(model, runs, at="1.resid", over="answer", pool="mean"), labels, list(range(24)), **options)
+    monkeypatch.setattr("probes.linear.collect", None)
+    rest = {name: value for name, value in options.items() if name != "kind"}
+    calls = [lambda: probe(model, runs, labels, at="1.resid", over="answer", folds=2, **options)]
+    if rest:
+        sets = {"a": (runs[:12], labels[:12]), "b": (runs[12:], labels[12:])}
+        calls += [
+            lambda: transfer(model, sets, over="answer", **rest),
+            lambda: along(model, runs, labels, over="answer", **rest),
+        ]
+    if rest and "shuffles" not in rest:
+        calls.append(lambda: calibration(model, runs, labels, over="answer", folds=2, **rest))
+    for call in calls:
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
+def test_one_span_is_read_at_a_time(unchecked):
+    """Two spans were read as one, and judged as one."""
+    model = Model(*tiny("llama"))
+    runs, labels = runs_of(model)
+    sets = {"a": (runs[:12], labels[:12]), "b": (runs[12:], labels[12:])}
+    for call in (
+        lambda over: calibration(model, runs, labels, over=over, folds=2),
+        lambda over: transfer(model, sets, over=over),
+        lambda over: along(model, runs, labels, over=over),
+    ):
+        with pytest.raises(
+            ValueError, match=r"over=\['prompt', 'answer'\]: one span is read here, as in over='answer'"
+        ):
+            call(["prompt", "answer"])
+
+
+@pytest.mark.parametrize("kind", [ProbeTable, Calibration, TransferTable, Erased])
+@pytest.mark.parametrize("text", ["{}", "nope", "[]", '{"rows": [{"a": 1}], "chosen": [], "bins": {}, "about": {}}'])
+def test_a_file_of_something_else_says_so(kind, text, tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"table.json holds no {kind.__name__}"):
+        kind.load(path)

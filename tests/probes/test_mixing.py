@@ -246,3 +246,12 @@ def test_what_is_done_to_a_cache_is_done_to_both():
             base.module.base_model(input_ids=piece, past_key_values=cache)
         again = base.module(input_ids=rows[:, 8:], past_key_values=cache).logits
     torch.testing.assert_close(again, whole.logits[:, 8:], rtol=1e-4, atol=1e-4)
+
+
+def test_logits_that_cannot_be_mixed():
+    logits = torch.ones(3)
+    for floor in (-1.0, 1.0, 2.0, math.nan):
+        with pytest.raises(ValueError, match=f"A floor is a share .* this is {floor}"):
+            mix_logits(logits, logits, 0.5, floor=floor)
+    with pytest.raises(ValueError, match="A scale is a finite number"):
+        mix_logits(logits, logits, math.nan)

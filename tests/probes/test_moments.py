@@ -173,3 +173,13 @@ def test_no_rows_change_nothing():
         assert torch.equal(found.add_(*more).scatter, before)
         assert found.count == 5
     assert CrossMoments.empty(3, 2).add_(x[:0], y[:0]).count == 0
+
+
+def test_what_is_no_table_of_rows(unchecked):
+    with pytest.raises(ValueError, match=r"These rows are \(3,\)"):
+        Moments.of(torch.ones(3))
+    for ddof in (-1, 10):
+        with pytest.raises(ValueError, match=f"ddof={ddof}"):
+            Moments.of(draw(10, 3)).covariance(ddof)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        Moments.of(draw(10, 3)) + 1

@@ -443,3 +443,15 @@ def test_nested_is_together_between_attention_and_mlp(family):
                 nested, _ = read(model, runs)
             assert torch.equal(read(model, runs)[0], before)
         torch.testing.assert_close(nested, together, rtol=1e-4, atol=1e-4)
+
+
+def test_what_steers_nothing_or_not_a_number(unchecked):
+    model, _ = setup()
+    with pytest.raises(ValueError, match="No span is named"), steered(model, vector(), at="1.resid", over=[]):
+        pass
+    for bad in (float("nan"), -1.0, 0.0):
+        steering = steered(model, vector(), at="1.resid", units={"1.resid": bad})
+        with pytest.raises(ValueError, match=rf"units at 1\.resid: {bad} is no length"), steering:
+            pass
+    with pytest.raises(ValueError, match="A strength is a finite number, or one for each row; this is four"):
+        Steering(vector(), "four", at="1.resid")
