@@ -75,7 +75,7 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="The two models are identical"):
         save_delta(base - base, tmp_path / "d", base_hash="x")
     with pytest.raises(ValueError, match=r"The change at 1\.mlp\.up is NaN or infinite; nothing was written"):
-        save_delta(apply(Scale(float("nan")), base, "1.mlp.up") - base, tmp_path / "d", base_hash="x")
+        save_delta(apply(lambda _, W: W * float("nan"), base, "1.mlp.up") - base, tmp_path / "d", base_hash="x")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
