@@ -153,13 +153,26 @@ class Realigned:
         ]  # fmt: skip
         return pd.DataFrame(rows)
 
-    def __str__(self) -> str:
-        done = [m for m in self.modules if m.realigned]
+    def summary(self) -> dict[str, int | float]:
+        """How many modules were judged, how many of them realigned and how many blind (without an angle), and the norm of the change in all of
+        them before and after."""
         before, after = (math.sqrt(sum(getattr(m, k) ** 2 for m in self.modules)) for k in ("before", "after"))
-        blind = sum(math.isnan(m.rho) for m in self.modules)
+        return {
+            "judged": len(self.modules),
+            "realigned": sum(m.realigned for m in self.modules),
+            "blind": sum(math.isnan(m.rho) for m in self.modules),
+            "norm_before": before,
+            "norm_after": after,
+        }
+
+    def __str__(self) -> str:
+        found = self.summary()
+        judged, blind = found["judged"], found["blind"]
         said = f", {blind} without an angle (alignment or the change is zero there) left as they are" if blind else ""
-        judged = len(self.modules)
-        return f"{len(done)} of {judged} modules realigned, norm of the change in all {judged} {before:.4g} -> {after:.4g}{said}"
+        return (
+            f"{found['realigned']} of {judged} modules realigned, norm of the change in all {judged} "
+            f"{found['norm_before']:.4g} -> {found['norm_after']:.4g}{said}"
+        )
 
 
 def similarities(

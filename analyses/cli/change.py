@@ -508,6 +508,7 @@ def realign(
         typer.echo(f"{found}; would go to {to}")
         return
     record.inputs |= {"base": {"ref": base, "hash": before.hash()}, "aligned": {"ref": aligned, "hash": after.hash()}}
+    record.results = {**found.summary(), "tau": found.tau}
     written = write_model(
         record,
         start + found.delta,

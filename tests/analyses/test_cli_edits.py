@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -214,6 +215,11 @@ def test_realign_writes_the_model_and_the_table(surgery, home: Path, tmp_path: P
     assert f"{sum(m.realigned for m in found.modules)} of 21 modules realigned" in said.out
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "similarity.csv"), found.frame(), check_exact=False)
     check_receipt(surgery, tmp_path / "out", {"model", "change", "base", "aligned"})
+    results = json.loads((tmp_path / "out" / "record.json").read_text())["results"]
+    kept = {name: results[name] for name in ("judged", "realigned", "blind", "tau")}
+    assert kept == {"judged": 21, "realigned": sum(m.realigned for m in found.modules), "blind": 0, "tau": 0.6}
+    norms = (math.sqrt(sum(norm**2 for norm in found.frame()[column])) for column in ("norm_before", "norm_after"))
+    assert (results["norm_before"], results["norm_after"]) == pytest.approx(tuple(norms))
     assert surgery("figure", "similarity", tmp_path / "out", "--to", tmp_path / "rho.png").code == 0
     assert (tmp_path / "rho.png").read_bytes().startswith(b"\x89PNG")
 

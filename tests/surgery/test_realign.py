@@ -325,6 +325,7 @@ def test_where_alignment_or_the_change_is_zero_nothing_is_done(cases, tmp_path):
                 assert torch.equal(found.delta[m.site], quiet[m.site]) == blind
                 assert m.before == pytest.approx(float(quiet[m.site].norm()), rel=1e-5)
             assert "15 without an angle" in str(found)
+            assert found.summary()["blind"] == 15
         with pytest.raises(ValueError, match=r"count=7: 6 modules can be judged"):
             safelora(quiet, alignment, count=7)
 
