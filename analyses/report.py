@@ -82,6 +82,8 @@ def draw_study(tables: Mapping[str, DataFrame]) -> dict[str, Figure]:
 def _page(
     results: Mapping[str, Any], tables: Mapping[str, DataFrame], images: Mapping[str, bytes], record: Record
 ) -> str:
+    import pandas as pd
+
     plan, rows = results["plan"], results["accuracy"]["rows"]
     example = results["example"]
 
@@ -97,7 +99,11 @@ def _page(
         for arm, given in results["accuracy"]["answers"].items()
     )
     own = image("early_answers_own", "The same, on each model's own thinking.") if "early_answers_own" in images else ""
-    kl = results["drift"]["kl"]
+    kl: Any = pd.DataFrame(results["drift"]["kl"])
+    drift: Any = tables["drift"]
+    on = {text: _counted(own["n_transcripts"]) for text, own in drift.groupby("text")}
+    of_kl = "; ".join(f"{text}: {_counted(own['n'])}" for text, own in kl.groupby("text", sort=False))
+    passages = _counted(tables["sweep"].query("measure == 'text_nll'")["n"])
     seconds = sum(results["clock"].values())
     sections = [
         f"<h1>What tuning did to {html.escape(plan['model'])}</h1>",
@@ -107,7 +113,10 @@ def _page(
         "<h2>What it learned</h2>",
         f"<p>Accuracy on {plan['held_out']} held-out sums; a missing answer counts as not right. No expression is in both training and test.</p>",
         pair(
-            image("before_after", "Held-out accuracy before and after, Wilson intervals."),
+            image(
+                "before_after",
+                f"Held-out accuracy before and after, Wilson intervals ({_counted(tables['before-after']['n'])}).",
+            ),
             image("loss", "Training loss, nats per completion token."),
         ),
         pair(
@@ -124,7 +133,7 @@ def _page(
         "<p>The base plus a strength times (tuned − base): 0 is the base, 1 the tuned model, negative strengths walk away from it. General text shows what it costs elsewhere.</p>",
         pair(
             image("sweep_accuracy", f"Held-out accuracy, {plan['sweep_items']} questions, Wilson intervals."),
-            image("sweep_text", "Negative log-likelihood of general text, bootstrap over passages."),
+            image("sweep_text", f"Negative log-likelihood of general text, bootstrap over passages ({passages})."),
         ),
         "<h2>Do its answers use the chain of thought?</h2>",
         "<p>The thinking is cut after each sentence and the answer read. A curve that is high on the left gives its answer away early: the rest was not needed. "
@@ -135,14 +144,15 @@ def _page(
         "<h2>Where its representations moved</h2>",
         "<p>Residual streams of base and arm on the same tokens. Dotted: the split-half floor, what the measure shows between two halves of the base's own texts.</p>",
         pair(
-            image("drift_task", "Mean shift on the task's text."), image("drift_general", "Mean shift on general text.")
+            image("drift_task", f"Mean shift on the task's text ({on['task']})."),
+            image("drift_general", f"Mean shift on general text ({on['general']})."),
         ),
         pair(
-            image("cka_task", "Linear CKA on the task's text: 1 is no change but rotation."),
-            image("angles_task", "Mean principal angle of the top 8 components."),
+            image("cka_task", f"Linear CKA on the task's text ({on['task']}): 1 is no change but rotation."),
+            image("angles_task", f"Mean principal angle of the top 8 components ({on['task']})."),
         ),
-        "<p>Divergence of the output distributions, KL(tuned ‖ base) in nats per token:</p>",
-        _records(kl),
+        f"<p>Divergence of the output distributions, KL(tuned ‖ base) in nats per token, bootstrap over texts ({of_kl}):</p>",
+        _table(kl, None),
         "<h2>Which weights moved</h2>",
         "<p>LIFT may only move the principal 5 % of each matrix; full tuning may move all. Energy is the share of the squared change that lies on the principal entries; chance is their share of all entries.</p>",
         pair(
@@ -183,6 +193,12 @@ def pair(*items: str) -> str:
 def html_table(table: DataFrame) -> str:
     """A table in the house style: four digits, nothing where there is no value."""
     return table.to_html(index=False, border=0, na_rep="", float_format=lambda v: f"{v:.4g}")
+
+
+def _counted(n: Any) -> str:
+    """Of how many independent units a table's numbers are."""
+    least, most = int(n.min()), int(n.max())
+    return f"n={most}" if least == most else f"n={least} to {most}"
 
 
 def _arm_row(arm: str, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -76,6 +77,25 @@ def test_the_page_is_self_contained(finished: Path) -> None:
     assert "surgery replay" in page
     for heading in ("What it learned", "chain of thought", "representations moved", "Which weights moved"):
         assert heading in page
+
+
+def test_every_estimate_on_the_page_says_of_how_many_it_is(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    texts = pd.read_csv(finished / "tables" / "drift.csv").groupby("text")["n_transcripts"].max()
+    divergence = pd.DataFrame(json.loads((finished / "tables" / "drift.json").read_text())["kl"])
+    kl = divergence.groupby("text")["n"].max()
+    assert (texts["task"], texts["general"], kl["task"], kl["general"]) == (10, 10, 3, 3)
+    passages = pd.read_csv(finished / "tables" / "sweep.csv").query("measure == 'text_nll'")["n"].unique()
+    for caption in (
+        "Held-out accuracy before and after, Wilson intervals (n=10).",
+        f"Negative log-likelihood of general text, bootstrap over passages (n={passages.item()}).",
+        "Mean shift on the task's text (n=10).",
+        "Mean shift on general text (n=10).",
+        "Linear CKA on the task's text (n=10): 1 is no change but rotation.",
+        "Mean principal angle of the top 8 components (n=10).",
+        "in nats per token, bootstrap over texts (task: n=3; general: n=3):",
+    ):
+        assert caption in page, caption
 
 
 def test_tables_records_and_logs_are_there(finished: Path, plan: Plan) -> None:
