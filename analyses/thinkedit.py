@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.changes import Editing
+from analyses.changes import Editing, digest
 from analyses.dose import Cell, Line, Sweep, sweep
 from analyses.statistics import followed, restricted_difference, restricted_mean, share_difference
 from analyses.tasks import Question
@@ -647,10 +647,11 @@ def thinkedit(
     questions: dealt 2 : 1 : 2 to direction, heads and judging (`split`).
     samples:   answers a question of the first two parts; judged_samples: of the third.
     temperature, max_new_tokens: of all answers. An answer that reaches the cap counts as longer than was seen.
-    to:        a folder in which answers and finished measurements are kept, so that the same call goes on where it stopped.
+    to:        a folder in which answers and finished measurements are kept, so that the same call goes on where it stopped; those to other
+               questions, of another model or with other settings of the generation are kept beside them.
     panels:    as in `judge`: strengths, shares, controls, steering, layerwise, texts ...
 
-    Raises ValueError as `split`, `find` and `judge` do; FileExistsError where `to` holds the answers of another model or other settings.
+    Raises ValueError as `split`, `find` and `judge` do; FileExistsError where `to` holds measurements of these answers with another recipe.
     """
     parts = split(questions, seed=seed)
     asked = [q.question for q in (*parts[0], *parts[1])]
@@ -667,9 +668,14 @@ def thinkedit(
         "batch_size": batch_size,
         "progress": progress,
     }
-    runs = _kept_runs(
-        model, asked, about, None if to is None else Path(to) / "runs.jsonl", samples=samples, seed=seed, **generation
-    )
+    identity = fingerprint(model)
+    own = None if to is None else Path(to) / digest([identity, about, parts])[:16]
+    if own is not None and (own / "runs.jsonl").is_file():
+        runs = Runs.load(own / "runs.jsonl")
+    else:
+        runs = Runs(tuple(model.generate(asked, samples=samples, seed=seed, **generation)), identity, about)
+        if own is not None:
+            runs.save(own / "runs.jsonl")
     found = find(
         model,
         runs.of(q.question for q in parts[0]),
@@ -680,27 +686,5 @@ def thinkedit(
         progress=progress,
     )
     # other noise than in the answers above
-    judged = judge(model, found, parts[2], seed=seed + 1, samples=judged_samples, to=to, **generation, **panels)
+    judged = judge(model, found, parts[2], seed=seed + 1, samples=judged_samples, to=own, **generation, **panels)
     return ThinkEdit(found, judged, runs, (len(parts[0]), len(parts[1]), len(parts[2])))
-
-
-def _kept_runs(model: Model, asked: Sequence[str], about: Mapping[str, Any], path: Path | None, **options: Any) -> Runs:
-    """The answers in a file, or new ones, put there."""
-    identity = fingerprint(model)
-    if path is not None and path.is_file():
-        there = Runs.load(path)
-        known = {**there.about, "model": there.model}
-        differing = [
-            f"{k} was {known.get(k)!r}, now {v!r}" for k, v in {**about, "model": identity}.items() if known.get(k) != v
-        ]
-        if not differing and there.questions != list(asked):
-            differing = ["the questions are others"]
-        if differing:
-            raise FileExistsError(
-                f"{path} holds the answers of another run: {'; '.join(differing)}. Choose another folder, or remove it."
-            )
-        return there
-    runs = Runs(tuple(model.generate(asked, **options)), identity, about)
-    if path is not None:
-        runs.save(path)
-    return runs

@@ -772,7 +772,8 @@ def _require_lengths(runs: Sequence[Transcript], lengths: Sequence[Length | None
         raise ValueError(f"{nobody_has(runs, of, 'runs')} A model without think markers is read over 'answer'.")
     if all(length.censored for length in found):
         raise ValueError(
-            f"All {len(found)} answers were cut off before their {of} ended: none is known to be short. Generate with more max_new_tokens."
+            f"All {len(found)} answers were cut off before their {of} ended: none is known to be short. Generate with more tokens, "
+            "--max-new-tokens (in Python max_new_tokens)."
         )
 
 

@@ -267,6 +267,8 @@ def test_thinkedit_from_questions_to_a_judged_model(
     said = surgery(*words, "--to", out, "--dry-run")
     assert "8 questions" in said.out
     assert not list(tmp_path.iterdir())
+    said = surgery(*[2 if word == 40 else word for word in words], "--to", out)
+    assert (said.code, "Generate with more" in said.err, "--max-new-tokens" in said.err) == (2, True, True)
     said = surgery(*words, "--to", out)
     assert said.code == 0, said
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -420,10 +420,22 @@ def test_the_whole_goes_on_where_it_stopped(planted: PlantedLength, tmp_path, mo
     again = thinkedit(planted.model, asked, TWO, **options)
     pd.testing.assert_frame_equal(again.frame(), first.frame())
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*.json*")} == in_files
-    with pytest.raises(FileExistsError, match="max_new_tokens was 40, now 41"):
-        thinkedit(planted.model, asked, TWO, **{**options, "max_new_tokens": 41})
-    with pytest.raises(FileExistsError, match="the questions are others"):
-        thinkedit(planted.model, planted.questions(15, seed=5), TWO, **options)
+
+
+def test_other_settings_begin_anew_beside_and_the_first_still_go_on(planted: PlantedLength, tmp_path) -> None:
+    options = {"samples": 4, "max_new_tokens": 40, "shares": (), "strengths": (), "controls": 0, "texts": TEXTS}
+    options |= {"batch_size": 64, "to": tmp_path / "work"}
+    asked = planted.questions(15, seed=4)
+    with pytest.raises(ValueError, match=r"cut off before .* Generate with more"):
+        thinkedit(planted.model, asked, TWO, **{**options, "max_new_tokens": 2})
+    first = thinkedit(planted.model, asked, TWO, **options)
+    for other in ({"seed": 1}, {"samples": 5}, {"max_new_tokens": 44}):
+        assert thinkedit(planted.model, asked, TWO, **{**options, **other}).runs != first.runs
+    assert set(thinkedit(planted.model, planted.questions(15, seed=5), TWO, **options).runs.questions) != set(
+        first.runs.questions
+    )
+    again = thinkedit(planted.model, asked, TWO, **options)
+    pd.testing.assert_frame_equal(again.frame(), first.frame())
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------------
