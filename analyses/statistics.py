@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 
-from probes.estimates import Estimate, check_level, numbered, percentile, resampled_means, resamples
+from probes.estimates import Estimate, check_level, no_interval, numbered, percentile, resampled_means, resamples
 
 
 def wilson(successes: float, n: int, level: float = 0.95) -> Estimate:
@@ -322,8 +322,8 @@ def restricted_mean(
               ended by itself. Compare two samples at the same ``until`` only
     clusters  one label an item, drawn together, as in ``bootstrap``
 
-    The plain mean of lengths capped at L is this one at ``until=L``; for a cap that differs from item to item it is not. Where every item
-    was cut off, the mean is ``until`` itself. A resample in which nobody was followed that far takes its curve as level from there on.
+    The plain mean of lengths capped at L is this one at ``until=L``; for a cap that differs from item to item it is not. Where no
+    item ended before ``until``, the value is ``until``, without an interval: the mean length is at least that. A resample in which nobody was followed that far takes its curve as level from there on.
 
     Errors: ValueError as ``kaplan_meier``, and for an ``until`` that nobody was followed to.
     Source: Irwin (1949); Royston and Parmar (2013), BMC Medical Research Methodology 13:152.
@@ -331,6 +331,10 @@ def restricted_mean(
     length, over = _lengths(lengths, ended)
     end = _until(until, (length, over))
     unit, units = numbered(clusters, len(length))
+    if not (over & (length < end)).any():
+        return no_interval(
+            end, units, f"no interval: none of {len(length)} ended before {end:g}, so it is at least that"
+        )
     drawn = _restricted(length, over, unit, _with_whole(units, draws, seed), end)
     return percentile(drawn[0], drawn[1:], n=units, seed=seed, level=level)
 
@@ -352,6 +356,8 @@ def restricted_difference(
                  items of the two sides are paired in order, and must be equally many
     until        as in ``restricted_mean``; by default as far as both were followed
 
+    Where no item of either side ended before ``until``, the value is 0, without an interval: nothing is known of the difference.
+
     Errors: ValueError as ``restricted_mean``; for sides that cannot be paired.
     """
     sides = [_lengths(*side) for side in (base, tuned)]
@@ -363,6 +369,10 @@ def restricted_difference(
     labels = clusters or tuple(np.arange(len(side[0])) for side in sides)
     both = np.concatenate([np.asarray(own) for own in labels])
     unit, units = numbered(both, sum(len(side[0]) for side in sides))
+    if not any((over & (length < end)).any() for length, over in sides):
+        return no_interval(
+            0.0, units, f"no interval: none of {len(both)} ended before {end:g}, so nothing is known of it"
+        )
     counts = _with_whole(units, draws, seed)
     split = len(sides[0][0])
     drawn = [

@@ -38,6 +38,8 @@ class Estimate:
     level: float = 0.95
 
     def __str__(self) -> str:
+        if math.isnan(self.low) and self.seed is None:  # the method says why
+            return f"{self.value:.3g} (n={self.n}, {self.method})"
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] (n={self.n})"
 
 

@@ -147,6 +147,24 @@ def test_lengths_are_of_the_answer_where_the_model_writes_no_thinking(surgery, h
     assert "--max-new-tokens" in said.err
 
 
+def test_lengths_that_were_all_cut_off_have_no_interval(surgery, home: Path, tmp_path: Path) -> None:
+    model = Model.load(str(home / "base"), dtype="float32")
+    end = int(model.tokenizer.eos_token_id)  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.module.lm_head.weight[end] = 0  # as likely as any  # type: ignore[union-attr, operator]
+    model.module.save_pretrained(tmp_path / "endless")
+    model.tokenizer.save_pretrained(tmp_path / "endless")
+    diff(str(tmp_path / "endless"), str(home / "base"), tmp_path / "vector")
+    words = ["--add", tmp_path / "vector", "--strengths", 1, "--controls", 0, *SHORT]
+    said = surgery("sweep", home / "base", *words, "--to", tmp_path / "out")
+    assert said.code == 0, said
+    line = "task vector at strength 1: length: no interval: none of 12 ended before 6, so it is at least that"
+    assert line in said.out.splitlines()
+    row = pd.read_csv(tmp_path / "out" / "sweep.csv").query("measure == 'length' and strength == 1").iloc[0]
+    assert (row["value"], row["n"], row["method"]) == (6, 2, line.partition("length: ")[2])
+    assert row[["low", "high"]].isna().all()
+
+
 def test_a_file_of_questions_that_changed_is_told_by_name(surgery, home: Path, tmp_path: Path) -> None:
     data = tmp_path / "q.jsonl"
     data.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(2)))

@@ -125,9 +125,18 @@ def test_intervals_cover_the_truth_under_caps_of_their_own():
     assert 0.89 <= hits / 200 <= 0.98
 
 
-def test_all_cut_off_is_the_cap_and_one_question_has_no_interval():
-    found = restricted_mean([8, 8, 8], [False] * 3)
-    assert (found.value, found.low, found.high) == (8, 8, 8)
+def test_all_cut_off_is_at_least_the_cap_and_one_question_has_no_interval():
+    for lengths, ended, until in (
+        ([8, 8, 8], [False] * 3, 8),
+        ([8, 9, 30], [True, False, True], 8),  # they ended, but not before
+    ):
+        found = restricted_mean(lengths, ended, until=until)
+        assert (found.value, found.n) == (8, 3)
+        assert math.isnan(found.low)
+        assert math.isnan(found.high)
+        assert str(found) == "8 (n=3, no interval: none of 3 ended before 8, so it is at least that)"
+    once = restricted_mean([8, 8, 5], [False, False, True])
+    assert once.low < once.value == 7 < once.high
     alone = restricted_mean([3, 5], [True, True], clusters=["q", "q"])
     assert alone.value == 4
     assert math.isnan(alone.low)
@@ -144,6 +153,9 @@ def test_the_difference_is_of_the_two_means_on_common_ground():
     assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low))
     with pytest.raises(ValueError, match="not beyond 40"):
         restricted_difference(base, tuned, until=50)
+    unknown = restricted_difference(([8, 8], [False, False]), ([8, 9], [False, True]))
+    assert (unknown.value, unknown.n, math.isnan(unknown.low), math.isnan(unknown.high)) == (0, 2, True, True)
+    assert "none of 4 ended before 8" in str(unknown)
     assert (
         restricted_difference(([1, 2], [1, 1]), ([5, 8], [1, 1])).value == 5
     )  # nothing was cut off: of the plain means
