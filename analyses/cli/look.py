@@ -418,27 +418,39 @@ def _save_measure(
         record.save(folder)
 
 
+_TABLES = {
+    "early-answers": ["curve.csv", "early-answers.csv"],
+    "lengths": ["lengths.csv", "answers.csv"],
+    "accuracy-under-length": ["answers.csv"],
+    "frontier": ["sweep.csv"],
+    "training": ["training.csv", "log.jsonl"],
+    "probe-transfer": ["transfer.csv"],
+    "probe-along": ["along.csv"],
+    "trade-off": ["arms.csv"],
+    "paired": ["differences.csv"],
+}
+
+
+def _tables_of(figure: str) -> list[str]:
+    """The names that a figure's table has in a folder, its own first."""
+    return ["edit.csv"] if figure.startswith("edit") else _TABLES.get(figure, [f"{figure}.csv"])
+
+
 def _table_in(table: Path, figure: str) -> Path:
     """The CSV of a figure: the file itself, or the one in a measure's or study's folder."""
+    from analyses.figures import FIGURES
+
     if table.is_file():
         return table
-    own = {
-        "early-answers": ["curve.csv", "early-answers.csv"],
-        "accuracy-under-length": ["answers.csv"],
-        "frontier": ["sweep.csv"],
-        "training": ["training.csv", "log.jsonl"],
-        "probe-transfer": ["transfer.csv"],
-        "probe-along": ["along.csv"],
-        "trade-off": ["arms.csv"],
-        "paired": ["differences.csv"],
-    }
-    names = ["edit.csv"] if figure.startswith("edit") else own.get(figure, [f"{figure}.csv"])
+    names = _tables_of(figure)
     for name in names:  # its own before one in a folder within
         if there := [table / name] if (table / name).is_file() else sorted(table.rglob(name)):
             if len(there) > 1:
                 raise ValueError(f"{table} has several tables for {figure}: give one of {', '.join(map(str, there))}.")
             return there[0]
-    found = sorted(p.name for p in table.rglob("*.csv")) if table.is_dir() else []
+    found = sorted({p.name for kind in ("*.csv", "log.jsonl") for p in table.rglob(kind)}) if table.is_dir() else []
+    drawn = [other for other in FIGURES if set(_tables_of(other)) & set(found)]
     raise FileNotFoundError(
-        f"{table} has no table for {figure} ({' or '.join(names)}); it has {', '.join(found) or 'no tables'}."
+        f"{table} has no table for {figure} ({' or '.join(names)}); it has {', '.join(found) or 'no tables'}"
+        f"{', which are drawn as ' * bool(drawn)}{', '.join(drawn)}."
     )

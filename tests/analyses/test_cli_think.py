@@ -309,6 +309,16 @@ def test_heads_are_judged_later(surgery, home: Path, tmp_path: Path) -> None:
     record = verified(surgery, out, {"model", "data", "direction", "heads"})
     assert record["results"]["heads"] == json.loads((found / "record.json").read_text())["results"]["heads"]
     assert (out / "figures" / "strengths-length.png").is_file()
+    for figure in ("lengths", "accuracy-under-length", "edit"):
+        drawn = surgery("figure", figure, out, "--to", tmp_path / f"{figure}.png")
+        assert drawn.code == 0, drawn
+        (tmp_path / f"{figure}.png").unlink()
+    said = surgery("figure", "heads", out, "--to", tmp_path / "heads.png")
+    assert "no table for heads (heads.csv)" in said.err
+    assert (
+        "it has answers.csv, edit.csv, effects.csv, which are drawn as lengths, accuracy-under-length, edit, "
+        in said.err
+    )
     assert "note: " in surgery(*words[:4], "--data", home / "second.jsonl", *words[6:], "--to", tmp_path / "again").err
     for words, part in (
         (["judge", home / "model", "--found", home], "holds no heads"),
