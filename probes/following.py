@@ -13,7 +13,7 @@ thinking is answer at once, also where nothing but blanks will come.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -43,9 +43,8 @@ class Follower:
     def __init__(self, model: Model):
         self._reader = _Reader(model.tokenizer, model.markers)
         self._signature = list(inspect.signature(model.module.base_model.forward).parameters)
-        self._passes: list[
-            tuple[_Pass | None, Any]
-        ] = []  # those that run, each inside the one before, and their caches
+        # those that run, each inside the one before, their caches, and what those held when the pass began
+        self._passes: list[tuple[_Pass | None, Any, _History | None]] = []
 
     def mask(self, over: str | Sequence[str]) -> Bool[Tensor, "batch token"]:
         """Which tokens of this pass are real and in the span, or in any of several.
@@ -81,17 +80,18 @@ class Follower:
         given = {**dict(zip(self._signature, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        self._passes.append((None, cache))  # `after` comes also where what follows fails
+        self._passes.append((None, cache, None))  # `after` comes also where what follows fails
         history = getattr(cache, _HISTORY, None)
         begun = _Pass(self._reader, given.get("input_ids"), given.get("attention_mask"), past, history)
-        self._passes[-1] = (begun, cache)
+        self._passes[-1] = (begun, cache, history)
 
     def after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A hook of the backbone: the pass has ended, and what went through stays with the cache. output: None where it failed."""
-        ended, cache = self._passes.pop() if self._passes else (None, None)
+        ended, cache, held = self._passes.pop() if self._passes else (None, None, None)
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         if ended is not None and cache is not None and output is not None and ended.ids is not None:
-            setattr(cache, _HISTORY, ended.history())
+            there = getattr(cache, _HISTORY, None)
+            setattr(cache, _HISTORY, ended.history(None if there is held else there))
 
 
 @contextmanager
@@ -144,14 +144,20 @@ def _announcing(module: Any) -> Callable[..., Any]:
 # --- one pass -------------------------------------------------------------------------------------------------------------------
 
 
+class _Reading(NamedTuple):
+    """How far the completions of a cache's rows have been read: the columns, and each row's place after them."""
+
+    columns: int = 0
+    places: tuple[_Place, ...] = ()
+
+
 @dataclass(frozen=True)
 class _History(KeptByRow):
-    """What went into a cache: the tokens ``[batch, past]``, what was said of the rows, and how far the completions have been read."""
+    """What went into a cache: the tokens ``[batch, past]``, what was said of the rows, and of each kind of reader how far it has read."""
 
     ids: Tensor
     rows: Rows | None
-    read: int = 0
-    places: tuple[_Place, ...] = ()
+    read: Mapping[_Kind, _Reading]
 
     def expanded(self, batch: int, past: int) -> _History | None:
         """The same for a cache whose rows were repeated, or cut to `past` tokens; None where that cannot be it."""
@@ -160,13 +166,18 @@ class _History(KeptByRow):
             return None
         times = batch // held
         ids = self.ids[:, :past].repeat_interleave(times, 0) if times > 1 else self.ids[:, :past]
-        if self.read > past:
-            return _History(ids, self.rows)
-        return _History(ids, self.rows, self.read, tuple(p for p in self.places for _ in range(times)))
+        return _History(ids, self.rows, self._placed([i for i in range(held) for _ in range(times)], past))
 
     def select(self, rows: Sequence[int]) -> _History:
-        places = tuple(self.places[i] for i in rows) if self.places else ()
-        return _History(self.ids[list(rows)], self.rows, self.read, places)
+        return _History(self.ids[list(rows)], self.rows, self._placed(rows, self.ids.shape[1]))
+
+    def _placed(self, rows: Sequence[int], past: int) -> dict[_Kind, _Reading]:
+        """The readings of some rows that went no further than `past` tokens."""
+        return {
+            kind: _Reading(reading.columns, tuple(reading.places[i] for i in rows))
+            for kind, reading in self.read.items()
+            if reading.columns <= past
+        }
 
 
 class _Pass:
@@ -178,9 +189,8 @@ class _Pass:
         self._history = history if ids is None or history is None else history.expanded(len(ids), past)
         self._masks: dict[tuple[str, ...], Tensor] = {}
         self._touched: dict[tuple[str, ...], bool] = {}
-        self._read, self._places = 0, ()
-        if self._history is not None:
-            self._read, self._places = self._history.read, self._history.places
+        known = self._history.read if self._history is not None else {}
+        self._read, self._places = known.get(reader.kind, _Reading())
 
     def mask(self, over: tuple[str, ...]) -> Tensor:
         if over not in self._masks:
@@ -208,8 +218,14 @@ class _Pass:
             return torch.full((1,), -1, device=self._tokens.device)
         return torch.tensor(said, device=self._tokens.device).repeat_interleave(self._times(len(said)))
 
-    def history(self) -> _History:
-        return _History(self._all_ids if self._knows_ids else self._tokens, self._rows, self._read, self._places)
+    def history(self, there: _History | None) -> _History:
+        """What the cache holds after this pass. there: what another follower of the same pass has left with it."""
+        before = there or self._history
+        read = dict(before.read) if before is not None else {}
+        own, kind = _Reading(self._read, self._places), self._reader.kind
+        if own.places:  # of the two that are alike, the one that has read further
+            read[kind] = max(own, read.get(kind, own), key=lambda reading: reading.columns)
+        return _History(self._all_ids if self._knows_ids else self._tokens, self._rows, read)
 
     # what the columns are, those in the cache included: [batch, past + token]
 
@@ -442,6 +458,7 @@ def _not_yet(over: str) -> str:
 # --- reading markers ------------------------------------------------------------------------------------------------------------
 
 
+_Kind = tuple[int, Markers]  # what readers that read alike have in common
 _TAIL = 48  # tokens of a prompt's end in which an opening marker is looked for, and the white space after it
 
 
@@ -462,6 +479,7 @@ class _Reader:
         self.tokenizer, self.markers = tokenizer, markers
         self.ends = torch.tensor(sorted(end_tokens(tokenizer)), dtype=torch.long)
         self._end_ids = end_tokens(tokenizer)
+        self.kind: _Kind = id(tokenizer), markers
         self._longest = max(len(markers.open.encode()), len(markers.close.encode()))
         self._may_close: dict[int, bool] = {}
 

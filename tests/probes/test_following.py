@@ -1,7 +1,9 @@
 """What a token is depends on the tokens up to it: the same with a cache and without, wherever the padding is, whatever the batch."""
 
 import copy
+import itertools
 import random
+from contextlib import ExitStack
 from itertools import chain
 
 import pytest
@@ -10,12 +12,12 @@ from transformers import DynamicCache
 
 from analyses.controls import planted_tokenizer
 from probes.activations import collect
-from probes.following import following
+from probes.following import _Reader, following
 from probes.recorder import recording
 from probes.steering import steered
 from surgery.decoding import pad_after_prefix, prefix_cache
 from surgery.model import Model
-from surgery.rows import rows_apart, rows_are
+from surgery.rows import rows_apart, rows_are, select_rows
 from surgery.transcript import Markers, positions, read_transcript
 from tests.families import FAMILIES, tiny
 
@@ -288,6 +290,50 @@ def test_rows_repeated_halfway():
         model.module(input_ids=ids[:1, :6].expand(4, -1))
         look.remove()
     assert asked == [[7, 7, 2, 2], [3, 3, 1, 1]]
+
+
+@torch.no_grad()
+def test_several_follow_one_cache_as_each_alone(monkeypatch):
+    """Whatever they ask for, whichever markers theirs are, with a cache that is cut back and whose rows leave and change places; and nothing that
+    is still there is read again."""
+    model, runs = setup()
+    other = Model(model.module, model.tokenizer, markers=Markers("a", "e"))
+    asking = [(model, ["thinking", "answer[1:]"]), (other, ["thinking", "answer"]), (model, ["completion"])]
+    runs = [runs[i] for i in (0, 2, 3)]
+    prompts = [t.spans["prompt"][1] for t in runs]
+    width = min(len(t.ids) for t in runs)
+    ids, read, reads = torch.tensor([t.ids[:width] for t in runs]), _Reader.read, []
+    monkeypatch.setattr(_Reader, "read", lambda *given: reads.append(given) or read(*given))
+
+    def followed(asking):
+        reads.clear()
+        with ExitStack() as stack:
+            seen = [stack.enter_context(Seen(*one)) for one in asking]
+            with rows_are(prompts):
+                taken_back = torch.cat([ids[:, :-6], ids[:, :2]], dim=1)
+                cache = model.module(input_ids=taken_back, use_cache=True).past_key_values
+            cache.crop(-2)
+            for end, rows in ((-5, [0, 1, 2]), (-4, [2, 0, 1]), (-3, [0, 1]), (-2, [1, 0]), (-1, [1])):
+                kept = torch.tensor(rows) if end == -5 else kept[rows]
+                select_rows(cache, torch.tensor(rows))
+                with rows_are([prompts[i] for i in kept], kept.tolist()):
+                    model.module(input_ids=ids[kept, end - 1 : end], past_key_values=cache)
+        return [one.found for one in seen], len(reads)
+
+    alone = [followed([one]) for one in asking]
+    once = sum(width - 4 - prompt for prompt in prompts) + sum(width - 5 - prompt for prompt in prompts) + 3 + 2 + 2 + 1
+    assert [times for _, times in alone] == [once, once, 0]
+    for order in itertools.permutations(range(3)):
+        found, times = followed([asking[i] for i in order])
+        assert found == [alone[i][0][0] for i in order]
+        assert times == sum(alone[i][1] for i in order)
+    (mine,), (others,) = alone[0][0], alone[1][0]
+    for (one, _), ((found,), _) in zip(asking, alone, strict=True):
+        for (i, span), members in found.items():
+            told = by_definition(one, runs[i], span)
+            assert [at for at, member in sorted(members.items()) if member] == [at for at in told if at in members]
+    assert all(set(mine[item, "thinking"].values()) == {True, False} for item in (0, 2))
+    assert mine[0, "thinking"] != others[0, "thinking"]
 
 
 def test_a_plain_generate_says_where_its_prompts_end():
