@@ -14,9 +14,9 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -42,7 +42,7 @@ from finetune.distributed import (
     under_deepspeed,
     under_fsdp,
 )
-from finetune.examples import IGNORED, require_rows
+from finetune.examples import IGNORED, Collate, require_rows
 from finetune.lift import LIFT, lift_of
 from finetune.monitors import Recorder, reporters_last
 from finetune.objectives import Objective
@@ -122,6 +122,7 @@ class Surgical(_Host):
         args, kwargs, self._given = _lift_apart(super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
         self._require_engine(objective, terms, reference)
+        self._require_short_rows()
         if self._given:
             self.optimizer = self._given
             require_whole_steps(deepspeed_config())
@@ -163,6 +164,21 @@ class Surgical(_Host):
             raise ValueError(
                 f"{objective!r} asks for the starting model, which is this one without its adapter, and FSDP2 gathers weights for one pass a "
                 "step. Give a copy of the starting model: reference=..., or use DDP."
+            )
+
+    def _require_short_rows(self) -> None:
+        """Raises ValueError for a ``max_length``, other than the arguments' own default, that training rows of `rows_of` exceed: nothing cuts them."""
+        defaults = {f.name: f.default for f in fields(self.args)}
+        limit, rows = getattr(self.args, "max_length", None), self.train_dataset
+        if limit in (None, defaults.get("max_length")) or not isinstance(self.data_collator, Collate):
+            return
+        longest = (
+            max((len(ids) for row in rows for ids in row["input_ids"]), default=0) if isinstance(rows, Sized) else 0
+        )
+        if longest > limit:
+            raise ValueError(
+                f"max_length={limit} cuts no row of rows_of, and the longest has {longest} tokens. Cut the transcripts first "
+                "(finetune.recipes.cut), or give max_length=None."
             )
 
     def _require_no_other_loss(self, objective: Objective) -> None:

@@ -791,6 +791,36 @@ def test_an_objective_refuses_packed_rows(settings: Any, said: str, tmp_path: Pa
         plain(model(), tmp_path, trl=True, rows=told_plainly(), settings=settings).train()
 
 
+def test_a_length_that_cuts_no_row_is_refused(tmp_path: Path) -> None:
+    """TRL's own default is nobody's wish, and rows that are no longer are as they were asked for."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    class Hosted(Surgical, SFTTrainer):
+        pass
+
+    m = model()
+    data = taught(m)
+    longest = max(len(t.ids) for t in data)
+
+    def made(data: Any, **settings: Any) -> Any:
+        args = SFTConfig(
+            **arguments(str(tmp_path), dataset_kwargs={"skip_prepare_dataset": True}, bf16=False, **settings)
+        )
+        rows = Dataset.from_list(rows_of(examples(data)))
+        given = {"data_collator": Collate(m.pad_id), "processing_class": m.tokenizer, "objective": nll}
+        return Hosted(model=m.module, args=args, train_dataset=rows, **given)
+
+    with pytest.raises(
+        ValueError, match=rf"max_length={longest - 1} .* has {longest} tokens.*recipes.cut.*max_length=None"
+    ):
+        made(data, max_length=longest - 1)
+    made(data, max_length=longest)
+    made(data, max_length=None)
+    endless = replace(data[0], ids=(*data[0].ids, *[5] * 1100))
+    made([Example(endless, (0.0, 1.0, *[0.0] * (len(endless.ids) - 2)))])
+
+
 def test_an_objective_refuses_rows_padded_on_the_left(tmp_path: Path) -> None:
     from transformers import DataCollatorForSeq2Seq
 
