@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -169,11 +169,12 @@ class Surgical(_Host):
     def _require_short_rows(self) -> None:
         """Raises ValueError for a ``max_length``, other than the arguments' own default, that training rows of `rows_of` exceed: nothing cuts them."""
         defaults = {f.name: f.default for f in fields(self.args)}
-        limit, rows = getattr(self.args, "max_length", None), self.train_dataset
+        limit = getattr(self.args, "max_length", None)
+        rows: Any = self.train_dataset
         if limit in (None, defaults.get("max_length")) or not isinstance(self.data_collator, Collate):
             return
         longest = (
-            max((len(ids) for row in rows for ids in row["input_ids"]), default=0) if isinstance(rows, Sized) else 0
+            max((len(ids) for row in rows for ids in row["input_ids"]), default=0) if hasattr(rows, "__len__") else 0
         )
         if longest > limit:
             raise ValueError(

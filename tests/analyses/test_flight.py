@@ -120,14 +120,22 @@ def test_two_lines_of_one_step_each_say_their_own() -> None:
 def test_the_story_tells_what_failed_what_was_lost_and_what_it_cost(log: Path) -> None:
     story = Flight.load(log).story()
     assert repr(Flight.load(log)).splitlines() == story
-    assert story[0] == "10 of 10 optimizer steps of <Model x>, each of 2 micro-batches."
-    assert "training loss (nats per token): 3 at step 1, 1 at step 10; half of that by step 6" in story
-    assert "change at step 5: highest at 11.attn.o (0.2)" in story
-    assert "representation cka at step 10: lowest at layer 7 over the thinking (0.85)" in story
-    assert "The monitor mine failed 1 of 2 times, first at step 5: RuntimeError: no room left" in story
-    assert "geometry stable_rank was not finite at step 5" in story
-    assert "Training took 100.0 s and watching it 5.5 s more, 5.5% of that; the budget of 3.0% was kept (1.5%)" in story
-    assert "There was no time to measure never" in story
+    assert story == [
+        "10 of 10 optimizer steps of <Model x>, each of 2 micro-batches.",
+        "training loss (nats per token): 3 at step 1, 1 at step 10; half of that by step 6",
+        "norm of the gradient: 1 at step 1, 0.5 at step 10; half of that by step 6",
+        "answer NLL (nats per token): 4 at step 0, 2 at step 10; half of that by step 8; highest 5 at step 5",
+        "relative change of the weights: 0.1 at step 5",
+        "CKA with the start, over the thinking: 0.9 at step 10",
+        "stable rank of the change: 3 at step 10",
+        "change at step 5: highest at 11.attn.o (0.2)",
+        "representation cka at step 10: lowest at layer 7 over the thinking (0.85)",
+        "geometry stable rank at step 10: highest at 7.mlp.down (3)",
+        "The monitor mine failed 1 of 2 times, first at step 5: RuntimeError: no room left",
+        "geometry stable_rank was not finite at step 5",
+        "Training took 100.0 s and watching it 5.5 s more, 5.5% of that; the budget of 3.0% was kept (1.5%)",
+        "There was no time to measure never",
+    ]
 
 
 def test_a_budget_that_was_overdrawn_is_called_so(log: Path) -> None:
