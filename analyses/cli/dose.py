@@ -168,7 +168,7 @@ def sweep(
         .to_string(float_format="%.4g")
     )
     typer.echo(f"length is counted over {counted}")
-    unsure = table[table["draw"].isna() & table["low"].isna() & table["seed"].isna()]
+    unsure: Any = table[table["draw"].isna() & table["low"].isna() & table["seed"].isna()]
     for row in unsure.to_dict("records"):
         typer.echo(f"{row['arm']} at strength {row['strength']:g}: {row['measure']}: {row['method']}")
     for row in knees.to_dict("records"):
