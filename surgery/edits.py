@@ -78,7 +78,7 @@ class RemoveDirection:
         if not vectors:
             raise ValueError("There is no direction to remove: the mapping is empty.")
         for vector in vectors:
-            require_direction(vector)
+            _require_direction(vector)
         require_number("strength", self.strength)
 
     def vector(self, site: Site) -> Float[Tensor, " out"]:
@@ -132,9 +132,9 @@ class AddDirection:
     reads: Float[Tensor, " in"] | None = None
 
     def __post_init__(self) -> None:
-        require_direction(self.direction)
+        _require_direction(self.direction)
         if self.reads is not None:
-            require_direction(self.reads)
+            _require_direction(self.reads)
         require_number("strength", self.strength)
 
     def check(self, site: Site, shape: torch.Size) -> None:
@@ -318,7 +318,7 @@ def _block(weights: Weights, layer: int) -> dict[str, Site]:
     return named | {f"file:{n[len(prefix) :]}": site for n, site in unnamed.items() if n.startswith(prefix)}
 
 
-def require_direction(vector: Tensor) -> None:
+def _require_direction(vector: Tensor) -> None:
     """Raise ValueError where it is not one finite, non-zero vector."""
     if not isinstance(vector, Tensor):
         raise ValueError(f"A direction is one tensor, not a {type(vector).__name__}: {vector!r:.60}.")
