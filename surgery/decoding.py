@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from surgery.borrowing import no_generation_settings, text_positions, without_adapter
+from surgery.numbers import require_whole
 from surgery.rows import all_stay, are_apart, rows_are, rows_now, select_rows
 from surgery.seeds import seed_from_numbers
 from surgery.transcript import end_tokens
@@ -44,8 +45,7 @@ def decode(
 
     from surgery.room import with_room
 
-    if length < 1:
-        raise ValueError(f"max_new_tokens={length}: ask for at least one token.")
+    require_whole("max_new_tokens", length, 1)
     module: Any = model.module
     ends, width = torch.tensor(sorted(end_tokens(model.tokenizer)), dtype=torch.long), ids.shape[1]
     said, named = rows_now(), None

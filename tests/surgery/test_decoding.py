@@ -107,7 +107,7 @@ def test_all_ended_is_the_end() -> None:
 
 
 def test_no_tokens_asked_is_an_error() -> None:
-    with pytest.raises(ValueError, match="max_new_tokens=0: ask for at least one"):
+    with pytest.raises(ValueError, match="max_new_tokens=0: give a whole number, 1 or more"):
         Model(*tiny("llama")).generate("a", max_new_tokens=0)
 
 
