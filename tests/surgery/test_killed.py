@@ -20,6 +20,7 @@ KILLS = 200
 SERVER = """
 import os, sys
 import torch, transformers, accelerate, yaml
+import mergekit.merge, mergekit.plan, probes.directions, surgery.edit_lists, surgery.merging
 from pathlib import Path
 from analyses.cli.change import apply, edit, merge
 from surgery import Checkpoint, Scale, write
