@@ -4,8 +4,8 @@ Replicated weights (DDP): every process has all the weights and its share of the
 when a step begins, compact: at density 0.05 a twentieth of what DDP would send, and once an optimizer step however many micro-batches
 there are. All processes then take the same step. `exempt_from_ddp` keeps DDP from reducing, and from holding, the dense gradients as well.
 
-Sharded weights (FSDP2, ``fully_shard``): every process has some rows of each matrix, and gradients arrive reduced. No matrix is ever put
-together to choose its entries (`finetune.lift.shards`), and each process saves and loads a state of its own. A Trainer takes no optimizer
+Sharded weights (FSDP2, ``fully_shard``): every process has some rows of each matrix, of an expert mostly all or none, and gradients arrive
+reduced. No matrix is ever put together to choose its entries (`finetune.lift.shards`), and each process saves and loads a state of its own. A Trainer takes no optimizer
 under FSDP; one with `finetune.hosts.Surgical` among its bases takes LIFT.
 
 DeepSpeed at ZeRO stage 0 replicates the weights as DDP does, but a Trainer drops the optimizer that it was given there for an AdamW of its

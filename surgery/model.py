@@ -49,8 +49,9 @@ class LiveWeights(Weights):
     def __init__(self, module: nn.Module, anatomy: Anatomy, layout: Checkpoint | None = None):
         require_no_adapter(module)
         self.anatomy, self.layout = anatomy, layout
-        self._parameters = dict(module.named_parameters())
-        self._shapes = {s: place.take(self._parameters[place.name]).shape for s, place in anatomy.places.items()}
+        # not the parameters themselves: a host may put others in their place, as fully_shard does
+        self._layers = {name: module.get_submodule(name.rpartition(".")[0]) for name, _ in module.named_parameters()}
+        self._shapes = {s: place.take(self._live(place.name)).shape for s, place in anatomy.places.items()}
 
     def shapes(self) -> Mapping[Site, torch.Size]:
         return self._shapes
@@ -60,7 +61,10 @@ class LiveWeights(Weights):
 
     def parameter(self, site: Site | str) -> nn.Parameter:
         """The live parameter a site's tensor is, or is a piece of."""
-        return self._parameters[self.anatomy.places[self._existing(site)].name]
+        return self._live(self.anatomy.places[self._existing(site)].name)
+
+    def _live(self, name: str) -> nn.Parameter:
+        return getattr(self._layers[name], name.rpartition(".")[2])
 
     def _read(self, site: Site, rows: slice) -> Tensor:
         return some_rows(self.anatomy.places[site].take(self.parameter(site).detach()), rows)

@@ -22,11 +22,13 @@ class Stack:
     """A parameter and the matrices, all of one shape, that lie in it one above the other: mostly one, the parameter itself.
 
     name: of the parameter. matrices: their names, in the order in which they lie; None for one that is left as it is.
+    begin: where several lie in a sharded parameter, how many of its entries the processes before this one have.
     """
 
     name: str
     parameter: Tensor
     matrices: tuple[str | None, ...]
+    begin: int = 0
 
     @property
     def trained(self) -> list[str]:
@@ -39,30 +41,36 @@ class Stack:
             return self.parameter.shape
         return torch.Size((self.parameter.shape[:-1].numel() // len(self.matrices), self.parameter.shape[-1]))
 
+    @property
+    def edges(self) -> list[int]:
+        """Where each matrix begins among the entries that this process has of the parameter, and where the last one ends."""
+        here, size = local_part(self.parameter).numel(), self.shape.numel()
+        inner = [min(max(i * size - self.begin, 0), here) for i in range(1, len(self.matrices))]
+        return [0, *inner, here]
+
     def apart(self, tensor: Tensor) -> list[Tensor]:
-        """A tensor of the parameter's shape, matrix by matrix."""
-        return [tensor] if len(self.matrices) == 1 else list(tensor.reshape(-1, *self.shape))
+        """A tensor of the parameter's shape, matrix by matrix: of a sharded one, the rows that this process has of each, perhaps none."""
+        rows = local_part(tensor).reshape(-1, self.shape[-1])
+        return list(rows.split([(end - begin) // self.shape[-1] for begin, end in pairwise(self.edges)]))
 
     def counts(self, positions: Tensor) -> list[int]:
-        """How many of the parameter's ascending flat positions lie in each matrix."""
-        if len(self.matrices) == 1:
-            return [len(positions)]
-        edges = torch.arange(1, len(self.matrices), device=positions.device) * self.shape.numel()
-        inner = torch.searchsorted(positions, edges.to(positions.dtype)).tolist()
-        return [end - begin for begin, end in pairwise([0, *inner, len(positions)])]
+        """How many of the parameter's ascending flat positions, those of this process, lie in each matrix."""
+        inner = torch.tensor(self.edges[1:-1], dtype=positions.dtype, device=positions.device)
+        found = torch.searchsorted(positions, inner).tolist()
+        return [end - begin for begin, end in pairwise([0, *found, len(positions)])]
 
     def within(self, positions: Tensor) -> list[Tensor]:
         """The parameter's ascending flat positions as each matrix's own."""
         own = position_dtype(self.shape.numel())
         parts = positions.split(self.counts(positions))
-        return [(part - i * self.shape.numel()).to(own) if i else part.to(own) for i, part in enumerate(parts)]
+        return [(part - begin).to(own) for part, begin in zip(parts, self.edges, strict=False)]
 
     def joined(self, within: list[Tensor]) -> Tensor:
         """`within` undone."""
         if len(within) == 1:
             return within[0]
         kept = position_dtype(self.parameter.numel())
-        return torch.cat([part.to(kept) + i * self.shape.numel() for i, part in enumerate(within)])
+        return torch.cat([part.to(kept) + begin for part, begin in zip(within, self.edges, strict=False)])
 
 
 @dataclass

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from finetune.distributed import Peers, Shards, is_sharded
+from finetune.distributed import Peers, Shards, is_sharded, local_part
 from finetune.lift.ledger import Ledger, Stack, age_dtype
 from finetune.lift.selection import (
     OF_GRADIENTS,
@@ -174,7 +174,7 @@ class LIFT(torch.optim.Optimizer):
             raise ValueError("the overrides leave out every parameter of the group: nothing is left to train")
         for stack in stacks:
             _check_parameter(stack, options, [own.get(name) or _budget_of(options) for name in stack.trained])
-        where = _processes(stacks, options, self._peers)
+        where, stacks = _processes(stacks, options, self._peers)
         budgets = {
             "overrides": dict(options["overrides"]),
             "own": {name: limit for name, limit in own.items() if limit},
@@ -421,7 +421,7 @@ class LIFT(torch.optim.Optimizer):
         if self._peers is None and (peers := Peers.of(self._process_group)):
             self._peers = peers
             for group, ledgers in zip(self.param_groups, self._ledgers, strict=True):
-                group |= _processes([stack for ledger in ledgers for stack in ledger.stacks], group, peers)
+                group |= _processes([stack for ledger in ledgers for stack in ledger.stacks], group, peers)[0]
                 chosen = [pair for ledger in ledgers for pair in zip(ledger.names, ledger.indices, strict=True)]
                 if group["shard"] is None:
                     peers.require_same({f"what was chosen of {name}": indices for name, indices in chosen})
@@ -440,7 +440,8 @@ class LIFT(torch.optim.Optimizer):
                 replace(before[name], parameter=p)
                 for name, p in zip(group["param_names"], group["params"], strict=True)
             ]
-            group |= _processes(stacks, group, self._peers)
+            where, stacks = _processes(stacks, group, self._peers)
+            group |= where
             self._ledgers[k] = self._opened(group, stacks, first)
             first += sum(len(stack.trained) for stack in stacks)
         self._handles += [handle for ledger in chain(*self._ledgers) for handle in ledger.hook()]
@@ -476,7 +477,9 @@ class LIFT(torch.optim.Optimizer):
         matrices = [m for ledger in ledgers for m in _matrices(group, ledger)]
         select, rank, together = group["select"], group["filter_rank"], group["scope"] == "global"
         if group["shard"] is not None:
-            found = choose_shards(matrices, select, rank, together=together)
+            shards = _shards(group, ledgers)
+            assert shards is not None
+            found = choose_shards(matrices, shards, select, rank, together=together)
         else:
             found = choose(
                 matrices, select, rank, block=group["block"], together=together, agreement=group["agreement"]
@@ -568,14 +571,23 @@ def _compared(
     return Refresh(step, overlap, by_parameter, warm=warm), fresh
 
 
-def _processes(stacks: list[Stack], options: dict[str, Any], peers: Peers | None) -> dict[str, int | None]:
-    """How many processes train a group's parameters, and which rows of them are here. Raises where whole ones are not the same in all."""
+def _processes(
+    stacks: list[Stack], options: dict[str, Any], peers: Peers | None
+) -> tuple[dict[str, int | None], list[Stack]]:
+    """How many processes train a group's parameters, and which rows of them are here; the stacks, which know it too. Raises where whole ones
+    are not the same in all."""
     shards = _sharded(stacks, options)
     if shards:
-        return {"processes": shards.count, "shard": shards.rank}
+        return {"processes": shards.count, "shard": shards.rank}, [_dealt(stack, shards) for stack in stacks]
     if peers:
         peers.require_same({stack.name: stack.parameter for stack in stacks})
-    return {"processes": peers.count if peers else 1, "shard": None}
+    return {"processes": peers.count if peers else 1, "shard": None}, stacks
+
+
+def _dealt(stack: Stack, shards: Shards) -> Stack:
+    """A stack of a sharded parameter, with what the processes before this one have of it where that says which matrices are here."""
+    mine = local_part(stack.parameter)
+    return replace(stack, begin=shards.before(mine.numel(), mine.device)) if len(stack.matrices) > 1 else stack
 
 
 def lift_of(optimizer: Any) -> LIFT | None:
@@ -595,7 +607,8 @@ def matrices_of(weights: "LiveWeights") -> list[tuple[str | tuple[str, ...], nn.
         held.setdefault(weights.parameter(site), []).append(site)
 
     def begins(site: Site) -> int:
-        return int(weights.anatomy.places[site].take(weights.parameter(site)).storage_offset())
+        p = weights.parameter(site)
+        return weights.anatomy.places[site].take(torch.empty(p.shape, device="meta")).storage_offset()
 
     return [
         (str(sites[0]) if p.ndim == 2 else tuple(str(site) for site in sorted(sites, key=begins)), p)
@@ -611,12 +624,6 @@ def _sharded(stacks: list[Stack], options: dict[str, Any]) -> Shards | None:
     whole = next((stack.name for stack in stacks if not is_sharded(stack.parameter)), None)
     if whole is not None:
         raise ValueError(f"{next(iter(dealt))} is sharded and {whole} is not: put them into groups of their own")
-    several = next((stack for stack in stacks if len(stack.matrices) > 1), None)
-    if several is not None:
-        raise ValueError(
-            f"{several.name} are {len(several.matrices)} matrices in one sharded parameter, and LIFT takes sharded matrices one by one: leave "
-            f"them out by an override of None, or give every process the whole model"
-        )
     found = [Shards.of(name, p) for name, p in dealt.items()]
     if any(shards.group is not found[0].group for shards in found):
         raise ValueError(
@@ -656,13 +663,14 @@ def _matrices(group: dict[str, Any], ledger: Ledger) -> list[Matrix]:
                 Matrix(
                     name=f"{name} after {group['steps']} steps",
                     W=W,
-                    count=budget(W.shape, **(own.get(name) or _budget_of(group)), block=block),
+                    count=budget(stack.shape, **(own.get(name) or _budget_of(group)), block=block),
                     seed=seed_from_numbers(group["seed"], refreshes, position),
                     own=name in own,
                     gradient=gradient,
                     start=start,
                     old=old,
-                    cap=budget(W.shape, density=group["grow_to"], block=block) if grows else 0,
+                    cap=budget(stack.shape, density=group["grow_to"], block=block) if grows else 0,
+                    height=None if group["shard"] is None else stack.shape[0],
                 )
             )
     return found

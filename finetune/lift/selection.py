@@ -104,7 +104,7 @@ def principal_indices(
 class Matrix:
     """A matrix to choose entries of, and what the choice depends on.
 
-    count: entries of its budget. own: that budget is its own, it has no part in one threshold over many matrices.
+    height: how many rows the whole has, where `W` and `gradient` are some of its rows (`finetune.lift.shards`). count: entries of its budget. own: that budget is its own, it has no part in one threshold over many matrices.
     start: orthonormal vectors of the short side to begin from, nearly the leading singular vectors: `rank` of them or more.
     old, cap: chosen entries that stay chosen, and how many there may be in all; None where the choice is made afresh.
     """
@@ -118,6 +118,12 @@ class Matrix:
     start: Tensor | None = None
     old: Tensor | None = None
     cap: int = 0
+    height: int | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole matrix."""
+        return self.W.shape if self.height is None else torch.Size((self.height, self.W.shape[1]))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Choosing entries of matrices of which every process has some rows (FSDP2), as if each were in one place.
+"""Choosing entries of matrices of which every process has some rows, all or none (FSDP2), as if each were in one place.
 
 No matrix, and no score of a whole one, is ever put together. What a filter needs of a matrix is the Gram matrix of its short side: the
 processes' own Gram matrices add up to it (a wide matrix is first dealt out anew, by columns), and each process solves its share of the
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from finetune.distributed import Shards, local_part
+from finetune.distributed import Shards
 from finetune.lift.selection import OF_GRADIENTS, Choice, Matrix, Select, position_dtype, wide
 from surgery.linalg import gram_matrix, leading_eigenvectors, work_precision
 
@@ -23,18 +23,19 @@ _DIGIT = 12  # bits of a score that are counted at once: tables of 4096 counts g
 
 
 @torch.no_grad()
-def choose_shards(matrices: Sequence[Matrix], select: Select, rank: int, *, together: bool = False) -> list[Choice]:
+def choose_shards(
+    matrices: Sequence[Matrix], at: Shards, select: Select, rank: int, *, together: bool = False
+) -> list[Choice]:
     """What `choose` chooses of each whole matrix, as flat positions within the rows that this process holds.
 
-    matrices: their `W` (and `gradient`) are DTensors sharded by rows, over the same processes; `count` is of the whole. select: one of
-    `SHARDED`. rank, together: as in `choose`, which is followed to the entry: exact, ties to the first matrices and the lowest positions.
-    All these processes must call this, with the same matrices in the same order. Raises ValueError in every process, naming the matrix,
+    matrices: their `W` (and `gradient`) are the rows that this process has of each, in the order of the processes of `at`, with the `height`
+    of the whole; `count` is of the whole too. select: one of `SHARDED`. rank, together: as in `choose`, which is followed to the entry:
+    exact, ties to the first matrices and the lowest positions. All these processes must call this, with the same matrices in the same order. Raises ValueError in every process, naming the matrix,
     where one is not finite.
     """
     if not matrices:
         return []
-    at, rows = Shards.of(matrices[0].name, matrices[0].W), [local_part(m.W) for m in matrices]
-    _require_finite("matrix", rows, matrices, at)
+    _require_finite("matrix", [m.W for m in matrices], matrices, at)
     gradients = _gradients(matrices, select) if select in OF_GRADIENTS else []
     if gradients:
         _require_finite("gradient", gradients, matrices, at)
@@ -46,24 +47,24 @@ def choose_shards(matrices: Sequence[Matrix], select: Select, rank: int, *, toge
     bases: dict[int, Tensor] = {}
     for i, m in enumerate(matrices):
         if i in filtered and i not in bases:  # as many at once as there are processes to solve them
-            bases = _bases(matrices, rows, rank, [j for j in filtered if j >= i][: at.count], at)
-        if m.count == m.W.numel() and i not in shared:
-            found[i] = torch.arange(rows[i].numel(), device=rows[i].device)
+            bases = _bases(matrices, rank, [j for j in filtered if j >= i][: at.count], at)
+        if m.count == m.shape.numel() and i not in shared:
+            found[i] = torch.arange(m.W.numel(), device=m.W.device)
             continue
         gradient = gradients[i] if gradients else None
-        score = _score(m, rows[i], gradient, bases.pop(i, None), select, at)
+        score = _score(m, gradient, bases.pop(i, None), select, at)
         if i in shared:
-            scores[i] = _comparable(score, m, rows[i], select, at).double()
+            scores[i] = _comparable(score, m, select, at).double()
         else:
             (found[i],) = _largest([_ordered(score)], m.count, at)
     if shared:
         orders = [_ordered(scores[i]) for i in shared]
         found |= dict(zip(shared, _largest(orders, sum(matrices[i].count for i in shared), at), strict=True))
-    return [Choice(found[i].to(position_dtype(m.W.numel())), None, False) for i, m in enumerate(matrices)]
+    return [Choice(found[i].to(position_dtype(m.shape.numel())), None, False) for i, m in enumerate(matrices)]
 
 
 def _is_filtered(m: Matrix, select: Select, rank: int, shared: bool) -> bool:
-    return select in _FILTERED and rank < min(m.W.shape) and (shared or m.count < m.W.numel())
+    return select in _FILTERED and rank < min(m.shape) and (shared or m.count < m.shape.numel())
 
 
 def _require_finite(what: str, parts: Sequence[Tensor], matrices: Sequence[Matrix], at: Shards) -> None:
@@ -80,24 +81,23 @@ def _gradients(matrices: Sequence[Matrix], select: Select) -> list[Tensor]:
             raise ValueError(
                 f'cannot choose entries of {m.name}: select="{select}" needs a gradient, and none has arrived'
             )
-        found.append(local_part(m.gradient))
+        found.append(m.gradient)
     return found
 
 
-def _score(
-    m: Matrix, mine: Tensor, gradient: Tensor | None, basis: Tensor | None, select: Select, at: Shards
-) -> Float[Tensor, " n"]:
+def _score(m: Matrix, gradient: Tensor | None, basis: Tensor | None, select: Select, at: Shards) -> Float[Tensor, " n"]:
     """What this process's entries are compared by."""
+    mine = m.W
     if select == "random":
         first = at.before(len(mine), mine.device)
-        drawn = torch.rand(tuple(m.W.shape), generator=torch.Generator().manual_seed(m.seed))
+        drawn = torch.rand(tuple(m.shape), generator=torch.Generator().manual_seed(m.seed))
         return drawn[first : first + len(mine)].reshape(-1).to(mine.device)
     if gradient is not None:
         G = wide(gradient)
         return (G.abs() if select == "gradient" else -G * wide(mine)).reshape(-1)
     if basis is None:
         values = wide(mine)
-    elif m.W.shape[1] <= m.W.shape[0]:
+    elif m.shape[1] <= m.shape[0]:
         values = mine.to(basis.dtype) @ basis @ basis.T
     else:
         first = at.before(len(mine), mine.device)
@@ -107,32 +107,31 @@ def _score(
     return values.abs().mul_(sign).reshape(-1)
 
 
-def _comparable(score: Tensor, m: Matrix, weights: Tensor, select: Select, at: Shards) -> Float[Tensor, " n"]:
+def _comparable(score: Tensor, m: Matrix, select: Select, at: Shards) -> Float[Tensor, " n"]:
     """Scores divided by the root mean square, over all processes, of what is compared: the weights, or else the scores themselves."""
     if select == "random":
         return score
-    square = at.total((score if select in OF_GRADIENTS else weights).double().square().sum()[None])
-    return score / (float(square) / m.W.numel()) ** 0.5 if square else score
+    square = at.total((score if select in OF_GRADIENTS else m.W).double().square().sum()[None])
+    return score / (float(square) / m.shape.numel()) ** 0.5 if square else score
 
 
 def _bases(
-    matrices: Sequence[Matrix], rows: Sequence[Tensor], rank: int, members: Sequence[int], at: Shards
+    matrices: Sequence[Matrix], rank: int, members: Sequence[int], at: Shards
 ) -> dict[int, Float[Tensor, "short rank"]]:
     """The leading singular vectors of the short side of a few matrices, each of them solved by another process."""
     solved: Tensor | None = None
     for turn, i in enumerate(members):
-        whole, mine = matrices[i].W, rows[i]
-        part = mine if whole.shape[1] <= whole.shape[0] else _columns(mine, whole.shape, at).T
-        dtype, side = work_precision(whole), part.shape[1]
-        summed = gram_matrix(part, dtype) if len(part) else torch.zeros(side, side, dtype=dtype, device=part.device)
+        mine, shape = matrices[i].W, matrices[i].shape
+        part = mine if shape[1] <= shape[0] else _columns(mine, shape, at).T
+        dtype, side = work_precision(mine), part.shape[1]
+        summed = gram_matrix(part, dtype) if len(part) else torch.zeros(side, side, dtype=dtype, device=part.device).T
         dist.reduce(summed if summed.is_contiguous() else summed.T, group=at.group, group_dst=turn)
         if at.rank == turn:
             solved = leading_eigenvectors(summed, rank).contiguous()
     bases = {}
     for turn, i in enumerate(members):
-        whole = matrices[i].W
-        shape, dtype = (min(whole.shape), rank), work_precision(whole)
-        basis = solved if at.rank == turn else torch.empty(shape, dtype=dtype, device=rows[i].device)
+        mine, shape = matrices[i].W, (min(matrices[i].shape), rank)
+        basis = solved if at.rank == turn else torch.empty(shape, dtype=work_precision(mine), device=mine.device)
         assert basis is not None
         dist.broadcast(basis, group=at.group, group_src=turn)
         bases[i] = basis

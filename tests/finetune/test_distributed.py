@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,8 +21,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from analyses.tasks import chained_sums
-from finetune.distributed import Peers, exempt_from_ddp, local_part
-from finetune.lift import LIFT, principal_indices
+from finetune.distributed import Peers, Shards, exempt_from_ddp, local_part
+from finetune.lift import LIFT, matrices_of, principal_indices
 from finetune.lift.selection import Matrix, choose
 from finetune.lift.shards import SHARDED, choose_shards
 from finetune.overlay import overlay_
@@ -40,8 +42,8 @@ def matrices(seed: int = 0) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def model() -> Model:
-    found = Model(*tiny("llama"))
+def model(family: str = "llama") -> Model:
+    found = Model(*tiny(family))
     found.module.requires_grad_(False)
     for site in linear_sites(found.weights):
         found.weights.parameter(site).requires_grad_(True)
@@ -80,10 +82,10 @@ def train(
     return norms
 
 
-def alone(steps: int = STEPS, **options: Any) -> dict[str, Any]:
-    m = model()
-    with LIFT(named(m.module), **(OPTIONS | options)) as lift:
-        norms = train(m.module, lift, range(steps))
+def alone(family: str = "llama", **options: Any) -> dict[str, Any]:
+    m = model(family)
+    with LIFT(matrices_of(m.weights), **(OPTIONS | options)) as lift:
+        norms = train(m.module, lift, range(STEPS))
         chosen = {name: lift.state[p]["indices"].clone() for name, p in named(m.module)}
         return {"weights": snapshot(m.module), "norms": norms, "chosen": chosen, "refreshes": lift.refreshes}
 
@@ -110,13 +112,14 @@ def differing(rank: int, world: int) -> Any:
     LIFT([("same", p), ("other", q)], density=0.5, filter_rank=2)
 
 
-def candidates(select: str, deal: Any = lambda W: W) -> list[Matrix]:
-    """The matrices, one of them chosen whole, with budgets, seeds and gradients; one has a budget of its own."""
+def candidates(select: str, deal: Any = lambda i, W: W) -> list[Matrix]:
+    """The matrices, one of them chosen whole, with budgets, seeds and gradients; one has a budget of its own. deal: the rows that
+    a process has of the i-th."""
     wanted = [max(1, W.numel() // 9) for W in matrices()]
     wanted[2] = 17 * 17
-    grads = [deal(G) if select in ("gradient", "movement") else None for G in matrices(1)]
+    grads = [deal(i, G) if select in ("gradient", "movement") else None for i, G in enumerate(matrices(1))]
     return [
-        Matrix(f"m{i}", deal(W), count, seed=i, own=i == 1, gradient=G)
+        Matrix(f"m{i}", deal(i, W), count, seed=i, own=i == 1, gradient=G, height=len(W))
         for i, (W, count, G) in enumerate(zip(matrices(), wanted, grads, strict=True))
     ]
 
@@ -128,32 +131,37 @@ def tied() -> Tensor:
     return found
 
 
+def rows_here(rank: int, world: int) -> Callable[[int, Tensor], Tensor]:
+    """By turns the rows that ``fully_shard`` would give a process, and all or none of them, as of an expert that lies in one process."""
+
+    def deal(i: int, W: Tensor) -> Tensor:
+        mine = -(-len(W) // world)
+        return W[rank * mine : (rank + 1) * mine] if i % 2 else W if i // 2 % world == rank else W[:0]
+
+    return deal
+
+
 def choices(rank: int, world: int) -> Any:
-    mesh = init_device_mesh("cpu", (world,))
-
-    def deal(W: Tensor) -> Any:
-        return distribute_tensor(W, mesh, [Shard(0)])
-
+    at = Shards(dist.group.WORLD)
     found = {}
     for select, k, joint in itertools.product(SHARDED, (1, 4, 50), (False, True)):
-        dealt = candidates(select, deal)
-        chosen = choose_shards(dealt, select, k, together=joint)
-        found[select, k, joint] = [(len(local_part(m.W)), c.indices) for m, c in zip(dealt, chosen, strict=True)]
-    dealt = deal(tied())
-    found["ties"] = [(len(local_part(dealt)), choose_shards([Matrix("t", dealt, 5)], "magnitude", 1)[0].indices)]
-    both = choose_shards([Matrix(name, dealt, 12) for name in "tu"], "magnitude", 1, together=True)
-    found["ties together"] = [(len(local_part(dealt)), choice.indices) for choice in both]
+        dealt = candidates(select, rows_here(rank, world))
+        chosen = choose_shards(dealt, at, select, k, together=joint)
+        found[select, k, joint] = [(len(m.W), c.indices) for m, c in zip(dealt, chosen, strict=True)]
+    mine = rows_here(rank, world)(1, tied())
+    t, u = (Matrix(name, mine, 12, height=len(tied())) for name in "tu")
+    found["ties"] = [(len(mine), choose_shards([replace(t, count=5)], at, "magnitude", 1)[0].indices)]
+    found["ties together"] = [
+        (len(mine), choice.indices) for choice in choose_shards([t, u], at, "magnitude", 1, together=True)
+    ]
     return found
 
 
 def sick_shard(rank: int, world: int) -> Any:
-    mesh = init_device_mesh("cpu", (world,))
     W = matrices()[0]
     W[-1, 0] = torch.nan  # in the last process only
-    sick, fine = (
-        Matrix(n, distribute_tensor(w, mesh, [Shard(0)]), 9) for n, w in (("sick", W), ("fine", matrices()[1]))
-    )
-    choose_shards([fine, sick], "largest", 2)
+    sick, fine = (Matrix(n, w.chunk(world)[rank], 9, height=len(w)) for n, w in (("sick", W), ("fine", matrices()[1])))
+    choose_shards([fine, sick], Shards(dist.group.WORLD), "largest", 2)
 
 
 def refusals(rank: int, world: int) -> Any:
@@ -168,7 +176,6 @@ def refusals(rank: int, world: int) -> Any:
         ([("part", rows)], {"block": 4}),
         ([("part", rows)], {"grow_to": 0.9, "refresh": 1}),
         ([("part", rows)], {"agreement": 0.9, "refresh": 1}),
-        ([(("e0.up", "e1.up"), rows)], {}),
     ):
         try:
             LIFT(named, density=0.5, **options)
@@ -232,9 +239,9 @@ def resumed(rank: int, world: int) -> Any:
     return snapshot(m.module), saved["lift"]
 
 
-def sharded(rank: int, world: int) -> Any:
+def sharded(family: str, rank: int, world: int) -> Any:
     """FSDP2: a run in one go, with its peak of dense gradients, and one resumed half way."""
-    m, lift = dealt(world)
+    m, lift = dealt(world, family)
     dense = []
     for p in m.module.parameters():
         if p.requires_grad:
@@ -247,11 +254,11 @@ def sharded(rank: int, world: int) -> Any:
         "weights": snapshot(m.module), "norms": norms, "chosen": mine, "dense": max(dense), "refreshes": lift.refreshes,
     }  # fmt: skip
     lift.close()
-    m, lift = dealt(world)
+    m, lift = dealt(world, family)
     train(m.module, lift, range(2), rank, world)
     files = {"model": {k: local_part(v).clone() for k, v in m.module.state_dict().items()}, "lift": lift.state_dict()}
     lift.close()
-    m, lift = dealt(world)
+    m, lift = dealt(world, family)
     for name, tensor in m.module.state_dict().items():
         local_part(tensor).copy_(files["model"][name])
     lift.load_state_dict(files["lift"])
@@ -267,13 +274,13 @@ def sharded(rank: int, world: int) -> Any:
     return found
 
 
-def dealt(world: int) -> tuple[Model, LIFT]:
-    m = model()
+def dealt(world: int, family: str) -> tuple[Model, LIFT]:
+    m = model(family)
     mesh = init_device_mesh("cpu", (world,))
     for block in m.module.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(m.module, mesh=mesh)
-    return m, LIFT(named(m.module), **OPTIONS)
+    return m, LIFT(matrices_of(m.weights), **OPTIONS)
 
 
 def overlaid(rank: int, world: int) -> Any:
@@ -434,6 +441,7 @@ def tuned(folder: Path, rank: int, world: int) -> dict[str, Any]:
     return found
 
 
+TRAINED = {f"sharded {family}": functools.partial(sharded, family) for family in ("llama", "mixtral")}
 JOBS = (
     averages,
     differing,
@@ -444,29 +452,32 @@ JOBS = (
     accumulated,
     one_sided,
     resumed,
-    sharded,
     overlaid,
     by_gradient,
     switched,
     accelerated,
     hybrid,
 )
-THREE = (choices, sharded)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    return together(2, {job.__name__: job for job in JOBS}, tmp_path_factory.mktemp("two"))
+    return together(2, {job.__name__: job for job in JOBS} | TRAINED, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    return together(3, {job.__name__: job for job in THREE}, tmp_path_factory.mktemp("three"))
+    return together(3, {"choices": choices} | TRAINED, tmp_path_factory.mktemp("three"))
+
+
+@functools.cache
+def in_one(family: str = "llama") -> dict[str, Any]:
+    return alone(family)
 
 
 @pytest.fixture(scope="module")
 def one() -> dict[str, Any]:
-    return alone()
+    return in_one()
 
 
 def agree(found: Any) -> Any:
@@ -706,24 +717,26 @@ def test_ties_between_shards_go_to_the_lowest_positions(world: str, request: pyt
 
 
 @pytest.mark.parametrize("world", ["two", "three"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_sharded_training_is_the_whole_batch_in_one_process(
-    world: str, one: dict[str, Any], request: pytest.FixtureRequest
+    world: str, family: str, request: pytest.FixtureRequest
 ) -> None:
-    found = agree(request.getfixturevalue(world)["sharded"])
+    one, found = in_one(family), agree(request.getfixturevalue(world)[f"sharded {family}"])
     for mine in found:
         torch.testing.assert_close(mine["norms"], one["norms"], rtol=1e-4, atol=0)
         close(mine["weights"], one["weights"])
         assert mine["dense"] == 0  # each gradient is gone before the next one comes
         for ours, alone in zip(mine["refreshes"], one["refreshes"], strict=True):
             assert (ours.step, ours.overlap) == (alone.step, alone.overlap)
-    widths = {name: p.shape[1] for name, p in named(model().module)}
+    widths = {name: p.shape[1:].numel() for name, p in named(model(family).module)}
     for name, chosen in one["chosen"].items():
         assert put_together([mine["chosen"][name] for mine in found], widths[name]) == chosen.tolist(), name
 
 
 @pytest.mark.parametrize("world", ["two", "three"])
-def test_sharded_resume_is_bit_identical(world: str, request: pytest.FixtureRequest) -> None:
-    for mine in agree(request.getfixturevalue(world)["sharded"]):
+@pytest.mark.parametrize("job", list(TRAINED))
+def test_sharded_resume_is_bit_identical(world: str, job: str, request: pytest.FixtureRequest) -> None:
+    for mine in agree(request.getfixturevalue(world)[job]):
         for name, tensor in mine["weights"].items():
             assert torch.equal(mine["resumed"][name], tensor), name
         assert "shard was" in mine["another's state"]
@@ -753,7 +766,6 @@ def test_what_shards_cannot_do_is_refused(two: dict[str, list[Any]]) -> None:
                 "block=4",
                 "grow_to=0.9",
                 "agreement=0.9",
-                "e0.up to e1.up are 2 matrices in one sharded parameter",
             ),
             strict=True,
         ):

@@ -29,6 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {  # name -> kind, family and options of DRIFT
     "update": {"kind": "update", "rank": 4, "rule": "norm"},
     "both": {"kind": "both"},
     "fused": {"kind": "both", "family": "gpt-neox"},  # q, k and v in one
+    "experts": {"kind": "both", "family": "mixtral"},  # each whole in one of the processes
     "turned": {"kind": "drift", "family": "gpt2"},  # stored the other way round
 }
 

@@ -53,6 +53,15 @@ def test_installed_is_what_is_written_and_is_given_back(family, tied, tmp_path):
         pass
 
 
+def test_a_parameter_in_anothers_place_is_read():
+    model = Model(*tiny("llama"))
+    weights, layer = model.weights, model.module.get_submodule("model.layers.0.mlp.down_proj")
+    before = weights["0.mlp.down"].clone()
+    layer.weight = torch.nn.Parameter(2 * layer.weight.detach())
+    assert weights.parameter("0.mlp.down") is layer.weight
+    assert torch.equal(weights["0.mlp.down"], 2 * before)
+
+
 def test_an_autocast_around_several_weights_computes_with_each():
     """Its casts are kept by parameter, and would outlive what was in the parameter."""
     model = Model(*tiny("llama"))
