@@ -608,7 +608,7 @@ def matrices_of(weights: "LiveWeights") -> list[tuple[str | tuple[str, ...], nn.
 
     def begins(site: Site) -> int:
         p = weights.parameter(site)
-        return weights.anatomy.places[site].take(torch.empty(p.shape, device="meta")).storage_offset()
+        return int(weights.anatomy.places[site].take(torch.empty(p.shape, device="meta")).storage_offset())
 
     return [
         (str(sites[0]) if p.ndim == 2 else tuple(str(site) for site in sorted(sites, key=begins)), p)
