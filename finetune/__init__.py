@@ -5,6 +5,7 @@ overlay      overlay_(): trainable entries beside frozen matrices, quantised one
 distributed  LIFT in several processes: DDP, FSDP2 and DeepSpeed
 shares       what of a parameter one process steps on, where an engine deals it out
 examples     transcripts with a weight for every token, alone or in groups
+pieces       a backward pass in pieces, in which no weight keeps its gradient back
 predictions  what an objective looks at: logits at the tokens that are learnt
 rules        pull() and DRIFT: gradients bent toward a vector; controls, the effective merge coefficient and matched merges
 objectives   what a step minimises, one small function each

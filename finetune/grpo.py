@@ -37,6 +37,7 @@ from finetune.learner import (
 )
 from finetune.lift import Select
 from finetune.monitors import read_log
+from finetune.pieces import are_pieces
 from finetune.predictions import logits_at
 from finetune.rewards import Reward, Weighted, described
 from finetune.rules import DRIFT
@@ -267,7 +268,7 @@ def completion_logprobs(
     lengths, ends = said.sum(1), seen.sum(1)
     row = torch.arange(len(rows), device=ids.device).repeat_interleave(lengths)
     column = torch.cat([torch.arange(int(e - n), int(e)) for n, e in zip(lengths, ends, strict=True)]).to(ids.device)
-    logs = (logits_at(module, batch, row, column - 1) / temperature).log_softmax(-1)
+    logs = (logits_at(module, batch, row, column - 1, pieces=are_pieces()) / temperature).log_softmax(-1)
     chosen = logs.gather(-1, batch["input_ids"][row, column][:, None])[:, 0]
     entropy = -(logs.detach().exp() * logs.detach()).sum(-1)
     nothing = logs.new_zeros(said.shape)

@@ -46,6 +46,7 @@ from finetune.examples import IGNORED, Collate, require_rows
 from finetune.lift import LIFT, lift_of
 from finetune.monitors import Recorder, reporters_last
 from finetune.objectives import Objective
+from finetune.pieces import are_pieces, cut, in_pieces, may_cut
 from finetune.predictions import Predictions, Totals, logits_at, predict
 from finetune.rules import DRIFT
 from finetune.shares import Share, clip_shares_, norm_of, shares_of
@@ -235,6 +236,17 @@ class Surgical(_Host):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        with in_pieces(self._may_cut(model)):
+            return self._loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _may_cut(self, model: nn.Module) -> bool:
+        """Whether the coming backward pass is several: LIFT gathers each gradient as it arrives, and nobody waits for the one arrival of it."""
+        lift = self._lift()
+        if lift is None or not model.training or under_deepspeed() or under_fsdp():
+            return False
+        return may_cut(self._bare(), [p for group in lift.param_groups for p in group["params"]])
+
+    def _loss(self, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:
         step = self.state.global_step
         loss: Any
         outputs = None
@@ -288,7 +300,8 @@ class Surgical(_Host):
         """The sum of the terms, computed as the objective is."""
         module = self._bare()
         with self.accelerator.autocast():
-            return sum(term(module, step) for term in self._terms)
+            losses = [term(module, step) for term in self._terms]
+        return sum(cut(losses) if are_pieces() else losses)
 
     def _is_divided(self, num_items_in_batch: Any) -> bool:
         """Whether the step divides what `compute_loss` gives by the number of micro-batches: as the Trainer itself decides it."""
@@ -338,7 +351,7 @@ class Surgical(_Host):
                 share = not sharded  # FSDP2 gathers a layer's weights for one pass through it
                 found = _within(model, lambda: predict(through, batch, share, totals, reference))
             else:
-                found = predict(through, batch, totals=totals, reference=reference)
+                found = predict(through, batch, totals=totals, reference=reference, pieces=are_pieces())
             # an evaluation's numbers are those of other data
             return found if model.training else replace(found, numbered=False)
 

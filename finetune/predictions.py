@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetune.examples import IGNORED, OWN, require_rows
+from finetune.pieces import cut_cache
 from surgery.borrowing import text_positions, without_adapter
 from surgery.decoding import common_prefix, prefix_cache
 
@@ -90,13 +91,13 @@ class Predictions:
 
 def predict(
     module: Any, batch: Mapping[str, Tensor], share: bool = True, totals: Totals | None = None,
-    reference: Callable[[], Tensor] | None = None,
+    reference: Callable[[], Tensor] | None = None, pieces: bool = False,
 ) -> Predictions:  # fmt: skip
     """The module's predictions at the labelled tokens of a batch padded on the right.
 
     totals: of the optimizer step; by default of this batch alone. Two savings leave the values as they are: only labelled positions
     reach the vocabulary, and the prompt that all rows begin with is computed once (`share`), its gradient being the sum of theirs; not where
-    NEFTune's noise on the embeddings is drawn for each row. Raises ValueError for rows that are packed, or padded on the left.
+    NEFTune's noise on the embeddings is drawn for each row. pieces: the prompt goes backward by itself (`finetune.pieces`). Raises ValueError for rows that are packed, or padded on the left.
     """
     require_rows(batch)
     labels = batch["labels"]
@@ -107,7 +108,7 @@ def predict(
         batch["token_weights"][:, 1:][wanted] if "token_weights" in batch else torch.ones(len(row), device=row.device)
     )
     return Predictions(
-        _raw_logits_at(module, batch, row, column, share),
+        _raw_logits_at(module, batch, row, column, share, pieces),
         labels[row, column + 1],
         weights,
         row,
@@ -127,12 +128,15 @@ def logits_at(
     row: Int[Tensor, " token"],
     column: Int[Tensor, " token"],
     share: bool = True,
+    pieces: bool = False,
 ) -> Float[Tensor, "token vocab"]:
-    """Logits in float32 of the positions (row, column) of a batch."""
-    return _wide(_raw_logits_at(module, batch, row, column, share))
+    """Logits in float32 of the positions (row, column) of a batch. share, pieces: as in `predict`."""
+    return _wide(_raw_logits_at(module, batch, row, column, share, pieces))
 
 
-def _raw_logits_at(module: Any, batch: Mapping[str, Tensor], row: Tensor, column: Tensor, share: bool) -> Tensor:
+def _raw_logits_at(
+    module: Any, batch: Mapping[str, Tensor], row: Tensor, column: Tensor, share: bool, pieces: bool
+) -> Tensor:
     """`logits_at` in the precision of the computation; in float32 where they are capped."""
     ids, mask, module = batch["input_ids"], batch["attention_mask"], without_adapter(module)
     start, cache = 0, None
@@ -142,8 +146,12 @@ def _raw_logits_at(module: Any, batch: Mapping[str, Tensor], row: Tensor, column
     noisy = module.training and hasattr(module.get_input_embeddings(), "neftune_noise_alpha")
     if share and len(ids) > 1 and len(column) and not recomputed and not noisy and "pixel_values" not in batch:
         start = min(common_prefix(ids.tolist()), int(column.min()))
-        cache = prefix_cache(module, ids[0, :start].tolist(), len(ids)) if start else None
+        cache = prefix_cache(module, ids[0, :start].tolist(), 1) if start else None
         start = 0 if cache is None else start
+        if cache is not None:
+            if pieces:
+                cut_cache(cache)
+            cache.batch_repeat_interleave(len(ids))
     rest = {name: batch[name] for name in INPUTS[2:] if name in batch}
     with text_positions(module):
         hidden = module.base_model(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from finetune.checkpoints import digest
 from finetune.examples import Collate, Example, Group, Item, Over, examples, rows_of
 from finetune.objectives import kl_divergence
+from finetune.pieces import are_pieces
 from finetune.predictions import Predictions, predict
 from surgery.borrowing import evaluating
 from surgery.hashing import Digest
@@ -129,7 +130,7 @@ class Replay:
         self._weight, self._texts = _positive(self, weight), _Texts(source, over, batch_size, seed)
 
     def __call__(self, module: nn.Module, step: int, /) -> Float[Tensor, ""]:
-        p = predict(module, _moved(self._texts.batch(step), module))
+        p = predict(module, _moved(self._texts.batch(step), module), pieces=are_pieces())
         return self._weight * _mean(p, p.nll)
 
     def __repr__(self) -> str:
@@ -282,7 +283,7 @@ def _both(module: nn.Module, start: Model, batch: dict[str, Tensor]) -> tuple[Pr
         raise ValueError("The starting model is the one that trains. Give a second copy of it: Model.load(...).")
     with torch.no_grad(), evaluating(start.module):
         then = predict(start.module, _moved(batch, start.module))
-    now = predict(module, _moved(batch, module))
+    now = predict(module, _moved(batch, module), pieces=are_pieces())
     return now, replace(then, raw=then.raw.to(now.raw.device))
 
 

@@ -101,7 +101,8 @@ class LIFT(torch.optim.Optimizer):
     is torch.optim.AdamW(foreach=False)'s, bit for bit.
 
     Gradients: a hook on each parameter gathers the chosen entries as soon as its gradient is complete, adds them to
-    a compact float32 accumulator and frees `.grad`, so at most one layer's dense gradient exists at a time. Hence:
+    a compact float32 accumulator and frees `.grad`, so at most one layer's dense gradient exists at a time (where a backward pass is of more
+    than one pass through the model, autograd keeps all of them back; `finetune.hosts.Surgical` takes it in pieces, `finetune.pieces`). Hence:
     clip with `clip_grad_norm_` of this object, not with torch's; `step` uses up what was gathered, so that a training
     loop that only calls `model.zero_grad()` is right too; `zero_grad` drops what was gathered. `close` (or the end of a
     `with` block, or of the object's life) removes the hooks. A trainer clips with torch's: write ``class T(Surgical, Trainer)``
