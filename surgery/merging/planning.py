@@ -18,7 +18,7 @@ import torch
 
 from surgery.checkpoint import Checkpoint
 from surgery.headers import UNTIE, read_config
-from surgery.merging.recipe import Recipe, RecipeError, references, valid_seed
+from surgery.merging.recipe import Recipe, RecipeError, read_recipe, references, valid_seed
 from surgery.merging.rules import Rule, Source
 from surgery.merging.vocabulary import Vocabulary, gathered, vocabulary_of
 from surgery.sites import Site
@@ -111,12 +111,22 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None = None, multi_gpu: bool = False) -> Plan:
+def plan(
+    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    seed: int | None = None,
+    dtype: torch.dtype | None = None,
+    multi_gpu: bool = False,
+) -> Plan:
     """What `merge` would do; configurations and headers are read, no tensor is.
 
-    Raises RecipeError for models that do not fit together (a tensor that one lacks, shapes that differ) and for parameters whose
-    filters leave a tensor without a value; FileNotFoundError and CheckpointError for models that are not there or damaged.
+    recipe: a `Recipe`, or what `read_recipe` reads. Other arguments as of `merge`.
+
+    Raises RecipeError for models that do not fit together (a tensor that one lacks, shapes that differ), layers that one does not have and
+    parameters whose filters leave a tensor without a value; FileNotFoundError and CheckpointError for models that are not there or damaged;
+    and as `read_recipe`.
     """
+    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     chosen = recipe.seed if seed is None else valid_seed(seed, "merge")
     labels = {ref: _local(ref) for ref in references(recipe.config)}
     config = _swapped(recipe.config, labels)
@@ -132,6 +142,7 @@ def plan(recipe: Recipe, *, seed: int | None = None, dtype: torch.dtype | None =
         if torch.cuda.device_count() == 0:
             raise RecipeError("multi_gpu: there is no GPU here. Leave it out: the merge then runs on the processor.")
         why = why or "several GPUs are asked for"
+    _require_layers(config, sources, names)
     left = _left(sources, main, names, layered=bool(_pieces(config)))
     with quiet(), loaders(order):
         architecture = _architecture(config)
@@ -309,6 +320,19 @@ def _open(
         except ValueError as error:
             raise RecipeError(f"model {names[ref]}: {error}") from error
     return opened, refused
+
+
+def _require_layers(
+    config: MergeConfiguration, sources: Mapping[ModelReference, Source], names: Mapping[ModelReference, str]
+) -> None:
+    """Raise RecipeError for ranges that run beyond a model's layers."""
+    for asked in (source for piece in _pieces(config) for source in piece.sources if source.model in sources):
+        (first, last), layers = asked.layer_range, sources[asked.model].layout.anatomy.n_layers
+        if last > layers:
+            raise RecipeError(
+                f"{names[asked.model]} is asked for layers {first} to {last - 1}, but has 0 to {layers - 1}. Write layer_range: "
+                f"[{min(first, layers - 1)}, {layers}] or less."
+            )
 
 
 def _left(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from surgery.yaml_text import load_yaml
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Compute = Literal["float32", "mergekit"]
+FRACTIONS = ("density", "gamma", "select_topk")  # parameters that are shares of a tensor's entries
 _OURS = "surgery"  # the one key of a recipe that is not mergekit's; mergekit ignores it
 _MAX_TEXT = 1 << 20
 
@@ -62,11 +65,11 @@ class Recipe:
 
 
 def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
-    """A recipe from a YAML file, from YAML text (with a line break, or in braces), or from a mapping.
+    """A recipe from a YAML file, from YAML text (with a line break, or in braces), or from a mapping, in which paths and numpy's numbers may be.
 
-    Nothing but the recipe is read. Raises RecipeError for YAML that is none, keys that mergekit refuses, a method it does not have
-    (naming the closest), a base or a number of models the method cannot work with, and parameters it needs and does not get;
-    FileNotFoundError for a file that is not there.
+    Nothing but the recipe is read. Raises RecipeError for what is no recipe, YAML that is none, keys that mergekit refuses, a method it does
+    not have (naming the closest), a base or a number of models the method cannot work with, and parameters it needs and does not get, or
+    that are no numbers, or no fractions where they should be; FileNotFoundError for a file that is not there.
     """
     _require_mergekit()
     text, where = _recipe_text(source)
@@ -86,9 +89,9 @@ def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
         except ValueError as error:
             raise RecipeError(f"{where}: {_for_recipe(str(error), config.merge_method)}") from error
     _require_parameters(config, method, where)
-    known = {p.name for p in method.spec.parameters}
-    _require_finite(config, known, where)
-    unused = tuple(sorted({name for settings in _settings(config) for name in settings or ()} - known))
+    known = {p.name: p.value_type for p in method.spec.parameters}
+    _require_values(config, known, where)
+    unused = tuple(sorted({name for settings in _settings(config) for name in settings or ()} - set(known)))
     seed, compute = _own_settings(own, where)
     return Recipe(text, config, seed, compute, unused)
 
@@ -107,7 +110,11 @@ def _recipe_text(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[st
     import yaml
 
     if isinstance(source, Mapping):
-        return yaml.safe_dump(dict(source), sort_keys=False), "The recipe"
+        return yaml.safe_dump(_plain(source, ""), sort_keys=False), "The recipe"
+    if not isinstance(source, str | os.PathLike) or (isinstance(source, str) and not source.strip(" ")):
+        raise RecipeError(
+            f"A recipe is the path of a YAML file, YAML text or a mapping, and this is {reprlib.repr(source)}."
+        )
     if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
         text, where = source, "The recipe"
     else:
@@ -124,6 +131,20 @@ def _recipe_text(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[st
     if len(text) > _MAX_TEXT:
         raise RecipeError(f"{where} has {len(text)} characters; a recipe has a few hundred. Is it a recipe?")
     return text, where
+
+
+def _plain(value: Any, place: str) -> Any:
+    """What is in a mapping, as YAML has it: a path as its text, a number of numpy as one of Python."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry, f"{place}.{key}".lstrip(".")) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry, f"{place}.{i}") for i, entry in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    plain = value.item() if isinstance(value, np.generic) else value
+    if plain is None or type(plain) in (bool, int, float, str):
+        return plain
+    raise RecipeError(f"The recipe: {place} is {reprlib.repr(value)}. Write text, a number, a list or a mapping.")
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
@@ -152,7 +173,8 @@ def _validated(tree: dict[str, Any], where: str) -> MergeConfiguration:
     except ValidationError as error:
         first = min(error.errors(), key=lambda e: -len(e["loc"]))
         place = ".".join(str(step) for step in first["loc"] if not _is_type_name(step)) or "the top"
-        raise RecipeError(f"{where}: at {place}: {first['msg'].rstrip('.')}.") from error
+        there = "" if first["type"] == "missing" else f" is {reprlib.repr(first['input'])}"
+        raise RecipeError(f"{where}: at {place}{there}: {first['msg'].rstrip('.')}.") from error
     except (RuntimeError, TypeError, ValueError, RecursionError) as error:
         raise RecipeError(f"{where}: {str(error).rstrip('.') or type(error).__name__}.") from error
 
@@ -263,27 +285,42 @@ def _require_parameters(config: MergeConfiguration, method: MergeMethod, where: 
                         _require_in(parameter.name, scopes, f"{method.spec.name}: model {source.model}", where)
 
 
-def _require_finite(config: MergeConfiguration, known: set[str], where: str) -> None:
-    """Raise RecipeError for a parameter of the method that is NaN or infinite, for some tensors or all."""
+def _require_values(config: MergeConfiguration, known: Mapping[str, Any], where: str) -> None:
+    """Raise RecipeError for a parameter of the method that is not what it takes, for some tensors or all: no finite number, no fraction, no flag."""
     for settings in _settings(config):
         for name, setting in (settings or {}).items():
-            wrong = next((number for number in _numbers(setting) if not math.isfinite(number)), None)
-            if name in known and wrong is not None:
-                raise RecipeError(
-                    f"{where}: the parameter {name} is {wrong}, and nothing can be weighed by that. Write a finite number."
-                )
+            for value in _single(setting) if name in known else ():
+                if fault := _fault(name, known[name] is bool, value):
+                    raise RecipeError(f"{where}: the parameter {name} is {fault}.")
 
 
-def _numbers(setting: Any) -> Iterator[float]:
-    """The numbers of a setting: one, a gradient, or those of entries with filters. What is none is mergekit's to refuse."""
-    if isinstance(setting, list):
+def _fault(name: str, flag: bool, value: Any) -> str | None:
+    """What a parameter's value is, and what to write, where it cannot be that."""
+    if value == []:
+        return f"an empty list. Write a number, as in {name}: 0.5"
+    if flag:
+        known = isinstance(value, bool) or value in (0, 1) or str(value).lower() in ("true", "false")
+        return None if known else f"{reprlib.repr(value)}. Write true or false"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return f"{reprlib.repr(value)}, which is no number. Write a number, as in {name}: 0.5"
+    if not math.isfinite(number):
+        return f"{number}, and nothing can be weighed by that. Write a finite number"
+    if name in FRACTIONS and not 0 <= number <= 1:
+        return f"{value}, which is a fraction. Write a number from 0 to 1"
+    return None
+
+
+def _single(setting: Any) -> Iterator[Any]:
+    """The single values of a setting: one, those of a gradient, or of entries with filters. A list without any is one itself."""
+    if isinstance(setting, list) and setting:
         for entry in setting:
-            yield from _numbers(entry)
+            yield from _single(entry)
     elif hasattr(setting, "value"):
-        yield from _numbers(setting.value)
+        yield from _single(setting.value)
     else:
-        with suppress(TypeError, ValueError):
-            yield float(setting)
+        yield setting
 
 
 def _require_in(name: str, scopes: Iterable[Mapping[str, Any] | None], who: str, where: str) -> None:

@@ -143,7 +143,10 @@ class Rule:
         if self.method.spec.name == "linear" and p["normalize"]:
             total = sum(p["weight"].values())
             if total == 0:
-                raise RecipeError(f"The weights of {self.name} add up to zero; linear divides by their sum.")
+                raise RecipeError(
+                    f"The weights of {self.name} add up to zero; linear divides by their sum. Change a weight, or write normalize: false under "
+                    "parameters:."
+                )
             return {ref: weight / total for ref, weight in p["weight"].items()}
         if self.method.spec.name == "task_arithmetic" and base in self.inputs:
             weights = p.get("weight", {})  # none where the base is merged alone

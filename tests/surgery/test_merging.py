@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -124,6 +125,27 @@ BAD = {
         )
         for said, weight in (("nan", float("nan")), ("inf", [0, "1e999"]), ("-inf", [{"filter": "mlp", "value": [1, -float("inf")]}, {"value": 1}]))
     },
+    **{
+        f"a density of {density}": (
+            VECTORS | {"parameters": {"density": density}}, rf"parameter density is {said}, which is a fraction\. Write a number from 0 to 1",
+        )
+        for density, said in ((-0.5, "-0.5"), (2, "2"), ([0.1, 1.5], "1.5"), ({"filter": "mlp", "value": -1}, "-1"))
+    },
+    "a fraction to select": (
+        {"merge_method": "sce", "base_model": "x", "models": [{"model": "y"}], "parameters": {"select_topk": 10}},
+        "parameter select_topk is 10, which is a fraction",
+    ),
+    "a gamma": (VECTORS | {"merge_method": "breadcrumbs", "parameters": {"gamma": -0.1}}, "parameter gamma is -0.1, which is a fraction"),
+    "a word for a weight": (
+        GOOD | {"parameters": {"weight": "half"}}, r"parameter weight is 'half', which is no number\. Write a number, as in weight: 0\.5",
+    ),
+    "no weights along the layers": (GOOD | {"parameters": {"weight": []}}, "parameter weight is an empty list.*Write a number"),
+    "a word for a flag": (GOOD | {"parameters": {"normalize": "maybe"}}, r"parameter normalize is 'maybe'\. Write true or false"),
+    "a number for a model": (GOOD | {"models": [{"model": 3}]}, r"at models\.0\.model is 3: "),
+    "a word for models": (GOOD | {"models": "x"}, r"at models is 'x': Input should be a valid list"),
+    **{f"not a recipe: {given!r}": (given, "A recipe is the path of a YAML file, YAML text or a mapping, and this is") for given in (None, 3, [1], ("a",), b"x", True)},
+    "blank": (" ", "A recipe is the path of a YAML file, YAML text or a mapping, and this is ' '"),
+    "a tensor": (GOOD | {"parameters": {"weight": torch.tensor(0.5)}}, r"parameters\.weight is tensor\(0\.5.*Write text, a number, a list or a mapping"),
     "dtype": (GOOD | {"dtype": "int4"}, "dtype 'int4' is not one of float32, bfloat16, float16, float64"),
     "two revisions": (GOOD | {"base_model": "a@b@c"}, "multiple @"),
     "our key": (GOOD | {"surgery": {"sed": 1}}, "has no 'sed'; it has seed and compute"),
@@ -147,6 +169,17 @@ def test_bad_recipes(case):
     with pytest.raises(RecipeError, match=said) as error:
         read_recipe(recipe)
     assert "\n" not in str(error.value)
+
+
+def test_a_recipe_in_python_may_hold_paths_and_numbers_of_numpy(homes, tmp_path):
+    home = homes("llama")
+    asked = of(home, "linear", ("a", "b"), base=False, parameters={"weight": 0.5})
+    given = of(
+        home, "linear", ("a", "b"), base=False, parameters={"weight": np.float32(0.5), "normalize": np.bool_(True)}
+    )
+    given["models"] = tuple({"model": home / name} for name in ("a", "b"))
+    assert read_recipe(given).config == read_recipe(asked | {"parameters": {"weight": 0.5, "normalize": True}}).config
+    assert str(plan(given)) == str(plan(read_recipe(asked)))
 
 
 def test_what_a_recipe_repeats_may_be_written_over():
@@ -271,7 +304,15 @@ def test_models_that_do_not_fit(homes, tmp_path, unchecked):
         ),
         (missing, FileNotFoundError, "nowhere is not a folder"),
         (partly, RecipeError, "cannot plan this recipe: Missing required parameter weight for .*embed_tokens"),
-        (nothing, RecipeError, "add up to zero"),
+        (nothing, RecipeError, r"add up to zero; .*Change a weight, or write normalize: false"),
+        (
+            {
+                "merge_method": "passthrough",
+                "slices": [{"sources": [{"model": str(home / "a"), "layer_range": [1, 99]}]}],
+            },
+            RecipeError,
+            r"home/a is asked for layers 1 to 98, but has 0 to 2\. Write layer_range: \[1, 3\] or less",
+        ),
     ):
         with pytest.raises(error, match=said):
             merge(recipe, tmp_path / "out")

@@ -129,6 +129,18 @@ def test_sound_jobs_have_no_problems_and_a_forecast(home: Path) -> None:
         assert lined_up.forecast.memory is not None
 
 
+def test_what_is_checked_is_named_by_text_or_path(home: Path) -> None:
+    assert check_model(home / "base") == check_model(str(home / "base"))
+    assert check_apply(home / "base", [home / "delta"]).problems == check_apply("base", ["delta"]).problems
+    for wrong in (None, 3, [home], b"base"):
+        for check in (check_model, check_recipe, lambda ref: check_apply(ref, []), lambda ref: check_apply("base", [ref])):
+            with pytest.raises(ValueError, match=rf"{re.escape(reprlib.repr(wrong))}: give .* as text or a path\."):
+                check(wrong)
+    for wrong in ("delta", None):
+        with pytest.raises(ValueError, match=rf"adds={wrong!r}: give a list of folders or hub ids, as in adds=\['delta'\]\."):
+            check_apply("base", wrong)
+
+
 def test_the_table_of_methods_is_the_installed_mergekits() -> None:
     if installed() == TABLED:
         assert methods() == asked()
@@ -245,7 +257,18 @@ def test_faults_of_a_recipe(home: Path) -> None:
     case(recipe(home, dtpye="bfloat16"), "warning", "key", "'dtpye'", "Write dtype")
     case(recipe(home, dtype="bf16"), "error", "dtype", "'bf16'", "Write dtype: bfloat16")
     case(recipe(home, out_dtype="int8"), "error", "dtype", "'int8'")
-    case(recipe(home, tokenizer_source="base"), "error", "tokenizer", "no base_model", "tokenizer_source: union")
+    case(recipe(home, tokenizer_source="base"), "warning", "tokenizer", "no base_model", "first model's", "Write base_model:")
+    for own, words in (
+        ({"seed": -1}, ("surgery.seed is -1", "from 0 to 4294967295")),
+        ({"seed": True}, ("surgery.seed is True", "whole number")),
+        ({"compute": "bf16"}, ("surgery.compute is 'bf16'", "compute: float32 or compute: mergekit")),
+        ({"sed": 1}, ("surgery has the key 'sed'", "Write seed")),
+        ([1], ("surgery is [1], not a mapping", "surgery: {seed: 3}")),
+    ):
+        case(recipe(home, surgery=own), "error", "recipe", *words)
+        with pytest.raises(RecipeError):
+            read_recipe(cases[-1][0])
+    case(recipe(home, merge_method="passthrough", models=None, slices=[{"sources": []}]), "error", "recipe", "slices[0] has no sources")
     case(
         recipe(home, tokenizer_source="union", tokenizer={"source": "union"}), "error", "tokenizer", "both", "Keep one"
     )
