@@ -10,6 +10,7 @@ forecast of memory, disk and time.
 from __future__ import annotations
 
 import os
+import reprlib
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -78,26 +79,34 @@ class Report:
         return "\n".join([*lines, f"{self.subject}: {words or 'no problems found'}"])
 
 
-def check_model(ref: str) -> Report:
-    """What is wrong with one model by itself."""
+def check_model(ref: str | os.PathLike[str]) -> Report:
+    """What is wrong with one model by itself. Raises ValueError for what is neither text nor a path, as the others do."""
+    ref = _as_text("ref", ref, "a folder or a hub id")
     with Hub() as hub:
         _, problems = examine(ref, hub.place(ref))
         return _report(ref, hub.named(problems))
 
 
 def check_apply(
-    ref: str, adds: Sequence[str], to: str | os.PathLike[str] | None = None, dtype: str | None = None
+    ref: str | os.PathLike[str],
+    adds: Sequence[str | os.PathLike[str]],
+    to: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
 ) -> Report:
     """Whether MODEL plus deltas or adapters can be written, and what that takes.
 
     adds: folders of deltas or adapters, or their hub ids. to: the output folder, if it is known. dtype: what to store, as found by default.
     """
+    ref = _as_text("ref", ref, "a folder or a hub id")
+    if not isinstance(adds, Sequence) or isinstance(adds, str | bytes):
+        raise ValueError(f"adds={reprlib.repr(adds)}: give a list of folders or hub ids, as in adds=['vectors/lift'].")
+    named = [_as_text("adds", add, "folders or hub ids") for add in adds]
     with Hub() as hub:
         facts, problems = examine(ref, hub.place(ref))
         problems += _output(to)
         moved = 0
-        for add in adds:
-            place = hub.place(str(add))
+        for add in named:
+            place = hub.place(add)
             if isinstance(place, Problem):
                 problems.append(place)
                 continue
@@ -119,13 +128,13 @@ def check_apply(
                 Problem("error", "dtype", "--dtype", f"is {dtype!r}", "Choose float32, bfloat16 or float16")
             )
         return _with_forecast(
-            f"apply {ref}", problems, facts, to, hub, models=1 + len(adds), moved=moved, method=None, dtype=dtype
+            f"apply {ref}", problems, facts, to, hub, models=1 + len(named), moved=moved, method=None, dtype=dtype
         )
 
 
 def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None = None) -> Report:
-    """Whether a mergekit recipe can be run, and what that takes. to: the output folder, if it is known."""
-    plan, problems = lint(Path(path))
+    """Whether a mergekit recipe, a YAML file, can be run, and what that takes. to: the output folder, if it is known."""
+    plan, problems = lint(Path(_as_text("path", path, "a recipe's file")))
     problems += _output(to)
     if plan is None:
         return _report(str(path), problems)
@@ -161,6 +170,12 @@ def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None
             "lined_up": aligned,
         }
         return _with_forecast(str(path), problems, reference, to, hub, **job)
+
+
+def _as_text(name: str, given: object, what: str) -> str:
+    if not isinstance(given, str | os.PathLike):
+        raise ValueError(f"{name}={reprlib.repr(given)}: give {what} as text or a path.")
+    return os.fspath(given)
 
 
 def _is_beyond_a_table(plan: Plan, found: dict[str, Facts]) -> bool:

@@ -24,6 +24,8 @@ _TOP = (
     "chat_template", "name", "surgery",
 )  # fmt: skip
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+_COMPUTE = ("float32", "mergekit")
+_SEEDS = 2**32
 Scope = Literal["shared", "input", "non_base"]
 
 
@@ -189,6 +191,7 @@ class _Lint:
         base = self.source(recipe.get("base_model"), "base_model") if recipe.get("base_model") is not None else None
         slices = self.slices(base)
         self.choices()
+        self.own()
         if method is not None and slices:
             self.contract(name, method, slices)
             self.parameters(name, method, slices)
@@ -306,7 +309,7 @@ class _Lint:
                 found[-1].sources.append(base)
             for i, entry in enumerate(self.listed(module, "slices", key)):
                 here = f"{key}slices[{i}]"
-                if not isinstance(entry, dict) or not isinstance(entry.get("sources"), list):
+                if not isinstance(entry, dict) or not isinstance(entry.get("sources"), list) or not entry["sources"]:
                     self.say(
                         "error", "recipe", here, "has no sources", "Write sources: [{model: ..., layer_range: [0, 12]}]"
                     )
@@ -376,11 +379,11 @@ class _Lint:
         source = recipe.get("tokenizer_source") or (tokenizer.get("source") if isinstance(tokenizer, dict) else None)
         if source == "base" and not recipe.get("base_model"):
             self.say(
-                "error",
+                "warning",
                 "tokenizer",
                 "tokenizer_source",
-                "is base, but there is no base_model",
-                "Write base_model: MODEL, or tokenizer_source: union",
+                "is base, but there is no base_model: it is then the first model's",
+                "Write base_model: MODEL, or name the model in tokenizer_source",
             )
         template = recipe.get("chat_template")
         if template is not None and template != "auto" and not _is_template(template):
@@ -398,6 +401,27 @@ class _Lint:
                 f"is {_show(template)}, neither a template nor the name of one",
                 fix,
             )
+
+    def own(self) -> None:
+        """What a recipe says to us alone."""
+        own = self.recipe.get("surgery")
+        if own is None:
+            return
+        if not isinstance(own, dict):
+            self.say("error", "recipe", "", f"surgery is {_show(own)}, not a mapping", "Write surgery: {seed: 3}")
+            return
+        for name in own:
+            if name not in ("seed", "compute"):
+                near = difflib.get_close_matches(str(name), ("seed", "compute"), n=1)
+                fix = f"Write {near[0]}" if near else "Remove it, or choose seed or compute"
+                self.say("error", "recipe", "", f"surgery has the key {_show(name)}, which it does not know", fix)
+        seed, compute = own.get("seed", 0), own.get("compute", _COMPUTE[0])
+        if type(seed) is not int or not 0 <= seed < _SEEDS:
+            fix = f"Write a whole number from 0 to {_SEEDS - 1}"
+            self.say("error", "recipe", "", f"surgery.seed is {_show(seed)}", fix)
+        if compute not in _COMPUTE:
+            fix = f"Write {' or '.join(f'compute: {name}' for name in _COMPUTE)}"
+            self.say("error", "recipe", "", f"surgery.compute is {_show(compute)}", fix)
 
     def contract(self, name: str, method: Method, slices: list[_Slice]) -> None:
         if method.base == "required" and any(piece.base is None for piece in slices):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import reprlib
 import shutil
 import subprocess
 import sys
@@ -14,11 +16,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from surgery import Adapter, land, merge
+from surgery import Adapter, land, merge, read_recipe
 from surgery.adapter_config import read_adapter_config
 from surgery.adapter_names import without_wrappers
 from surgery.checkpoint import Checkpoint, CheckpointError
 from surgery.delta import StoredDelta, save_delta
+from surgery.merging import RecipeError
 from surgery.preflight import Report, check_apply, check_model, check_recipe
 from surgery.preflight.facts import moved_by_delta
 from surgery.preflight.forecast import UNDO_LIMIT, peak_memory
@@ -133,11 +136,18 @@ def test_what_is_checked_is_named_by_text_or_path(home: Path) -> None:
     assert check_model(home / "base") == check_model(str(home / "base"))
     assert check_apply(home / "base", [home / "delta"]).problems == check_apply("base", ["delta"]).problems
     for wrong in (None, 3, [home], b"base"):
-        for check in (check_model, check_recipe, lambda ref: check_apply(ref, []), lambda ref: check_apply("base", [ref])):
+        for check in (
+            check_model,
+            check_recipe,
+            lambda ref: check_apply(ref, []),
+            lambda ref: check_apply("base", [ref]),
+        ):
             with pytest.raises(ValueError, match=rf"{re.escape(reprlib.repr(wrong))}: give .* as text or a path\."):
                 check(wrong)
     for wrong in ("delta", None):
-        with pytest.raises(ValueError, match=rf"adds={wrong!r}: give a list of folders or hub ids, as in adds=\['delta'\]\."):
+        with pytest.raises(
+            ValueError, match=rf"adds={wrong!r}: give a list of folders or hub ids, as in adds=\['vectors/lift'\]\."
+        ):
             check_apply("base", wrong)
 
 
@@ -257,7 +267,14 @@ def test_faults_of_a_recipe(home: Path) -> None:
     case(recipe(home, dtpye="bfloat16"), "warning", "key", "'dtpye'", "Write dtype")
     case(recipe(home, dtype="bf16"), "error", "dtype", "'bf16'", "Write dtype: bfloat16")
     case(recipe(home, out_dtype="int8"), "error", "dtype", "'int8'")
-    case(recipe(home, tokenizer_source="base"), "warning", "tokenizer", "no base_model", "first model's", "Write base_model:")
+    case(
+        recipe(home, tokenizer_source="base"),
+        "warning",
+        "tokenizer",
+        "no base_model",
+        "first model's",
+        "Write base_model:",
+    )
     for own, words in (
         ({"seed": -1}, ("surgery.seed is -1", "from 0 to 4294967295")),
         ({"seed": True}, ("surgery.seed is True", "whole number")),
@@ -268,7 +285,12 @@ def test_faults_of_a_recipe(home: Path) -> None:
         case(recipe(home, surgery=own), "error", "recipe", *words)
         with pytest.raises(RecipeError):
             read_recipe(cases[-1][0])
-    case(recipe(home, merge_method="passthrough", models=None, slices=[{"sources": []}]), "error", "recipe", "slices[0] has no sources")
+    case(
+        recipe(home, merge_method="passthrough", models=None, slices=[{"sources": []}]),
+        "error",
+        "recipe",
+        "slices[0] has no sources",
+    )
     case(
         recipe(home, tokenizer_source="union", tokenizer={"source": "union"}), "error", "tokenizer", "both", "Keep one"
     )
