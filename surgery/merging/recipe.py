@@ -314,11 +314,11 @@ def _fault(name: str, flag: bool, value: Any) -> str | None:
 
 def _single(setting: Any) -> Iterator[Any]:
     """The single values of a setting: one, those of a gradient, or of entries with filters. A list without any is one itself."""
-    if isinstance(setting, list) and setting:
+    if hasattr(setting, "value"):
+        yield from _single(setting.value)
+    elif isinstance(setting, list) and setting:
         for entry in setting:
             yield from _single(entry)
-    elif hasattr(setting, "value"):
-        yield from _single(setting.value)
     else:
         yield setting
 
