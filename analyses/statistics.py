@@ -13,7 +13,17 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 
-from probes.estimates import Estimate, check_level, no_interval, numbered, percentile, resampled_means, resamples
+from probes.estimates import (
+    ALL_AGREE,
+    Estimate,
+    agree,
+    check_level,
+    no_interval,
+    numbered,
+    percentile,
+    resampled_means,
+    resamples,
+)
 
 
 def wilson(successes: float, n: int, level: float = 0.95) -> Estimate:
@@ -115,7 +125,7 @@ def tango(won: float, lost: float, n: int, level: float = 0.95) -> Estimate:
     Statistics in Medicine 17, equations 10 and 11.
     """
     check_level(level)
-    if min(won, lost) < 0 or won + lost > n or n < 1:
+    if not (won >= 0 and lost >= 0 and won + lost <= n) or n < 1:
         raise ValueError(
             f"{won} won and {lost} lost of {n} questions: both must be at least 0, together at most all, of 1 question or more"
         )
@@ -194,7 +204,7 @@ def crossed_bootstrap(
     by_row, by_item = resamples(rows, draws, seed), resamples(items, draws, seed + 1)
     drawn = np.einsum("dr,ri,di->d", by_row, values, by_item, optimize=True) / values.size
     found = percentile(values.mean(), drawn, n=items, seed=seed, level=level)
-    return replace(found, method=f"percentile bootstrap of {rows} seeds and {items} items, {draws} draws")
+    return replace(found, method=found.method.replace("bootstrap", f"bootstrap of {rows} seeds and {items} items", 1))
 
 
 def holm(pvalues: ArrayLike) -> Float[np.ndarray, " tests"]:
@@ -323,7 +333,8 @@ def restricted_mean(
     clusters  one label an item, drawn together, as in ``bootstrap``
 
     The plain mean of lengths capped at L is this one at ``until=L``; for a cap that differs from item to item it is not. Where no
-    item ended before ``until``, the value is ``until``, without an interval: the mean length is at least that. A resample in which nobody was followed that far takes its curve as level from there on.
+    item ended before ``until``, the value is ``until``, without an interval: the mean length is at least that. Nor is there one where all
+    draws agree, as where all items ended at one length. A resample in which nobody was followed that far takes its curve as level from there on.
 
     Errors: ValueError as ``kaplan_meier``, and for an ``until`` that nobody was followed to.
     Source: Irwin (1949); Royston and Parmar (2013), BMC Medical Research Methodology 13:152.
@@ -331,12 +342,12 @@ def restricted_mean(
     length, over = _lengths(lengths, ended)
     end = _until(until, (length, over))
     unit, units = numbered(clusters, len(length))
-    if not (over & (length < end)).any():
+    if not (over & (length < end)).any() and not _all_ended_at(end, (length, over)):
         return no_interval(
             end, units, f"no interval: none of {len(length)} ended before {end:g}, so it is at least that"
         )
     drawn = _restricted(length, over, unit, _with_whole(units, draws, seed), end)
-    return percentile(drawn[0], drawn[1:], n=units, seed=seed, level=level)
+    return _unless_all_agree(drawn, units, seed, level)
 
 
 def restricted_difference(
@@ -356,7 +367,8 @@ def restricted_difference(
                  items of the two sides are paired in order, and must be equally many
     until        as in ``restricted_mean``; by default as far as both were followed
 
-    Where no item of either side ended before ``until``, the value is 0, without an interval: nothing is known of the difference.
+    Where no item of either side ended before ``until``, the value is 0, without an interval: nothing is known of the difference. Nor is there
+    one where all draws agree, as where the lengths of all questions change alike, or none does.
 
     Errors: ValueError as ``restricted_mean``; for sides that cannot be paired.
     """
@@ -369,7 +381,7 @@ def restricted_difference(
     labels = clusters or tuple(np.arange(len(side[0])) for side in sides)
     both = np.concatenate([np.asarray(own) for own in labels])
     unit, units = numbered(both, sum(len(side[0]) for side in sides))
-    if not any((over & (length < end)).any() for length, over in sides):
+    if not any((over & (length < end)).any() for length, over in sides) and not _all_ended_at(end, *sides):
         return no_interval(
             0.0, units, f"no interval: none of {len(both)} ended before {end:g}, so nothing is known of it"
         )
@@ -378,8 +390,7 @@ def restricted_difference(
     drawn = [
         _restricted(*side, own, counts, end) for side, own in zip(sides, (unit[:split], unit[split:]), strict=True)
     ]
-    change = drawn[1] - drawn[0]
-    return percentile(change[0], change[1:], n=units, seed=seed, level=level)
+    return _unless_all_agree(drawn[1] - drawn[0], units, seed, level)
 
 
 def logrank(
@@ -466,6 +477,17 @@ def followed(lengths: ArrayLike, ended: ArrayLike) -> float:
     length, over = _lengths(lengths, ended)
     last = length.max()
     return float(last) if (~over[length == last]).any() else math.inf
+
+
+def _all_ended_at(length: float, *samples: tuple[Float[np.ndarray, " item"], Bool[np.ndarray, " item"]]) -> bool:
+    return all((over & (lengths == length)).all() for lengths, over in samples)
+
+
+def _unless_all_agree(drawn: Float[np.ndarray, " draw"], units: int, seed: int, level: float) -> Estimate:
+    """The percentile interval of statistics, the first of which is the sample's own."""
+    if units > 1 and agree(drawn):
+        return no_interval(float(drawn[0]), units, ALL_AGREE)
+    return percentile(drawn[0], drawn[1:], n=units, seed=seed, level=level)
 
 
 def _until(until: float | None, *samples: tuple[Float[np.ndarray, " item"], Bool[np.ndarray, " item"]]) -> float:

@@ -520,12 +520,9 @@ def _difference(measure: str, before: Cell, after: Cell, until: float, seed: int
         if not (_reaches(before, until) and _reaches(after, until)):
             return None
         (asked, *base), (answered, *edited) = _lengths(before), _lengths(after)
-        found = restricted_difference(
+        return restricted_difference(
             (base[0], base[1]), (edited[0], edited[1]), until=until, clusters=(asked, answered), seed=seed
         )
-        if math.isclose(found.low, found.high, rel_tol=1e-9):
-            return no_interval(found.value, found.n, "every question's length changed alike")
-        return found
     if measure == "accuracy":
         base, edited = _right(before), _right(after)
         shared = sorted(base.keys() & edited.keys())

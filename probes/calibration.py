@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 
 from probes.activations import Activations
 from probes.directions import Labels, per_row
-from probes.estimates import Estimate, no_interval, resamples
+from probes.estimates import ALL_AGREE, Estimate, agree, no_interval, resamples
 from probes.fitting import Settings, crossed, fit_path, of_length
 from probes.held_out import deal, mean_score, require_two_a_fold, shuffled, units, widening
 from probes.linear import EMBEDDING, gathered, labelled, require_folds, require_one_span, rows_at
@@ -101,7 +101,7 @@ def reliability(
 
     Intervals: percentile for Brier, ending at 0 and 1. An ECE of draws is above that of the rows as much as that is above the truth, so
     its interval begins as in the basic bootstrap (Efron and Tibshirani 1993, section 13.4), and ends as in the percentile one, which chance
-    makes too wide and never too narrow. Raises ValueError for what is no probability, and for rows that do not match.
+    makes too wide and never too narrow. Where all draws agree there is no interval, and no floor of an ECE (NaN). Raises ValueError for what is no probability, and for rows that do not match.
     """
     p, y, g = np.asarray(probabilities, dtype=float), np.asarray(labels, dtype=bool), units(groups)
     if not p.shape == y.shape == g.shape or p.ndim != 1 or not len(p):
@@ -159,6 +159,8 @@ def _ece(
         return no_interval(value, count, f"{what}, no interval"), math.nan
     times = resamples(count, draws, seed)
     drawn = (times @ gaps) / (times @ rows)[:, None]
+    if agree(np.abs(drawn).sum(1)):
+        return no_interval(value, count, f"{what}, {ALL_AGREE}"), math.nan
     floor = float(np.quantile(np.abs(drawn - whole).sum(1), 0.95))
     # chance adds to a sum of distances: draws lie above the value, as it does above the truth. What is above them is too far, and as far below the
     # value is far enough; their own lower end is none: a gap that chance closed would seem to be nothing for certain.
@@ -170,18 +172,19 @@ def _ece(
 
 def _bin(p: np.ndarray, y: np.ndarray, g: np.ndarray, draws: int, seed: int) -> Bin:
     found = mean_score(y.astype(float), np.ones(len(y)), g, draws=draws, seed=seed)
-    least = 0.025 ** (1 / found.n)  # where all are 1, or none, every draw says so: as in `probes.held_out.auc_score`
-    low = min(found.low, least) if found.value == 1 else found.low
-    high = max(found.high, 1 - least) if found.value == 0 else found.high
-    low, high = (math.nan, math.nan) if low == high else (low, high)
-    return Bin(float(p.mean()), found.value, low, high, found.n, len(y))
+    ends = found.low, found.high
+    if found.n > 1 and found.value in (0, 1):  # every draw says so too: as in `probes.held_out.auc_score`
+        least = 0.025 ** (1 / found.n)
+        ends = (least, 1.0) if found.value == 1 else (0.0, 1 - least)
+    return Bin(float(p.mean()), found.value, *ends, found.n, len(y))
 
 
 def line_through(z: Float[np.ndarray, " row"], y: Bool[np.ndarray, " row"], scaling: Scaling) -> tuple[float, float]:
-    """(slope, offset) of the log odds that make labels likeliest; ``temperature``: slope 1/T, at least 0, and offset 0.
+    """(slope, offset) of the log odds that make Platt's targets likeliest; ``temperature``: slope 1/T, at least 0, and offset 0.
 
     Source: Platt (1999), "Probabilistic outputs for support vector machines", with his targets, which keep the line finite where the
     labels are told apart without error; one temperature: Guo et al. (2017), section 4.2.
+    Differs: Guo's temperature is of the labels themselves; of Platt's targets, which lie nearer to a half, it is higher where rows are few.
     """
     from scipy.optimize import minimize
     from scipy.special import expit
@@ -209,7 +212,7 @@ class CalibrationRow:
 
     scaling:  ``none``; ``temperature``: log odds divided by one number; ``platt``: a line through the log odds.
     site:     chosen in most folds, inside the training rows. n: groups. rows: transcripts.
-    slope, offset: median over the folds of the line; a slope below 1 says that the probe was too sure.
+    slope, offset: median over the folds of the line; a slope below 1 says that the probe was too sure, or that rows are few (see `line_through`).
     base:     Brier score of saying the training rows' share of ones. shuffled, untrained, embedding, length: Brier scores of probes, unscaled,
               of shuffled labels, of an untrained model, at ``0.resid``, and of the span's length alone. NaN where there was none.
     """

@@ -43,6 +43,9 @@ class Estimate:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] (n={self.n})"
 
 
+ALL_AGREE = "no interval: all draws agree"
+
+
 def no_interval(value: float, n: int, method: str) -> Estimate:
     """A number of which no interval can be told; method: why not."""
     return Estimate(value, math.nan, math.nan, n, None, method)
@@ -92,12 +95,19 @@ def percentile(value: float, drawn: Float[np.ndarray, " draws"], *, n: int, seed
     """The percentile interval of statistics ``drawn`` on bootstrap samples of ``n`` independent units.
 
     With fewer than two units every sample is the same one, so the interval is NaN rather than of width zero. So it is
-    when a statistic is undefined (NaN) on some sample.
+    when a statistic is undefined (NaN) on some sample. Where all samples agree the width is zero, which says that no spread was seen, not
+    that there is none; the method says so.
 
     Source: Efron and Tibshirani (1993), "An Introduction to the Bootstrap", section 13.3.
     """
     low, high = ends(drawn, n, level)
-    return Estimate(float(value), float(low), float(high), n, seed, f"percentile bootstrap, {len(drawn)} draws", level)
+    said = f"percentile bootstrap, {len(drawn)} draws" + (", which all agree" if agree(drawn) and n > 1 else "")
+    return Estimate(float(value), float(low), float(high), n, seed, said, level)
+
+
+def agree(drawn: Float[np.ndarray, " draws"]) -> bool:
+    """Whether a statistic is the same on all samples, but for rounding: nothing then tells how far it scatters."""
+    return bool(np.ptp(drawn) <= 1e-9 * np.abs(drawn).max())
 
 
 def check_level(level: float) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 
-from probes.estimates import Estimate, no_interval, resamples
+from probes.estimates import ALL_AGREE, Estimate, no_interval, resamples
 from surgery.numbers import require_whole
 
 _CHUNK = 1 << 20  # resampled rows that are in work at once
@@ -125,7 +125,7 @@ def auc_score(
         won, asked = (np.concatenate(side) for side in zip(*parts, strict=True))
     low, high = _ends(value, won, asked, folds)
     if low == high and 0 < value < 1:
-        return no_interval(value, count, f"{what}, no interval: all draws agree")
+        return no_interval(value, count, f"{what}, {ALL_AGREE}")
     perfect = 0.025 ** (1 / count)
     if value == 1:  # every draw says so too; as a share of `count` groups it is still no more than this
         low = min(low, perfect)
@@ -149,7 +149,7 @@ def mean_score(
     """``sum(above) / sum(below)``, or one less it with `flip`, with a percentile interval from drawing whole groups.
 
     above, below: 0 or more. An accuracy is hits over ones; an R² is one less squared errors over squared deviations. folds: as in `auc_score`;
-    the widened interval of the ratio ends at 0, and at `most`, the largest that it can be.
+    the widened interval of the ratio ends at 0, and at `most`, the largest that it can be. Where all draws agree there is none.
     """
     unit = units(groups)
     sums = np.stack([np.bincount(unit, above), np.bincount(unit, below)])
@@ -159,6 +159,8 @@ def mean_score(
         return no_interval(1 - ratio if flip else ratio, count, f"{what}, no interval")
     times = resamples(count, draws, seed)
     low, high = _ends(ratio, times @ sums[0], times @ sums[1], folds)
+    if math.isclose(low, high, rel_tol=1e-9):
+        return no_interval(1 - ratio if flip else ratio, count, f"{what}, {ALL_AGREE}")
     found = Estimate(ratio, max(low, 0.0), min(high, most), count, seed, f"{what}, {_how(draws, folds)}")
     return opposite(found) if flip else found
 

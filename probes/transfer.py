@@ -181,7 +181,8 @@ def along(
 
     over:      a span of a transcript, ``thinking`` or ``answer``. What has none, or one that was cut off, is left out: a part of it is the
                part of nothing known.
-    fractions: in [0, 1]. At f the last of the first f of the span's tokens is read, by itself; at 0 the token before the span.
+    fractions: in [0, 1]. At f the last of the first f of the span's tokens (to the nearest whole one) is read, by itself; where that is none of
+               them, as at 0, the token before the span.
 
     A place is known only when all is said, so that it gives away the length of the whole: beside each number stands what that length alone
     gives, and the AUC among spans of about equal length. Other arguments and errors as `probes.linear.probe`; labels are of two classes.

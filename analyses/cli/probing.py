@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from analyses.cli.options import LOOK, Device, DryRun, ModelRef, Quiet, Seed, To
 
 if TYPE_CHECKING:
     from analyses.labels import Labels
+    from probes.calibration import CalibrationRow
     from surgery.runs import Runs
 
 Of = Annotated[
@@ -176,11 +178,7 @@ def probe_calibration(
         figures.save(figures.draw(figures.reliability, curve, ratio=0.65), folder / "reliability.png")
         record.save(folder)
     for row in found.rows:
-        chance = "above chance" if row.ece > row.ece_floor else "within chance"
-        typer.echo(
-            f"{row.scaling}: Brier {row.brier:.3f} [{row.brier_low:.3f}, {row.brier_high:.3f}] (always the share {row.base:.3f}, length alone "
-            f"{row.length:.3f}), ECE {row.ece:.3f} [{row.ece_low:.3f}, {row.ece_high:.3f}], {chance} ({row.ece_floor:.3f}); {row.n} questions, mostly at {row.site}"
-        )
+        typer.echo(surety_in_words(row))
     typer.echo(to)
 
 
@@ -371,6 +369,22 @@ def _named(refs: list[str]) -> dict[str, str]:
             f"A transfer is between sets of answers, and there is {', '.join(named)} only: give --runs twice or more."
         )
     return named
+
+
+def surety_in_words(row: CalibrationRow) -> str:
+    """What is printed of one scaling."""
+    chance = f"{'above' if row.ece > row.ece_floor else 'within'} chance ({row.ece_floor:.3f})"
+    chance = "what is chance unknown" if math.isnan(row.ece_floor) else chance
+    return (
+        f"{row.scaling}: Brier {row.brier:.3f} {_ends(row.brier_low, row.brier_high)} (always the share {row.base:.3f}, length alone "
+        f"{row.length:.3f}), ECE {row.ece:.3f} {_ends(row.ece_low, row.ece_high)}, {chance}; {row.n} questions, mostly at {row.site}"
+    )
+
+
+def _ends(low: float, high: float) -> str:
+    from probes.estimates import ALL_AGREE
+
+    return f"({ALL_AGREE})" if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
 
 
 def _auc_in_words(what: str, row: Any) -> str:

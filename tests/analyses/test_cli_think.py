@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
@@ -15,8 +17,10 @@ import torch
 
 from analyses import cli
 from analyses.cli.given import spans_in
+from analyses.cli.probing import surety_in_words
 from analyses.controls import PlantedLength, planted_length
 from analyses.thinkedit import PANELS, Judged, ThinkEdit
+from probes.calibration import CalibrationRow
 from surgery.checkpoint import Checkpoint
 from surgery.edits import RemoveDirection
 from surgery.runs import Runs
@@ -239,6 +243,23 @@ def test_how_sure_a_probe_is_and_where_it_holds(surgery, home: Path, tmp_path: P
     else:
         assert at["0.5", "0.5"]["low"] > 0.5 > at["0", "0"]["low"]
         assert "after 0.5 of the thinking, the shared probe: AUC " in said.out
+
+
+def test_where_all_draws_agree_no_interval_is_printed() -> None:
+    """As of a temperature so high that a half is said of everything, whose Brier score is the same whatever is true."""
+    numbers = {f.name: 0.25 for f in fields(CalibrationRow)} | {
+        "scaling": "temperature",
+        "site": "2.mid",
+        "n": 12,
+        "rows": 24,
+    }
+    said = surety_in_words(CalibrationRow(**numbers | {"brier_low": math.nan, "brier_high": math.nan}))
+    assert "Brier 0.250 (no interval: all draws agree) (always the share 0.250" in said
+    assert "ECE 0.250 [0.250, 0.250], within chance (0.250); 12 questions" in said
+    said = surety_in_words(
+        CalibrationRow(**numbers | {"ece_low": math.nan, "ece_high": math.nan, "ece_floor": math.nan})
+    )
+    assert "ECE 0.250 (no interval: all draws agree), what is chance unknown; 12 questions" in said
 
 
 def test_a_comma_in_a_pattern_does_not_end_a_span() -> None:

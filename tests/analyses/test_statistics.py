@@ -103,6 +103,8 @@ def test_a_difference_of_shares_is_never_certain():
     assert share_difference([1 / 3, 2 / 3, 1], [0, 1 / 3, 2 / 3]).low == pytest.approx(tango(0, 1, 3).low)
     with pytest.raises(ValueError, match="between 0 and 1"):
         share_difference([0.5], [2.0])
+    with pytest.raises(ValueError, match="nan won and 1 lost of 3"):
+        tango(math.nan, 1, 3)
     with pytest.raises(ValueError, match="1 won and 3 lost of 3"):
         tango(1, 3, 3)
 
@@ -130,6 +132,18 @@ def test_bootstrap_is_its_literal_restatement():
     assert found.low == pytest.approx(np.quantile(drawn, 0.025))
     assert found.high == pytest.approx(np.quantile(drawn, 0.975))
     assert found.n == len(names)
+
+
+def test_an_interval_of_width_zero_says_that_all_draws_agree():
+    for found in (
+        bootstrap([2.0] * 3),
+        paired_bootstrap([1.0, 2.0], [1.5, 2.5]),
+        crossed_bootstrap(np.full((2, 4), 0.7)),
+    ):
+        assert found.low == pytest.approx(found.high)
+        assert found.method.endswith("draws, which all agree")
+    assert "agree" not in bootstrap([1.0, 2.0]).method
+    assert "agree" not in bootstrap([1.0]).method  # it has no interval
 
 
 def test_a_statistic_of_ones_own():

@@ -135,6 +135,14 @@ def test_all_cut_off_is_at_least_the_cap_and_one_question_has_no_interval():
         assert math.isnan(found.low)
         assert math.isnan(found.high)
         assert str(found) == "8 (n=3, no interval: none of 3 ended before 8, so it is at least that)"
+    for until in (
+        None,
+        8,
+        20,
+    ):  # a handful of equal lengths, all known: their mean is, and nothing is of how far others would scatter
+        equal = restricted_mean([8, 8, 8], [True] * 3, until=until)
+        assert (equal.value, equal.n, equal.method) == (8, 3, "no interval: all draws agree")
+        assert math.isnan(equal.low)
     once = restricted_mean([8, 8, 5], [False, False, True])
     assert once.low < once.value == 7 < once.high
     alone = restricted_mean([3, 5], [True, True], clusters=["q", "q"])
@@ -142,6 +150,19 @@ def test_all_cut_off_is_at_least_the_cap_and_one_question_has_no_interval():
     assert math.isnan(alone.low)
     assert kaplan_meier([8, 8], [False, False]).median == math.inf
     assert kaplan_meier([1, 2, 3, 4], [True] * 4).median == 2
+
+
+def test_lengths_that_all_change_alike_leave_no_interval_of_the_change():
+    for base, tuned, value in (
+        ([3, 4, 5], [4, 5, 6], 1),
+        ([3, 4, 5], [3, 4, 5], 0),
+        ([5, 5], [5, 5], 0),
+        ([3, 3], [8, 8], 5),
+    ):
+        found = restricted_difference((base, [True] * len(base)), (tuned, [True] * len(base)), until=8)
+        assert (found.value, found.n, found.method) == (pytest.approx(value), len(base), "no interval: all draws agree")
+        assert math.isnan(found.low)
+        assert math.isnan(found.high)
 
 
 def test_the_difference_is_of_the_two_means_on_common_ground():

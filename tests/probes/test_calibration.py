@@ -13,7 +13,7 @@ from probes import fitting
 from probes.activations import Activations
 from probes.calibration import Calibration, _lines, calibration, calibration_rows, line_through, log_odds, reliability
 from probes.fitting import Settings, crossed
-from probes.held_out import deal, shuffled
+from probes.held_out import deal, mean_score, shuffled
 from surgery.model import Model
 from surgery.sites import Site
 from tests.families import tiny
@@ -98,6 +98,22 @@ def test_what_is_calibrated_is_within_chance_and_what_is_too_sure_is_not():
     assert vague / 200 > 0.9
     assert seen / 200 > 0.95
     assert covered / 200 > 0.88
+
+
+@pytest.mark.parametrize(("p", "y"), [([0.9] * 3, [1] * 3), ([1.0, 0.0, 1.0], [1, 0, 1])])
+def test_rows_that_all_agree_leave_no_interval_and_no_floor(p, y):
+    """Of three answers that are right, and said to be so at 0.9, nobody can tell whether 0.9 is too little."""
+    found = reliability(p, y, list("abc"))
+    for one in (found.brier, found.ece, found.ece_mass):
+        assert math.isnan(one.low)
+        assert math.isnan(one.high)
+        assert one.method.endswith("no interval: all draws agree")
+    assert found.ece.value == pytest.approx(abs(p[0] - y[0]))
+    assert math.isnan(found.floor)
+    assert math.isnan(found.floor_mass)
+    half = mean_score(np.ones(4), np.full(4, 2.0), list("aabb"))
+    assert (half.value, half.method) == (0.5, "mean, no interval: all draws agree")
+    assert math.isnan(half.low)
 
 
 def test_a_bin_of_ones_only_does_not_say_it_is_sure():
