@@ -130,10 +130,12 @@ def settled(change: Change, model: Model) -> Change:
 
 
 def stand_in(change: Change, model: Model, *, seed: int, draw: int) -> Change:
-    """A random change as large as a change: what it does, any change does.
+    """A random change in the place of a change: what it does, any such change does.
 
-    Directions are drawn evenly from the sphere, each with the norm of the one it stands for; an edit without a direction, and a delta,
-    become Gaussian noise that has the change's norm in every tensor. Draw number `draw` depends on ``(seed, draw)`` and the site.
+    Directions are drawn evenly from the sphere, each with the norm of the one it stands for: a steering that adds one is then as large. A
+    direction that is removed, ablated or clamped, or that an edit doubles, changes as much as the weights or the stream have along it, which of
+    a random one is seldom as much. An edit without a direction, and a delta, become Gaussian noise that has the change's norm in every tensor.
+    Draw number `draw` depends on ``(seed, draw)`` and the site.
     """
     if isinstance(change, Steering):
         return replace(change, direction=_random_directions(change.direction, seed, draw))

@@ -1,4 +1,4 @@
-"""Dose and response: what a change of the model does at each strength, what it costs elsewhere, and what a random change of the same size does.
+"""Dose and response: what a change of the model does at each strength, what it costs elsewhere, and what a random one in its place does.
 
 The same call for a steering, an edit of the weights and a task vector:
 
@@ -29,7 +29,7 @@ from analyses.scoring import Likelihood, Row, passages, predicted, quiet, surpri
 from analyses.shelf import Shelf
 from analyses.statistics import Significance, bootstrap, followed, page, restricted_mean, share
 from analyses.tasks import Question, grade
-from probes.estimates import Estimate, no_interval
+from probes.estimates import ALL_AGREE, Estimate, agree, no_interval
 from probes.steering import Steering
 from surgery.model import Model
 from surgery.proof import loops_at_end
@@ -150,7 +150,7 @@ class Sweep:
         """Where each arm becomes dear, on either side of 0. Columns: arm, layers, span, side, strength, kl, reached.
 
         Walking outwards from 0, the knee is the last strength before the first whose KL from the untouched model on general text is above
-        the budget. Where none is, `reached` is False and the outermost strength is given; 0 means that the very first step costs more.
+        the budget, or NaN. Where none is, `reached` is False and the outermost strength is given; 0 means that the very first step costs more.
         Empty where KL was not measured.
         """
         import pandas as pd
@@ -255,6 +255,8 @@ class Sweep:
                 return no_interval(math.nan, len(set(question)), f"followed to {reach:g} only"), missing
             return restricted_mean(values, ended, until=self.until, clusters=question, seed=self.seed), missing
         if measure == "target":
+            if len(set(question)) > 1 and agree(values):
+                return no_interval(float(values[0]), len(set(question)), ALL_AGREE), missing
             return bootstrap(values, clusters=question, seed=self.seed), missing
         return share(values, question, seed=self.seed), missing
 
@@ -268,7 +270,7 @@ class Sweep:
                 if len(walk) < 2:
                     continue
                 cost = [self._found[c.key]["kl"][0].value for c in walk]
-                dear = next((i for i, kl in enumerate(cost) if kl > self.budget), None)
+                dear = next((i for i, kl in enumerate(cost) if not kl <= self.budget), None)  # NaN is dear
                 at = len(walk) - 1 if dear is None else max(dear - 1, 0)
                 found = {"side": side, "strength": walk[at].strength, "kl": cost[at], "reached": dear is not None}
                 rows.append({**line.columns(), **found})
@@ -321,8 +323,8 @@ def sweep(
     strengths  finite numbers. 1 is the whole edit or delta; of a steering it is in the steering's units
     layers     each entry (a layer, or several together) is an arm by itself: the part of the change in these layers
     span       likewise, for a steering: each is an arm, the steering over this span in place of its own
-    target     what the change is for: ``(model, transcripts) -> a number each``, None where a transcript has none; called while the
-               change acts
+    target     what the change is for: ``(model, transcripts) -> a finite number each``, None or NaN where a transcript has none; called
+               while the change acts. Its mean over the answers that have one is the measure, not how far it is from the untouched model's
     measures   by default all of these that can be measured:
                ``target``; ``accuracy`` (a missing answer is not right); ``length`` (restricted mean of the tokens of the span `length`: one
                that the cap cut off is longer than was seen, an answer without the span is missing); ``cut`` (share that the cap cut off);
@@ -339,9 +341,9 @@ def sweep(
                controls may be added later; what is there is not measured again
 
     Intervals resample questions, a question's samples together, and passages; of one sample a question, and where all draws agree, shares
-    have Wilson intervals.
+    have Wilson intervals, and targets and lengths none.
 
-    Errors: ValueError for strengths that are not finite; an unknown measure; a layer or a span that the change does not have; a span whose
+    Errors: ValueError for strengths that are not finite; an unknown measure; a target that is infinite, or not one each; a layer or a span that the change does not have; a span whose
     length no answer of the untouched model has, or that the cap cut off in all of them. FileExistsError for a folder that holds
     something else, or a sweep with other settings.
     """
@@ -538,6 +540,10 @@ class _Bench:
             if len(values) != len(given):
                 raise ValueError(
                     f"The target gave {len(values)} numbers for {len(given)} transcripts: one each is needed, or None."
+                )
+            if endless := [v for v in values if v is not None and math.isinf(v)]:
+                raise ValueError(
+                    f"The target gave {endless[0]} for {len(endless)} of {len(given)} transcripts: a finite number each is needed, or None."
                 )
             found["target"] = [None if v is None or math.isnan(v) else float(v) for v in values]
         if "accuracy" in self.measures:

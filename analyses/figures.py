@@ -176,7 +176,7 @@ _GREY = "#999999"
 def frontier(frame: Any, ax: Axes | None = None, *, measure: str | None = None) -> Axes:
     """What a change achieves against what it costs: a measure against KL on general text, a point a strength, a line an arm.
 
-    Points of negative strengths are open, the knee is ringed, random stand-ins of the same norm are grey. An effect is worth its cost where
+    Points of negative strengths are open, the knee is ringed, random stand-ins are grey (`analyses.changes.stand_in` says how large they are). An effect is worth its cost where
     the line is further from the dotted one, the untouched model, than the grey ones at the same KL. The KL axis is of square roots, in which
     small strengths are evenly spaced: KL grows with the square of a small change. It ends at four times the dearest KL of an arm, whatever
     the random ones cost.
@@ -202,7 +202,7 @@ def frontier(frame: Any, ax: Axes | None = None, *, measure: str | None = None) 
     random = table["draw"].notna()
     for _, rows in _arms(table[random]):
         for _, line in rows.groupby("draw"):
-            label = None if ax.lines else "random, same norm"
+            label = None if ax.lines else "random"
             ax.plot(line["value_kl"], line["value"], color=_GREY, linewidth=0.7, marker=".", markersize=3, label=label)
     rings = []
     for i, (arm, line) in enumerate(_arms(table[~random])):

@@ -72,7 +72,12 @@ def sweep(
     layers: Annotated[
         str | None, typer.Option(help="As in '3,7,10-12': each an arm, only these layers changed.", show_default=False)
     ] = None,
-    controls: Annotated[int, typer.Option(help="Random stand-ins of the same norm, for each arm.", min=0)] = 5,
+    controls: Annotated[
+        int,
+        typer.Option(
+            help="Random stand-ins for each arm: of --add noise of the same norm, else random directions.", min=0
+        ),
+    ] = 5,
     data: Questions = "sums",
     count: Annotated[
         int | None, typer.Option(help="Questions; by default 32, of a file at most.", min=1, show_default=False)

@@ -491,6 +491,8 @@ def test_the_knee_is_the_last_strength_before_the_budget_is_spent() -> None:
     assert made({0: 0.0, 1: 0.9}).knees()[["strength", "reached"]].to_numpy().tolist() == [[0.0, True]]
     assert made({0: 0.0, 1: 0.01, 2: 0.02}).knees()[["strength", "reached"]].to_numpy().tolist() == [[2.0, False]]
     assert not made({0: 0.0, 1: 0.01}).frame()["knee"].any()
+    broken = made({0: 0.0, 1: 0.01, 2: math.nan}).knees()  # a model that says NaN is not cheap
+    assert broken[["strength", "reached"]].to_numpy().tolist() == [[1.0, True]]
 
 
 def test_lengths_are_compared_as_far_as_all_strengths_were_followed() -> None:
@@ -629,6 +631,39 @@ def test_lengths_that_cannot_be_known_are_an_error(model: Model) -> None:
         sweep(
             never, changes(never)["edit"], [1], **{**options, "temperature": 0.0}
         )  # some other token is always likelier
+
+
+def test_a_target_that_is_infinite_is_an_error_and_nothing_is_kept(model: Model, tmp_path: Path) -> None:
+    given = {**SHORT, "controls": 0, "to": tmp_path / "sweep"}
+    with pytest.raises(ValueError, match=r"The target gave -inf .* 6 transcripts: .* finite .* None"):
+        sweep(model, changes(model)["edit"], [1], **given, target=lambda *_: [1.0, None, -math.inf, 2.0, 3.0, math.nan])
+    assert not list((tmp_path / "sweep").rglob("cells/*"))
+
+
+def test_targets_that_are_all_equal_have_no_interval(model: Model) -> None:
+    found = sweep(
+        model,
+        changes(model)["edit"],
+        [1],
+        **SHORT,
+        controls=0,
+        measures=["target"],
+        target=lambda *_: [2.5] * 5 + [None],
+    )
+    for row in found.frame().to_dict("records"):
+        assert (row["value"], row["n"], row["missing"], row["method"]) == (2.5, 5, 1, "no interval: all draws agree")
+        assert math.isnan(row["low"])
+
+
+def test_a_removal_of_a_random_direction_need_not_be_as_large(model: Model) -> None:
+    """How much goes is what the weights write along the direction: the legend says no more than that it is random."""
+    site = Site.parse("1.attn.o")
+    along = torch.linalg.svd(model.weights[site].float())[0][:, 0]
+    change = Editing(RemoveDirection(along), str(site))
+    removed = (change.of(model.weights, 1.0)[site] - model.weights[site]).norm()
+    drawn = stand_in(change, model, seed=0, draw=0)
+    assert drawn.edit.direction.norm() == pytest.approx(1)  # type: ignore[union-attr]
+    assert (drawn.of(model.weights, 1.0)[site] - model.weights[site]).norm() < 0.8 * removed  # type: ignore[union-attr]
 
 
 def test_a_target_of_another_length_is_an_error(model: Model) -> None:

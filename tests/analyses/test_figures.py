@@ -168,7 +168,7 @@ def test_a_frontier_pairs_effect_and_cost_by_strength_and_rings_the_knee() -> No
         [[0.05, 1.5], [0, 2.5], [0.2, 4.5]],
         [[0.1, 3], [0, 5], [0.4, 9]],
     ]
-    assert path[0] is lines["random, same norm"]
+    assert path[0] is lines["random"]  # of a removal they have the norm of the direction, not of the change
     assert path[0].get_color() != path[1].get_color()
     assert lines["knee"].get_xydata().tolist() == [[0.4, 9]]
     assert [text.get_text() for text in ax.texts] == ["-1", "2"]  # not the untouched model
