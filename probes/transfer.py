@@ -24,7 +24,7 @@ from probes.activations import Activations
 from probes.directions import Labels, per_row, span_lengths
 from probes.fitting import Crossed, Settings, crossed, length_bins, of_length
 from probes.held_out import auc, auc_score, deal, require_two_a_fold, shuffled, units
-from probes.linear import EMBEDDING, gathered, labelled, require_one_span, rows_at
+from probes.linear import EMBEDDING, gathered, labelled, require_folds, require_one_span, rows_at
 from probes.results import reading
 from surgery.model import Model
 from surgery.sites import Patterns, Site
@@ -139,6 +139,12 @@ def transfer(
     for name, (runs, given) in sets.items():
         if len(runs) != len(given):
             raise ValueError(f"{name}: {len(runs)} transcripts, {len(given)} labels: give one label a transcript.")
+    _require_several(list(sets))
+    for name, (runs, given) in sets.items():
+        try:
+            require_folds(runs, given, over=(over,), folds=folds)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     labels = [label for _, given in sets.values() for label in given]
     named = [name for name, (runs, _) in sets.items() for _ in runs]
     found = gathered(
@@ -201,11 +207,14 @@ def along(
     if not whole:
         raise ValueError(f"No {over} of {len(transcripts)} transcripts is there to its end: give a higher cap.")
     texts = [_marked(transcripts[i], over, places) for i in whole]
+    known = [labels[i] for i in whole]
+    named = None if groups is None else [groups[i] for i in whole]
+    require_folds(texts, known, named, over=(over,), folds=folds)
     found = gathered(
         model,
         texts,
-        [labels[i] for i in whole],
-        None if groups is None else [groups[i] for i in whole],
+        known,
+        named,
         at=at,
         over=[_mark(j) for j in range(len(places))],
         seed=seed,
@@ -269,8 +278,7 @@ def transfer_rows(
     names = [str(name) for name in dict.fromkeys(named[i] for i in kept)]
     part = np.array([names.index(str(named[i])) for i in kept])
     g = units([whose[i] for i in kept])
-    if len(names) < 2:
-        raise ValueError(f"A transfer is between sets, and there is {names[0]} only: give two or more.")
+    _require_several(names)
     if shared and ALL in names:
         raise ValueError(f"A set is called {ALL!r}, as all of them together are: give it another name.")
     for k, name in enumerate(names):
@@ -324,6 +332,13 @@ def transfer_rows(
         "seed": seed,
     }
     return TransferTable(tuple(rows), about)
+
+
+def _require_several(sets: Sequence[str]) -> None:
+    if len(sets) < 2:
+        raise ValueError(
+            f"A transfer is between sets, and there is {f'{sets[0]} only' if sets else 'none'}: give two or more."
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -254,6 +254,37 @@ def test_before_a_text_there_is_no_place():
     assert _marked(text, "thinking", (0.0, 0.5, 1.0)).spans == {**text.spans, "place-1": (0, 1), "place-2": (1, 2)}
 
 
+def test_sets_that_cannot_be_compared_are_told_before_any_pass(unchecked, monkeypatch):
+    model = Model(*tiny("llama"))
+    runs, labels = runs_of(model)
+    monkeypatch.setattr("probes.linear.collect", None)
+    for sets, options, said in (
+        ({"first": (runs, labels)}, {}, "A transfer is between sets, and there is first only"),
+        ({}, {}, "A transfer is between sets, and there is none"),
+        (
+            {"first": (runs, labels), "second": (runs, [1] * 24)},
+            {"folds": 2},
+            "second: All 24 rows over 'thinking' have the same label",
+        ),
+        (
+            {"first": (runs, labels), "second": (runs[:4], labels[:4])},
+            {"folds": 2},
+            "second: All rows are of one group",
+        ),
+        (
+            {"first": (runs, labels), "second": (runs, labels)},
+            {"folds": 6},
+            "first: 6 folds of 6 questions.* at most 3",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            transfer(model, sets, **options)
+    with pytest.raises(ValueError, match=r"6 folds of 6 questions.* at most 3"):
+        along(model, runs, labels, folds=6)
+    with pytest.raises(ValueError, match="All 24 rows over 'thinking' have the same label"):
+        along(model, runs, [1] * 24, folds=2)
+
+
 def test_what_has_no_course():
     model = Model(*tiny("llama"))
     runs, labels = runs_of(model, 4)
