@@ -450,8 +450,7 @@ def page(table: ArrayLike) -> Significance:
             f"a trend needs a table of blocks and at least two levels without gaps, got shape {rows.shape}: leave out blocks with missing values"
         )
     levels = np.arange(rows.shape[1]) - (rows.shape[1] - 1) / 2
-    ranks = rankdata(rows, axis=1)
-    ranks -= ranks.mean(axis=1, keepdims=True)
+    ranks = rankdata(rows, axis=1) - (rows.shape[1] + 1) / 2  # whose mean in a block is 0, with ties too
     variance = float((levels @ levels) * (ranks**2).sum() / (rows.shape[1] - 1))
     z = float((ranks @ levels).sum()) / math.sqrt(variance) if variance > 0 else 0.0
     return Significance(z, _two_sided(z), len(rows), "Page's trend")
@@ -479,7 +478,7 @@ def followed(lengths: ArrayLike, ended: ArrayLike) -> float:
     return float(last) if (~over[length == last]).any() else math.inf
 
 
-def _all_ended_at(length: float, *samples: tuple[Float[np.ndarray, " item"], Bool[np.ndarray, " item"]]) -> bool:
+def _all_ended_at(length: float, *samples: tuple[Float[np.ndarray, " _"], Bool[np.ndarray, " _"]]) -> bool:
     return all((over & (lengths == length)).all() for lengths, over in samples)
 
 
@@ -490,7 +489,7 @@ def _unless_all_agree(drawn: Float[np.ndarray, " draw"], units: int, seed: int, 
     return percentile(drawn[0], drawn[1:], n=units, seed=seed, level=level)
 
 
-def _until(until: float | None, *samples: tuple[Float[np.ndarray, " item"], Bool[np.ndarray, " item"]]) -> float:
+def _until(until: float | None, *samples: tuple[Float[np.ndarray, " _"], Bool[np.ndarray, " _"]]) -> float:
     """What means of all the samples can be restricted to, or an error that says so."""
     known = min(followed(*sample) for sample in samples)
     end = min(known, max(float(length.max()) for length, _ in samples)) if until is None else float(until)
@@ -515,15 +514,15 @@ def _restricted(
     until: float,
 ) -> Float[np.ndarray, " draw"]:
     """The area under the survival curve up to ``until``, for each row of how often each unit is drawn."""
-    times = np.unique(length[over & (length < until)])
-    events, first_after = np.zeros((counts.shape[1], len(times))), np.zeros((counts.shape[1], len(times) + 1))
     seen = over & (length < until)
+    times = np.unique(length[seen])
+    events, first_after = np.zeros((counts.shape[1], len(times))), np.zeros((counts.shape[1], len(times) + 1))
     np.add.at(events, (unit[seen], np.searchsorted(times, length[seen])), 1)
     np.add.at(first_after, (unit, np.searchsorted(times, length, side="right")), 1)
     lasted = first_after[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]  # those that were there at each time
     share = _still_going(counts @ events, counts @ lasted)
-    edges = np.concatenate([[0.0], times, [until]])
-    return edges[1] + share @ np.diff(edges[1:])
+    edges = np.append(times, until)
+    return edges[0] + share @ np.diff(edges)
 
 
 def _with_whole(units: int, draws: int, seed: int) -> Int[np.ndarray, "draw unit"]:

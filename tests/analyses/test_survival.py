@@ -99,8 +99,26 @@ def test_each_draw_is_the_mean_of_the_items_drawn():
     for count in resamples(len(names), 60, 5):
         rows = np.repeat(np.arange(30), count[unit])
         drawn.append(slow.restricted_mean(lengths[rows].tolist(), ended[rows].tolist(), until))
-    found = restricted_mean(lengths, ended, until=until, clusters=labels, draws=60, seed=5)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+    found = restricted_mean(lengths, ended, until=until, clusters=labels, draws=60, seed=5, level=0.8)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.1, 0.9])))
+    assert found.n == len(names)
+
+
+def test_each_draw_of_a_difference_is_of_the_questions_drawn_for_both():
+    rng = np.random.default_rng(12)
+    sides, labels = [censored(rng, 30), censored(rng, 20)], (rng.integers(0, 7, size=30), rng.integers(3, 10, size=20))
+    names, unit = np.unique(np.concatenate(labels), return_inverse=True)
+    until = 0.5 * min(float(lengths.max()) for lengths, _ in sides)
+    drawn = []
+    for count in resamples(len(names), 60, 5):
+        rows = [np.repeat(np.arange(len(own)), count[own]) for own in (unit[:30], unit[30:])]
+        base, tuned = (
+            slow.restricted_mean(lengths[own].tolist(), ended[own].tolist(), until)
+            for (lengths, ended), own in zip(sides, rows, strict=True)
+        )
+        drawn.append(tuned - base)
+    found = restricted_difference(*sides, until=until, clusters=labels, draws=60, seed=5, level=0.8)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.1, 0.9])))
     assert found.n == len(names)
 
 
@@ -174,9 +192,10 @@ def test_the_difference_is_of_the_two_means_on_common_ground():
     assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low))
     with pytest.raises(ValueError, match="not beyond 40"):
         restricted_difference(base, tuned, until=50)
-    unknown = restricted_difference(([8, 8], [False, False]), ([8, 9], [False, True]))
+    unknown = restricted_difference(([8, 8], [False, False]), ([8, 9], [True, True]))
     assert (unknown.value, unknown.n, math.isnan(unknown.low), math.isnan(unknown.high)) == (0, 2, True, True)
     assert "none of 4 ended before 8" in str(unknown)
+    assert restricted_difference(([8, 8], [False, False]), ([3, 8], [True, False])).value == -2.5
     assert (
         restricted_difference(([1, 2], [1, 1]), ([5, 8], [1, 1])).value == 5
     )  # nothing was cut off: of the plain means
@@ -227,6 +246,16 @@ def test_strata_add_up_and_find_what_questions_hide():
     assert logrank(lengths, ended, ~second, strata=question).z == pytest.approx(-found.z)
 
 
+def test_the_smallest_samples_have_closed_forms():
+    # at 1 one of two ends, of whom half are in the second group: 1/2 expected, 0 seen, variance 1/4; at 2 nothing can vary
+    both = logrank([1, 2], [True, True], [0, 1])
+    assert str(both) == "z 1, p 0.317 (n=2, log-rank)"
+    assert str(logrank([1, 2], [True, True], [0, 1], strata=["q", "q"])) == "z 1, p 0.317 (n=1, log-rank, stratified)"
+    # of two levels, Page's test is the sign test: (rises - falls) / sqrt(blocks)
+    assert page([[1, 2]]).z == 1
+    assert page([[1, 2], [3, 5], [4, 2], [0, 9]]).z == 1
+
+
 def test_nothing_to_compare_is_no_evidence():
     assert logrank([5, 5], [False, False], [0, 1]).p == 1
     assert page([[1, 1, 1], [2, 2, 2]]).p == 1
@@ -268,6 +297,8 @@ def test_trend_points_the_way_the_values_go_and_is_calm_without_one():
         (lambda: kaplan_meier([1, 2], [True]), "one of each"),
         (lambda: kaplan_meier([1, -1], [True, True]), "not negative"),
         (lambda: kaplan_meier([1, math.nan], [True, True]), "finite"),
+        (lambda: kaplan_meier([1, math.inf], [True, True]), "finite"),
+        (lambda: kaplan_meier([[1, 2]], [[True, True]]), "one of each"),
         (lambda: kaplan_meier([1, 2], [True, 2]), "true or false"),
         (lambda: restricted_mean([4, 9], [True, False], until=10), "not beyond 9"),
         (lambda: restricted_mean([4, 9], [True, False], until=0), "above 0"),
@@ -276,8 +307,12 @@ def test_trend_points_the_way_the_values_go_and_is_calm_without_one():
         (lambda: restricted_difference(([1, 2], [1, 1]), ([1], [1])), "in clusters"),
         (lambda: logrank([1, 2], [True, True], [1, 1]), "two groups"),
         (lambda: logrank([1, 2], [True, True], [1, 3]), "two groups"),
+        (lambda: logrank([1, 2, 3], [True] * 3, [0, 1, 2]), "two groups"),
+        (lambda: logrank([1, 2], [True, True], [0, 1, 0]), "two groups"),
         (lambda: page([[1.0, math.nan]]), "missing values"),
         (lambda: page([1.0, 2.0]), "a table of blocks"),
+        (lambda: page([[1.0], [2.0]]), "at least two levels"),
+        (lambda: page(np.empty((0, 3))), "a table of blocks"),
     ],
 )
 def test_bad_input_is_named(call, says):
