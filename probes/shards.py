@@ -66,8 +66,7 @@ class Folder:
             return found
         if path.exists() and (not path.is_dir() or any(".partial-" not in p.name for p in path.iterdir())):
             raise ValueError(f"{path} exists and was not made by collect. Give a new folder.")
-        path.mkdir(parents=True, exist_ok=True)
-        made = cls(path, about, _cut(rows, max(1, SHARD_BYTES // row_bytes)))
+        made = cls(path, about, _cut(rows, SHARD_BYTES // row_bytes))
         _replace(path / _MANIFEST, json.dumps({"about": about, "shards": made.shards}, indent=1).encode())
         return made
 

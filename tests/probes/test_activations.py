@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from probes.activations import Activations, collect, completion_nll, gradients, moments, stream
 from probes.attribution import contributions
@@ -402,7 +404,9 @@ def test_a_folder_holds_what_collect_gives(tmp_path, small_shards, pool):
     model, runs = setup()
     whole = collect(model, runs, at=["1.resid", "2.attn.z.h0"], over=("thinking", "answer"), pool=pool)
     same(stored(model, runs, tmp_path / "a", pool=pool), whole)
-    same(Activations.load(tmp_path / "a"), whole)
+    read = Activations.load(tmp_path / "a")
+    same(read, whole)
+    assert [read.values.get(Site.parse(site)) is None for site in ("1.resid", "0.resid")] == [False, True]
     assert len(list((tmp_path / "a").iterdir())) > 2
     parts = list(Activations.shards(tmp_path / "a"))
     assert len(parts) == len(list((tmp_path / "a").glob("rows-*")))
@@ -501,15 +505,26 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         stored(model, runs, tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="was not made by collect"):
-        stored(model, runs, tmp_path / "b")
+    (tmp_path / "b" / ".capture.json.partial-1").write_text("{")
+    for foreign in (tmp_path / "b", tmp_path / "b" / "notes.txt"):
+        with pytest.raises(ValueError, match="was not made by collect"):
+            stored(model, runs, foreign)
     with pytest.raises(ValueError, match=r"has no capture\.json"):
         Activations.load(tmp_path / "b")
 
 
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(0, 9))
+def test_shards_hold_every_row_once_and_as_many_as_fit(rows, most):
+    ranges = _cut(rows, most)
+    held = [sum(rows[begin:end]) for begin, end in ranges]
+    assert [i for a, b in ranges for i in range(a, b) if rows[i]] == [i for i, count in enumerate(rows) if count]
+    assert all(count and (count <= most or count == max(rows[a:b])) for count, (a, b) in zip(held, ranges, strict=True))
+    for count, (begin, _) in zip(held, ranges[1:], strict=False):
+        assert count + rows[begin] > most
+
+
 def test_the_folder_says_what_it_is_of(tmp_path):
     model, runs = setup()
-    assert _cut([2, 2, 2, 0, 5], 4) == ((0, 2), (2, 4), (4, 5))  # as many rows as fit, or a transcript that has more
     stored(model, runs, tmp_path / "a")
     about = json.loads((tmp_path / "a" / "capture.json").read_text())["about"]
     assert about["sites"] == ["1.resid", "2.attn.z.h0"]
@@ -599,6 +614,7 @@ def test_layers_that_run_without_hooks():
         "[]",
         '{"about": {}, "shards": [5]}',
         '{"about": {"over": []}, "shards": [[0, 1]]}',
+        '{"about": {"over": "answer", "sites": ["1.resid"]}, "shards": [[0, 1]]}',
         '{"about": 1, "shards": []}',
     ],
 )
