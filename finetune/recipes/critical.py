@@ -72,12 +72,12 @@ def critical_tokens(
             saved = {p for p, grade in zip(again, grades, strict=True) if grade}
             left = [p for p in left if p not in saved]
         if left:
-            answer = range(*transcript.spans.get("answer", (0, 0)))
+            answer, critical = range(*transcript.spans.get("answer", (0, 0))), set(left)
             told = noted(
                 transcript, "critical_tokens", alternatives=alternatives, critical=len(left), tried=len(tried),
                 outside_answer=sum(p not in answer for p in left) / len(left), unanswered=unanswered, greedy=greedy,
             )  # fmt: skip
-            found.append(Example(told, tuple(float(i in set(left)) for i in range(len(transcript.ids)))))
+            found.append(Example(told, tuple(float(i in critical) for i in range(len(transcript.ids)))))
     require_some(found, len(transcripts), "no token of a right answer is critical.")
     return found
 

@@ -25,6 +25,7 @@ from finetune.recipes import (
     Equation,
     Steps,
     corrupt_digits,
+    critical,
     critical_tokens,
     cut,
     delete_steps,
@@ -741,6 +742,26 @@ def test_only_the_completion_is_tried_and_what_is_known_of_it_stays() -> None:
     assert [longer.text[slice(*longer.offsets[i])] for i, w in enumerate(example.weights) if w] == ["k", "7"]
 
 
+def test_what_fails_only_where_texts_share_a_prefix_is_not_critical(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where roundings in a batch tip an arg max: all that share a cache go wrong here, and none that is computed from its beginning."""
+    model = chain()
+    (t,) = model.generate(["q"])
+    answered = lambda t: t.text.count("7<end>") == 1  # noqa: E731
+    real = critical.decode
+
+    def tipped(
+        model: Model, rows: torch.Tensor, mask: torch.Tensor, length: int, past: object = None
+    ) -> list[list[int]]:
+        told = real(model, rows, mask, length, past)
+        return told if past is None else [model.tokenizer.encode("8<end>")] * len(told)
+
+    monkeypatch.setattr(critical, "decode", tipped)
+    (believed,) = critical_tokens(model, [t], answered, confirm=False)
+    assert note(believed.transcript)["critical"] == note(believed.transcript)["tried"] == 9
+    (example,) = critical_tokens(model, [t], answered)
+    assert {i for i, w in enumerate(example.weights) if w} == oracle.critical(model, t, answered, 2, 64)
+
+
 FAMILIES = ["llama", "qwen3", "gpt2", "gpt-neox", "gemma2", "mistral"]
 
 
@@ -803,6 +824,8 @@ def test_what_is_tried_and_how_long() -> None:
     assert [i for i, w in enumerate(example.weights) if w] == [t.spans["answer"][0]]
     assert note(example.transcript)["outside_answer"] == 0
     assert note(example.transcript)["unanswered"] == 0
+    bare = model.transcript("q", "<think>abcke</think>")  # it has no answer to try
+    assert len(critical_tokens(model, [bare, t], lambda u: u.ids == bare.ids or answered(u), over="answer")) == 1
     (short,) = critical_tokens(model, [t], answered, max_new_tokens=2)  # no way back is short enough
     assert sum(short.weights) > sum(critical_tokens(model, [t], answered)[0].weights)
     assert note(short.transcript)["unanswered"] > 0
