@@ -82,7 +82,7 @@ def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
     import fcntl
 
     try:
-        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        opened = os.open(path, os.O_RDONLY)
     except OSError:
         yield False
         return
@@ -146,7 +146,7 @@ def claim(to: Path) -> None:
 def _claims() -> int:
     """A file whose bytes stand for outputs: the system gives a lock back when its process ends, however it does."""
     path = Path(tempfile.gettempdir()) / f"surgery-{os.getuid()}.claims"
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
 
 
 def flush(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import glob
 import json
 import os
@@ -12,6 +13,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -736,6 +738,49 @@ def test_one_process_can_make_the_same_output_twice_at_a_time(make, tmp_path):
         if make is new_folder:
             (tmp_path / "out").rmdir()
     assert nothing_left(tmp_path, ("out",))
+
+
+@pytest.mark.parametrize("make", [new_folder, whole.new_file])
+def test_a_name_that_another_process_has_by_then_is_left_to_it(make, tmp_path, monkeypatch):
+    numbers = iter([7, 8])
+
+    def draw(_):
+        theirs = tmp_path / f".out.partial-{(number := next(numbers))}"
+        if number == 7:
+            theirs.mkdir() if make is new_folder else theirs.touch()
+        return number
+
+    monkeypatch.setattr(whole.secrets, "randbelow", draw)
+    with make(tmp_path / "out") as partial:
+        assert partial.name == ".out.partial-8"
+    assert nothing_left(tmp_path, (".out.partial-7", "out"))
+
+
+@pytest.mark.parametrize("make", [new_folder, whole.new_file])
+def test_what_another_process_takes_for_a_leftover_before_it_has_its_lock_is_made_anew(make, tmp_path, monkeypatch):
+    real, taken, other = fcntl.flock, [], []
+
+    def late(opened, how):
+        if not taken:
+            taken.extend(tmp_path.iterdir())
+            theirs = os.open(taken[0], os.O_RDONLY)
+            real(theirs, fcntl.LOCK_EX)
+            other.append(threading.Timer(0.2, lambda: (whole._remove(taken[0]), os.close(theirs))))
+            other[0].start()
+        real(opened, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with make(tmp_path / "out") as partial:
+        other[0].join()
+        assert partial.exists()
+    assert nothing_left(tmp_path, ("out",))
+
+
+def test_nothing_stays_open(tmp_path):
+    opened = os.listdir("/proc/self/fd")
+    with new_folder(tmp_path / "folder"), whole.new_file(tmp_path / "file"):
+        pass
+    assert os.listdir("/proc/self/fd") == opened
 
 
 def test_the_trial_whether_a_folder_can_be_made_has_no_name(tmp_path, monkeypatch):

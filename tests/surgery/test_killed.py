@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,8 +135,11 @@ def test_killed_at_random_moments(job, here, start, tmp_path):
 def test_all_of_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """Also what a power cut would take: the names in folders, and side files, beside the weights."""
     flushed = []
-    real = whole.flush
-    monkeypatch.setattr(whole, "flush", lambda path: flushed.append((path, (tmp_path / "out").exists())) or real(path))
+
+    def noted(opened):
+        flushed.append((Path(os.readlink(f"/proc/self/fd/{opened}")), (tmp_path / "out").exists()))
+
+    monkeypatch.setattr(os, "fsync", noted)
     with whole.new_folder(tmp_path / "out") as partial:
         (partial / "additional_chat_templates").mkdir()
         for name in ("config.json", "additional_chat_templates/tools.jinja"):
