@@ -82,15 +82,14 @@ def eraser(x: Moments, cross: CrossMoments, *, tolerance: float = TOLERANCE) -> 
         raise ValueError(f"tolerance={tolerance}: a share of the largest variance, in [0, 1).")
     values, axes = torch.linalg.eigh(x.covariance(ddof=0))
     live = values > tolerance * values[-1].clamp_min(0)
-    if values[-1] <= 0 or not live.any():
+    if not live.any():
         raise ValueError("The activations do not vary: there is nothing to erase from.")
     root, axes = values[live].sqrt(), axes[:, live]
     whitened = (axes.T @ cross.covariance(ddof=0)) / root[:, None]  # W S_xz, in the principal axes
     span, strength, _ = torch.linalg.svd(whitened, full_matrices=False)
-    # relative to the labels' own spread a singular value is a correlation, at most 1
-    scale = whitened.norm()
+    scale = whitened.norm()  # the column of a class is at most as long as its standard deviation, a half
     kept = strength > 1e-7 * scale
-    if not kept.any() or scale <= 1e-12:
+    if scale <= 1e-12:
         raise ValueError("The activations and the labels do not vary together: there is nothing to erase.")
     span = span[:, kept]
     left, right = axes @ (root[:, None] * span), (axes / root) @ span
@@ -302,7 +301,10 @@ def check(
         gone = _fitted(X, y)(X)
         before, after = _held_out(X, y, fold, C)
         moved = float((X - gone).norm(dim=1).mean() / (X - X.mean(dim=0)).norm(dim=1).mean())
-        scores = [auc_score(s, y, g, fold, seed=seed, what="held-out AUC inside folds") for s in (before, after)]
+        scores = [
+            auc_score(s, y, g, fold, folds=int(fold.max()) + 1, seed=seed, what="held-out AUC inside folds")
+            for s in (before, after)
+        ]
         rows.append(Left(str(site), told(X, y), told(gone, y), scores[0], scores[1], moved))
     return Erased(tuple(rows))
 
@@ -335,7 +337,7 @@ def told(X: Float[Tensor, "row d"], y: np.ndarray) -> float:
         if best - now < 1e-12:
             break
         best = now
-    return max(0.0, entropy - min(best, float(_nats(Z @ w, target))))
+    return entropy - best
 
 
 def _nats(logits: Tensor, target: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from probes.accumulators import CrossMoments, Moments
 from probes.activations import Activations, collect
 from probes.erasure import Erased, Eraser, Erasers, check, eraser, leace, leace_streamed, told
-from probes.held_out import auc, deal
+from probes.held_out import auc, auc_score, deal
 from probes.steering import steered
 from surgery.model import Model
 from surgery.sites import Site
@@ -127,7 +127,7 @@ def test_a_check_on_the_same_and_on_other_rows():
     from sklearn.preprocessing import StandardScaler
 
     X, z = rows(n=400, effect=2.0)
-    found = check(activations({MID: X, RESID: X * 2 + 7}), z, torch.arange(400) // 2)
+    found = check(activations({MID: X, RESID: X * 2 + 7 * torch.arange(12)}), z, torch.arange(400) // 2)
     first = found.rows[0]
     assert (first.site, found.rows[1].site) == ("1.mid", "2.resid")
     assert first.told_before > 0.1
@@ -144,12 +144,44 @@ def test_a_check_on_the_same_and_on_other_rows():
         )
         scores[~train] = pipe.decision_function(erase(X[~train]).numpy())
     assert first.after.value == pytest.approx(auc(scores, y, fold))
+    assert first.after == auc_score(scores, y, np.arange(400) // 2, fold, folds=5, what="held-out AUC inside folds")
     assert 0 < first.moved < 1
     assert found.rows[1].moved == pytest.approx(first.moved, rel=1e-4)
     assert list(found.frame()["site"]) == ["1.mid", "2.resid"]
     assert "told_after" in found._repr_html_()
     other = check(activations({MID: X}), z, torch.arange(400) // 2, C=10.0, folds=3, seed=1).rows[0]
     assert other.before != first.before
+
+
+def test_a_class_that_one_group_alone_has_is_judged_on_its_own_rows_only():
+    X, z = rows(n=60)
+    (found,) = check(activations({MID: X}), z, torch.where(z == 1, 0, torch.arange(60))).rows
+    assert found.told_before > 0.1 > 1e-9 > found.told_after
+    assert np.isnan([found.before.value, found.after.value]).all()
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_row_without_a_label_is_left_out(missing):
+    X, z = rows(n=60)
+    labels, acts = [*z.tolist()[:-2], missing, missing], activations({MID: X})
+    some = activations({MID: X[:-2]})
+    assert torch.equal(leace(acts, labels)[MID].left, leace(some, z[:-2])[MID].left)
+    assert leace(acts, labels).about == leace(some, z[:-2]).about
+    assert check(acts, labels, torch.arange(60)) == check(some, z[:-2], torch.arange(58))
+    model = Model(*tiny("llama"))
+    runs, known = answers(model)
+    streamed = leace_streamed(model, runs, [*known[:-1], missing], at="1.resid", over="thinking")
+    assert streamed.about == leace_streamed(model, runs[:-1], known[:-1], at="1.resid", over="thinking").about
+
+
+def test_what_varies_too_little_is_left_as_it_is():
+    X, z = rows(d=3)
+    X = torch.linalg.qr(X - X.mean(dim=0))[0] * torch.tensor([1.0, 1e-1, 1e-3])  # variances 1, 1e-2 and 1e-6, apart
+    X = X.roll(1, dims=1)
+    moments, cross = Moments.of(X), CrossMoments.of(X, one_hot(z))
+    for tolerance, least in ((0.0, 0), (1e-9, 0), (1e-4, 1), (1e-1, 2)):
+        moved = (eraser(moments, cross, tolerance=tolerance)(X) - X).norm(dim=0) > 1e-6 * X.norm(dim=0)
+        assert moved.tolist() == [least < 1, True, least < 2]
 
 
 def test_a_check_is_kept(tmp_path):
