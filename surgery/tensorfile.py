@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,10 @@ class TensorFile:
             raw = raw.clone()  # a file that is not aligned
         return raw.view(tensor.dtype).view(tensor.shape)
 
-    def hashes(self, names: Container[str] | None = None) -> dict[str, str]:
-        """BLAKE3 of every tensor's bytes (or of those named), read in file order."""
-        chosen = [t for t in self.tensors.values() if names is None or t.name in names]
+    def hashes(self) -> dict[str, str]:
+        """BLAKE3 of every tensor's bytes, read in file order."""
         with self.path.open("rb") as source:
-            return {t.name: hash_range(source, t.begin, t.end) for t in chosen}
+            return {t.name: hash_range(source, t.begin, t.end) for t in self.tensors.values()}
 
     @property
     def header(self) -> bytes:

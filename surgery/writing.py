@@ -295,7 +295,7 @@ class _Job:
         """Pieces of one stored tensor as it will be stored, in order; after the last one, `learnt` has what was kept of its changes."""
         before, out, places = self.layout.stored(tensor.name), self._out(tensor), self.layout.anatomy.places
         rows = max(1, _CHUNK // max(1, tensor.shape[1:].numel()))
-        starts = range(0, max(1, tensor.shape[0]), rows) if tensor.shape else ()
+        starts = range(0, tensor.shape[0], rows) if tensor.shape else ()
         pieces = [slice(i, i + rows) for i in starts] or [slice(None)]
         draws = None if self.seed is None else generator(self.seed, tensor.name)
 
