@@ -502,7 +502,7 @@ class _Reader:
             if (at := text.find(marker)) >= 0:
                 rest = text[at + len(marker) :]
                 where = place.where + 1
-                if where == 1 and self.markers.close in rest:
+                if self.markers.close in rest:
                     where = 2
                 return _Place(where, (), rest), _OTHER, 0
         if place.where:

@@ -350,6 +350,30 @@ def test_a_plain_generate_says_where_its_prompts_end():
         assert seen.members(i, "completion") == [len(row), len(row) + 1]
     with following(model), pytest.raises(ValueError, match="Beam search moves rows"):
         model.module.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, num_beams=2)
+    bare = model.module.generate(max_new_tokens=2, do_sample=False)
+    with following(model):
+        assert torch.equal(model.module.generate(max_new_tokens=2, do_sample=False), bare)
+        model.module.generation_config.num_beams = 2
+        with pytest.raises(ValueError, match="Beam search moves rows"):
+            model.module.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3)
+
+
+@torch.no_grad()
+def test_a_prompt_may_come_in_pieces():
+    model, runs = setup()
+    ids, spans = torch.tensor([runs[0].ids]), ["prompt", "prompt[1:3]", "completion", "thinking[:3]", "answer"]
+    width = runs[0].spans["prompt"][1]
+    found = []
+    for cuts in ([], [2, width - 1], [width]):
+        cache = DynamicCache(config=model.module.config)
+        with Seen(model, spans) as seen, rows_are(width=width):
+            for begin, end in itertools.pairwise([0, *cuts, ids.shape[1]]):
+                model.module(input_ids=ids[:, begin:end], past_key_values=cache)
+        found.append(seen.found)
+    assert found[0] == found[1] == found[2]
+    whole = pytest.raises(ValueError, match=r"'prompt\[-1\]' needs the whole prompt in one pass")
+    with whole, Seen(model, ["prompt[-1]"]), rows_are(width=width):
+        model.module(input_ids=ids[:, :2])
 
 
 @torch.no_grad()
@@ -449,12 +473,20 @@ def test_what_cannot_be_followed():
     with pytest.raises(ValueError, match="4 tokens in the cache were not followed"):
         ask(model, lambda f: f.mask("thinking"), rows=[2], input_ids=ids, past_key_values=cache)
     cache = DynamicCache(config=model.module.config)
-    with following(model), rows_are([2]):
+    with following(model) as follower, rows_are([2]):
         stop = model.module.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.module(input_ids=ids, past_key_values=cache)
         stop.remove()
+        with pytest.raises(RuntimeError, match="No forward pass is running"):
+            follower.mask("all")
     with pytest.raises(ValueError, match="4 tokens in the cache were not followed"):  # the other layers lack them
+        ask(model, lambda f: f.mask("thinking"), rows=[2], input_ids=ids, past_key_values=cache)
+    cache = DynamicCache(config=model.module.config)
+    with following(model), rows_are([2]):
+        model.module(input_ids=ids, past_key_values=cache)
+    model.module(input_ids=ids, past_key_values=cache)  # of which nobody knows
+    with pytest.raises(ValueError, match="8 tokens in the cache were not followed"):
         ask(model, lambda f: f.mask("thinking"), rows=[2], input_ids=ids, past_key_values=cache)
     with following(model) as follower, pytest.raises(RuntimeError, match="No forward pass is running"):
         follower.mask("all")
@@ -474,6 +506,17 @@ def test_nothing_is_left_behind():
     with pytest.raises(KeyboardInterrupt):
         failing()
     assert "generate" not in vars(model.module)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.module.modules())
+    vars(model.module)["generate"] = own = lambda: None
+    with following(model):
+        assert model.module.generate is not own
+    assert model.module.generate is own
+    with ExitStack() as late:  # begun inside a pass, which it does not know
+        begun = model.module.model.layers[0].register_forward_pre_hook(
+            lambda *_: late.enter_context(following(model)) and None
+        )
+        model.module(input_ids=torch.tensor([[4, 5, 6, 7]]))
+        begun.remove()
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.module.modules())
 
 
