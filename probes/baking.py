@@ -187,7 +187,7 @@ def _one(placed: Placed, weights: Weights, closely: bool) -> Weights:
         return _add(site, added, weights)
     if how == "ablate":
         return _remove(site, placed.unit, strength, weights, closely)
-    if site.part == "attn.z" and Site(site.layer, "attn.o.bias") not in weights:
+    if site.part == "attn.z" and strength and Site(site.layer, "attn.o.bias") not in weights:
         raise BakingError(
             f"{site}: there is no bias behind the heads of this {weights.anatomy.family} to clamp them with."
         )

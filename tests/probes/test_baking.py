@@ -110,6 +110,14 @@ def test_clamping_is_both(family):
             proved(model, everywhere(vector(width), at=site, how="clamp", strength=strength))
 
 
+@pytest.mark.parametrize("family", FAMILIES + SPARSE_FAMILIES)
+def test_a_clamp_to_nothing_needs_no_bias(family):
+    model = model_of(family)
+    at = ["1.attn.z.h1", *([] if family in POST_NORM else ["1.attn.out", "2.mlp.out"])]
+    for site, width in zip(at, (model.anatomy.head_dim, HIDDEN, HIDDEN), strict=False):
+        proved(model, everywhere(vector(width), at=site, how="clamp", strength=0.0))
+
+
 def test_several_are_baked_in_their_order():
     """Directions that are not at right angles do not commute."""
     model = model_of("gpt2")
