@@ -124,6 +124,18 @@ def test_a_patch_that_would_write_elsewhere_is_refused(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 
+def test_a_patch_that_leads_elsewhere_leaves_nothing(tmp_path):
+    base = Checkpoint(save_tiny("llama", tmp_path / "model"))
+    write(apply(Scale(0.5), base, "*.mlp.up"), tmp_path / "out")
+    path = tmp_path / "out" / PATCH
+    patch = TensorFile(path)
+    tensors = {name: patch[name].clone() for name in patch.tensors}
+    save_tensors(path, tensors, {**patch.metadata, "base_hash": "0" * 64})
+    with pytest.raises(CheckpointError, match="does not lead back to the original"):
+        undo(tmp_path / "out", tmp_path / "back")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
 @pytest.mark.parametrize("change", ["altered", "lost"])
 @pytest.mark.parametrize("what", ["a vocabulary", "a large file"])
 def test_a_side_file_left_to_the_copy_that_changed_since_is_refused(what, change, tmp_path, monkeypatch):
