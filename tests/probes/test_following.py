@@ -511,7 +511,7 @@ def test_nothing_is_left_behind():
     with following(model):
         assert model.module.generate is not own
     assert model.module.generate is own
-    with ExitStack() as late:  # begun inside a pass, which it does not know
+    with following(model), ExitStack() as late:  # begun inside a pass, which it does not know
         begun = model.module.model.layers[0].register_forward_pre_hook(
             lambda *_: late.enter_context(following(model)) and None
         )
