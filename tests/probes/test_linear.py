@@ -259,7 +259,7 @@ def test_rows_without_a_label_and_spans():
         ("0.resid", "thinking"), ("1.resid", "thinking"), ("2.resid", "thinking"), ("0.resid", "answer"),
     ]  # fmt: skip
     plain = probe_rows(activations(values), y, g, **FAST)
-    assert row(table, HIGH) == row(plain, HIGH)
+    assert repr(row(table, HIGH)) == repr(row(plain, HIGH))
     assert row(table, HIGH, "answer").low < 0.5
     some = [None if i % 5 == 0 else int(v) for i, v in enumerate(y)]
     kept = [i for i in range(120) if i % 5]
