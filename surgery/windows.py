@@ -84,7 +84,7 @@ def open_nnsight(model: Model) -> TransformersModel:
         try:
             from nnsight import TransformersModel
         except ImportError as error:
-            raise _missing("nnsight") from error
+            raise _missing("nnsight", error) from error
         # without a device it would move the model, parameters and all, to a GPU that is there
         where = {} if getattr(module, "hf_device_map", None) else {"device": model.device}
         tokenizer = copy.deepcopy(model.tokenizer)
@@ -120,7 +120,7 @@ def open_bridge(model: Model) -> TransformerBridge:
             from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
             from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
         except ImportError as error:
-            raise _missing("transformer-lens") from error
+            raise _missing("transformer-lens", error) from error
         if architecture not in SUPPORTED_ARCHITECTURES:
             raise ValueError(
                 f"TransformerLens has no adapter for {architecture}. model.nnsight() opens any model of these families."
@@ -188,8 +188,9 @@ def _opening() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _missing(package: str) -> ImportError:
-    return ImportError(f"{package} is not installed. It comes with: pip install 'model-surgery[interp]'")
+def _missing(package: str, why: ImportError) -> ImportError:
+    """One error for a library that is not installed and for one that is too old: what Python says tells which."""
+    return ImportError(f"{package} cannot be imported ({why}). It comes with: pip install 'model-surgery[interp]'")
 
 
 # --- names --------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 import logging
 import subprocess
 import sys
+import types
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -271,10 +272,18 @@ def test_where_the_library_is_not_installed(monkeypatch):
     model = Model(*tiny("llama"))
     for package in ("nnsight", "transformer_lens.factories.architecture_adapter_factory"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r"nnsight is not installed.*pip install 'model-surgery\[interp\]'"):
+    with pytest.raises(ImportError, match=r"nnsight cannot be imported.*pip install 'model-surgery\[interp\]'"):
         model.nnsight()
-    with pytest.raises(ImportError, match=r"transformer-lens is not installed.*pip install"):
+    with pytest.raises(ImportError, match=r"transformer-lens cannot be imported.*pip install"):
         model.bridge()
+
+
+def test_where_the_library_is_too_old(monkeypatch):
+    """It is installed, so nothing says that it is not."""
+    model = Model(*tiny("llama"))
+    monkeypatch.setitem(sys.modules, "nnsight", types.ModuleType("nnsight"))
+    with pytest.raises(ImportError, match="cannot import name 'TransformersModel'.*pip install"):
+        model.nnsight()
 
 
 def test_the_hub_id(tmp_path):
