@@ -37,6 +37,7 @@ PACKAGES = (
     "numpy",
     "scikit-learn",
     "reasoning-gym",
+    "math-verify",
 )
 Grade = Literal["low", "medium", "high"]
 
