@@ -282,7 +282,7 @@ def test_where_the_library_is_too_old(monkeypatch):
     """It is installed, so nothing says that it is not."""
     model = Model(*tiny("llama"))
     monkeypatch.setitem(sys.modules, "nnsight", types.ModuleType("nnsight"))
-    with pytest.raises(ImportError, match="cannot import name 'TransformersModel'.*pip install"):
+    with pytest.raises(ImportError, match=r"cannot import name 'TransformersModel'.*pip install"):
         model.nnsight()
 
 
