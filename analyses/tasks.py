@@ -131,9 +131,9 @@ def _partial_results(expression: str) -> str:
 def reasoning_gym(name: str, count: int, *, seed: int, side: Side = "train", **config: Any) -> list[Question]:
     """Questions of any reasoning-gym task, without worked solutions. ``config`` goes to the task's own configuration.
 
-    Some tasks (``isomorphic_strings``, ``knight_swap``, ``ransom_note``) walk through sets of words, which every process orders anew: the same
-    seed gives the same questions again only under the same ``PYTHONHASHSEED``; ``codeio``'s not even then. And some ask otherwise in another version of reasoning-gym,
-    which the record names.
+    Some tasks (``isomorphic_strings``, ``knight_swap``, ``polynomial_multiplication``, ``ransom_note``) walk through sets, which every process
+    orders anew: the same seed gives the same questions again only under the same ``PYTHONHASHSEED``; ``codeio``'s not even then. And some
+    ask otherwise in another version of reasoning-gym, which the record names.
 
     An unknown name is a ValueError listing close names; so are settings that the task refuses, and tasks whose items
     carry no answer (only a scorer).
