@@ -97,7 +97,8 @@ def predict(
 
     totals: of the optimizer step; by default of this batch alone. Two savings leave the values as they are: only labelled positions
     reach the vocabulary, and the prompt that all rows begin with is computed once (`share`), its gradient being the sum of theirs; not where
-    NEFTune's noise on the embeddings is drawn for each row. pieces: the prompt goes backward by itself (`finetune.pieces`). Raises ValueError for rows that are packed, or padded on the left.
+    NEFTune's noise on the embeddings is drawn for each row. pieces: the prompt goes backward by itself (`finetune.pieces`).
+    Raises ValueError for rows that are packed, or padded on the left.
     """
     require_rows(batch)
     labels = batch["labels"]

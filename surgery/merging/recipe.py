@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Compute = Literal["float32", "mergekit"]
-FRACTIONS = ("density", "gamma", "select_topk")  # parameters that are shares of a tensor's entries
+_FRACTIONS = ("density", "gamma", "select_topk")  # parameters that are shares of a tensor's entries
 _OURS = "surgery"  # the one key of a recipe that is not mergekit's; mergekit ignores it
 _MAX_TEXT = 1 << 20
 
@@ -307,7 +307,7 @@ def _fault(name: str, flag: bool, value: Any) -> str | None:
         return f"{reprlib.repr(value)}, which is no number. Write a number, as in {name}: 0.5"
     if not math.isfinite(number):
         return f"{number}, and nothing can be weighed by that. Write a finite number"
-    if name in FRACTIONS and not 0 <= number <= 1:
+    if name in _FRACTIONS and not 0 <= number <= 1:
         return f"{value}, which is a fraction. Write a number from 0 to 1"
     return None
 
