@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
+from torch.autograd.function import once_differentiable
 
 _PIECES: ContextVar[bool] = ContextVar("pieces", default=False)
 
@@ -34,22 +34,35 @@ def are_pieces() -> bool:
     return _PIECES.get()
 
 
+class _Apart(torch.autograd.Function):
+    """What lies before it goes backward in a pass of its own, begun where the gradients of all that is behind have arrived."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, before: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.before = before
+        return tuple(tensor.detach() for tensor in before)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None]:
+        there = [(t, gradient) for t, gradient in zip(ctx.before, gradients, strict=True) if gradient is not None]
+        torch.autograd.backward([t for t, _ in there], [gradient for _, gradient in there])
+        return None, None
+
+
 def cut(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same values, behind which `backward` goes on by itself once it has all their gradients: a backward pass of its own, in which weights
+    """The same values, before which `backward` goes on by itself once it has all their gradients: a backward pass of its own, in which weights
     get more of their gradients. What has no gradient is given back as it is.
 
-    For one `backward` that fills in ``.grad``. torch.autograd.grad of what is behind, and a second pass over a graph that was kept, end here.
+    For one `backward` that fills in ``.grad``. torch.autograd.grad of what lies before, and a second pass over a graph that was kept, end here.
     """
-    behind = [tensor for tensor in tensors if tensor.requires_grad]
-    leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in behind}
-
-    def go_on(gradients: Sequence[Tensor | None]) -> None:
-        there = [(tensor, gradient) for tensor, gradient in zip(behind, gradients, strict=True) if gradient is not None]
-        torch.autograd.backward([tensor for tensor, _ in there], [gradient for _, gradient in there])
-
-    if behind:
-        register_multi_grad_hook(list(leaves.values()), go_on)
-    return [leaves.get(id(tensor), tensor) for tensor in tensors]
+    before = [tensor for tensor in tensors if tensor.requires_grad]
+    if not before:
+        return list(tensors)
+    anchor = torch.empty(0, device=before[0].device, requires_grad=True)  # by which the outputs have gradients
+    after = dict(zip(map(id, before), _Apart.apply(anchor, before), strict=True))
+    return [after.get(id(tensor), tensor) for tensor in tensors]
 
 
 def cut_cache(cache: Any) -> None:

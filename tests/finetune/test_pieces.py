@@ -80,12 +80,25 @@ def test_what_is_behind_goes_backward_once_all_of_it_is_known() -> None:
     torch.testing.assert_close(seen[-1], 20 * w.detach() ** 3)
     torch.testing.assert_close(seen[0], 5 * w.detach() ** 3)
     assert len(seen) == 2
-    (unused, used) = cut([w * 7, w * 11])
+    _, used = cut([w * 7, w * 11])
     w.grad = None
     used.sum().backward()
-    assert unused.grad is None
     assert w.grad is not None
     assert w.grad.tolist() == [11.0, 11.0]
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_nothing_stays(backward: bool) -> None:
+    """Neither after the pass nor where none comes: what is cut goes with the last who holds it, without a collection of garbage."""
+    w = nn.Parameter(torch.tensor([2.0, 3.0]))
+    before = [w * 5, w * 7]
+    after = cut(before)
+    loss = (after[0] * after[1]).sum()
+    if backward:
+        loss.backward()
+    there = [weakref.ref(tensor) for tensor in (*before, *after, loss)]
+    del before, after, loss
+    assert not [ref for ref in there if ref() is not None]
 
 
 def test_a_trainer_says_whether_there_are_pieces() -> None:
