@@ -492,29 +492,29 @@ def test_a_resumed_account_knows_what_was_spent(clock: Clock, tmp_path: Path) ->
     assert min(steps_of(broken, "new")) > 200  # the starting weights are gone
 
 
+def whole_run(where: Path, pause: float) -> None:
+    def slow(m: Model, step: int) -> dict[str, float]:
+        time.sleep(pause)
+        return {"step_is": step}
+
+    m = model()
+    saved = {"checkpoints": where / "saved", "save_every": 2}
+    tune(m, taught(m), steps=12, watch=[every(1, norm), every(1, slow)], log=where / "log", **saved, **SMALL)
+
+
 def test_a_killed_run_leaves_a_log_that_is_gone_on_with(tmp_path: Path) -> None:
     """A process killed in the middle of training, and the same run again: every measurement is there once."""
-    code = """
-import sys, time
-from pathlib import Path
-from tests.finetune.test_monitors import SMALL, every, model, norm, taught, tune
-where = Path(sys.argv[1])
-def slow(m, step):
-    time.sleep(0.2 if sys.argv[2] == "slow" else 0)
-    return {"step_is": step}
-m = model()
-tune(m, taught(m), steps=12, watch=[every(1, norm), every(1, slow)], log=where / "log", checkpoints=where / "saved", save_every=2, **SMALL)
-"""
-    words = [sys.executable, "-c", code, str(tmp_path)]
+    code = "from pathlib import Path; from tests.finetune.test_flight_recorder import whole_run"
+    words = [sys.executable, "-c", f"{code}; whole_run(Path({str(tmp_path)!r}), 0.2)"]
     log = tmp_path / "log"
-    with subprocess.Popen([*words, "slow"]) as process:
+    with subprocess.Popen(words) as process:
         deadline = time.monotonic() + 120
         while not any(line["step"] >= 5 for line in read_log(log)) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert max(line["step"] for line in read_log(log)) < 12
-    subprocess.run([*words, "fast"], check=True, timeout=120)
+    whole_run(tmp_path, 0)
     for name in ("norm", "slow"):
         assert steps_of(log, name) == list(range(13))
     losses = [line["step"] for line in read_log(log) if line["monitor"] == "training" and "loss" in line]
