@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import shutil
@@ -21,8 +22,9 @@ from finetune.checkpoints import last_complete, mark_complete
 from finetune.learner import one_device
 from finetune.lift import LIFT, budget, principal_indices
 from finetune.monitors import Recorder, every, read_log
-from finetune.objectives import nll
+from finetune.objectives import kl_to_base, nll
 from finetune.predictions import Predictions, Totals, predict
+from finetune.retention import Replay
 from finetune.tune import Tuned, tune
 from surgery.model import Model
 from surgery.transcript import Transcript
@@ -407,6 +409,27 @@ def test_the_log_says_how_much_of_the_mask_stayed(tmp_path: Path) -> None:
 
 
 # --- what is given back -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lift", "full", "lora", "grpo"])
+def test_steps_leave_no_tensors_behind(method: Any) -> None:
+    alive: list[int] = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if state.global_step in (2, 6):
+                gc.collect()
+                alive.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+
+    m = model()
+    data: Any = taught(m)
+    own: dict[str, Any] = {"terms": [Replay(data, batch_size=2)], "objective": kl_to_base, "batch_size": 4}
+    if method == "grpo":
+        data = [q.question for q in QUESTIONS[:4]]
+        group = {"groups": 2, "samples": 2, "max_new_tokens": 4}
+        own = {"reward": lambda question, transcript: float(sum(transcript.ids) % 17), "options": group}
+    tune(m, data, method=method, steps=6, autocast=False, callbacks=[Count()], **own)
+    assert alive[0] == alive[1]
 
 
 def belongings(m: Model) -> dict[str, Any]:
