@@ -28,6 +28,7 @@ edits        Scale, RemoveDirection, AddDirection, TruncateRank: pure (site, W) 
 edit_lists   edits as a small YAML
 realign      SafeLoRA and SafeMERGE
 yaml_text    YAML in which nothing is taken otherwise than it reads
+recipe_text  a recipe's YAML from a file, text or a mapping, and which of its models are one folder
 merging      mergekit's recipes and rules over our stream: read_recipe(), merge()
 transcript   Transcript: prompt, thinking, answer, sentences, as token spans
 rows         rows_are(): where the prompts of a running batch end, said by whoever runs it

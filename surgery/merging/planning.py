@@ -18,7 +18,16 @@ import torch
 
 from surgery.checkpoint import Checkpoint
 from surgery.headers import UNTIE, read_config
-from surgery.merging.recipe import Recipe, RecipeError, read_recipe, references, valid_seed
+from surgery.merging.recipe import (
+    Recipe,
+    RecipeError,
+    one_spelling,
+    read_recipe,
+    references,
+    require_inputs,
+    swapped,
+    valid_seed,
+)
 from surgery.merging.rules import Rule, Source
 from surgery.merging.vocabulary import Vocabulary, gathered, vocabulary_of
 from surgery.sites import Site
@@ -128,11 +137,14 @@ def plan(
     """
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     chosen = recipe.seed if seed is None else valid_seed(seed, "merge")
-    labels = {ref: _local(ref) for ref in references(recipe.config)}
-    config = _swapped(recipe.config, labels)
+    local = {ref: _local(ref) for ref in references(recipe.config)}
+    same = one_spelling(local.values())
+    labels = {ref: same[here] for ref, here in local.items()}
+    config = swapped(recipe.config, lambda ref: labels.get(ref) or _local(ref))  # those of a tokenizer are no inputs
+    require_inputs(config, labels, "The recipe")  # `specimen` or a hub id may be a folder that is named too
     names: dict[ModelReference, str] = {}
-    for ref, local in labels.items():  # of two spellings of one folder the first, which is the base's
-        names.setdefault(local, str(ref))
+    for ref, here in labels.items():  # the first, which is the base's
+        names.setdefault(here, str(ref))
     order = references(config)
     main = config.base_model or order[0]
     folders = {names[r]: (Path(r.model.path), Path(r.lora.path) if r.lora else None) for r in order}
@@ -279,24 +291,6 @@ def _folder(path: str, revision: str | None) -> str:
     if not found.is_dir():
         raise FileNotFoundError(f"{path} is not a folder. A model is a folder, 'specimen', or a hub id.")
     return str(found)
-
-
-def _swapped(value: Any, swaps: Mapping[ModelReference, ModelReference]) -> Any:
-    """A copy of a configuration with other references in it."""
-    from mergekit.common import ModelReference
-    from pydantic import BaseModel
-
-    if isinstance(value, ModelReference):
-        return swaps.get(value) or _local(value)  # those of a tokenizer are no inputs
-    if isinstance(value, BaseModel):
-        return value.model_copy(
-            update={name: _swapped(getattr(value, name), swaps) for name in type(value).model_fields}
-        )
-    if isinstance(value, dict):
-        return {key: _swapped(entry, swaps) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_swapped(entry, swaps) for entry in value)
-    return value
 
 
 def _open(

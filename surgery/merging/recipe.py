@@ -6,15 +6,12 @@ import difflib
 import math
 import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from surgery.yaml_text import load_yaml
+from surgery.recipe_text import RecipeError, one_place, parse_recipe, recipe_text
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -24,12 +21,35 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Compute = Literal["float32", "mergekit"]
 _FRACTIONS = ("density", "gamma", "select_topk")  # parameters that are shares of a tensor's entries
+_MODEL = "Write a folder or a hub id, with +ADAPTER for a LoRA"
+_DTYPE = f"Write one of {', '.join(DTYPES)}"
+_WRITE = {  # what to write at a key of mergekit's
+    "merge_method": "Write a name, as in merge_method: linear",
+    "models": "Write models: and then lines like - model: FOLDER",
+    "slices": "Write slices: and then lines like - sources: [{model: FOLDER, layer_range: [0, 12]}]",
+    "sources": "Write sources: [{model: FOLDER, layer_range: [0, 12]}]",
+    "layer_range": "Write [FIRST, ONE_PAST_LAST], as in [0, 12]",
+    "modules": "Write MODULE: {models: [...]} lines under it",
+    "model": _MODEL,
+    "base_model": _MODEL,
+    "path": _MODEL,
+    "lora": "Write the folder or the hub id of a LoRA adapter",
+    "revision": "Write a revision of the hub's as text",
+    "parameters": "Write NAME: VALUE lines under it",
+    "value": "Write a number, or a list of numbers",
+    "filter": "Write a part of tensors' names, as in filter: mlp",
+    "residual_weight": "Write a number",
+    "dtype": _DTYPE,
+    "out_dtype": _DTYPE,
+    "chat_template": "Write auto, a name mergekit knows (chatml, llama3, ...) or a template",
+    "tokenizer_source": "Write union, base, or a model's folder or hub id",
+    "tokenizer": "Write a mapping, as in tokenizer: {source: base}",
+    "source": "Write union, base, or a model's folder or hub id",
+    "tokens": "Write TOKEN: {source: MODEL} lines under it",
+    "force": "Write true or false",
+    "pad_to_multiple_of": "Write a whole number",
+}
 _OURS = "surgery"  # the one key of a recipe that is not mergekit's; mergekit ignores it
-_MAX_TEXT = 1 << 20
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be merged: the message says what is asked, what there is and what to do."""
 
 
 @dataclass(frozen=True)
@@ -67,27 +87,25 @@ class Recipe:
 def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     """A recipe from a YAML file, from YAML text (with a line break, or in braces), or from a mapping, in which paths and numpy's numbers may be.
 
-    Nothing but the recipe is read. Raises RecipeError for what is no recipe, YAML that is none, keys that mergekit refuses, a method it does
+    Nothing but the recipe is read; of models that are one folder under several spellings, all have the first. Raises RecipeError for what is no recipe, YAML that is none, keys that mergekit refuses, a method it does
     not have (naming the closest), a base or a number of models the method cannot work with, and parameters it needs and does not get, or
     that are no numbers, or no fractions where they should be; FileNotFoundError for a file that is not there.
     """
     _require_mergekit()
-    text, where = _recipe_text(source)
-    tree = _parse(text, where)
+    text, where = recipe_text(source)
+    tree = parse_recipe(text, where)
     own = tree.pop(_OURS, None) or {}
-    config = _validated(tree, where)
+    written = _validated(tree, where)
+    same = one_spelling(references(written))
+    config = swapped(written, lambda ref: same.get(ref, ref))
     method = _method(config.merge_method, where)
     for key in ("dtype", "out_dtype"):
         value = getattr(config, key)
         if value is not None and value.removeprefix("torch.") not in DTYPES:
             raise RecipeError(f"{where}: {key} {value!r} is not one of {', '.join(DTYPES)}.")
-    groups = _groups(config)
-    for label, inputs, base in groups:
-        _require_ranges(inputs, f"{where}: {label}")
-        try:
-            method.validate_inputs([source.model for source in inputs], base, group_name=label)
-        except ValueError as error:
-            raise RecipeError(f"{where}: {_for_recipe(str(error), config.merge_method)}") from error
+    for label, inputs, _ in _groups(config):
+        _require_ranges(inputs, f"{where}: {_short(label)}")
+    require_inputs(config, same, where)
     _require_parameters(config, method, where)
     known = {p.name: p.value_type for p in method.spec.parameters}
     _require_values(config, known, where)
@@ -105,83 +123,61 @@ def _require_mergekit() -> None:
         ) from error
 
 
-def _recipe_text(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, str]:
-    """The YAML and what to call it in messages."""
-    import yaml
-
-    if isinstance(source, Mapping):
-        return yaml.safe_dump(_plain(source, ""), sort_keys=False), "The recipe"
-    if not isinstance(source, str | os.PathLike) or (isinstance(source, str) and not source.strip(" ")):
-        raise RecipeError(
-            f"A recipe is the path of a YAML file, YAML text or a mapping, and this is {reprlib.repr(source)}."
-        )
-    if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
-        text, where = source, "The recipe"
-    else:
-        path = Path(source)
-        if not path.is_file():
-            there = "is a folder" if path.is_dir() else "does not exist"
-            raise FileNotFoundError(f"{path} {there}. A recipe is a YAML file in mergekit's format.")
-        if path.stat().st_size > _MAX_TEXT:
-            raise RecipeError(f"{path} has {path.stat().st_size} bytes; a recipe has a few hundred. Is it a recipe?")
-        try:
-            text, where = path.read_text(encoding="utf-8"), str(path)
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path} is not text ({error.reason} at byte {error.start}).") from error
-    if len(text) > _MAX_TEXT:
-        raise RecipeError(f"{where} has {len(text)} characters; a recipe has a few hundred. Is it a recipe?")
-    return text, where
-
-
-def _plain(value: Any, place: str) -> Any:
-    """What is in a mapping, as YAML has it: a path as its text, a number of numpy as one of Python."""
-    if isinstance(value, Mapping):
-        return {key: _plain(entry, f"{place}.{key}".lstrip(".")) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry, f"{place}.{i}") for i, entry in enumerate(value)]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    plain = value.item() if isinstance(value, np.generic) else value
-    if plain is None or type(plain) in (bool, int, float, str):
-        return plain
-    raise RecipeError(f"The recipe: {place} is {reprlib.repr(value)}. Write text, a number, a list or a mapping.")
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        tree = load_yaml(text)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError, OverflowError) as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        said = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        raise RecipeError(f"{where} is not YAML{at}: {said}.") from error
-    if not isinstance(tree, dict):
-        raise RecipeError(
-            f"{where} is a {type(tree).__name__}, not a mapping. A recipe begins like merge_method: linear"
-        )
-    return tree
-
-
 def _validated(tree: dict[str, Any], where: str) -> MergeConfiguration:
     from mergekit.config import MergeConfiguration
     from pydantic import ValidationError
 
+    _require_stacks(tree, where)
+    if tree.get("tokenizer_source") and tree.get("tokenizer"):
+        raise RecipeError(f"{where} has both tokenizer_source and tokenizer. Keep one of the two.")
     try:
         return MergeConfiguration.model_validate(tree)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda e: -len(e["loc"]))
-        place = ".".join(str(step) for step in first["loc"] if not _is_type_name(step)) or "the top"
-        there = "" if first["type"] == "missing" else f" is {reprlib.repr(first['input'])}"
-        raise RecipeError(f"{where}: at {place}{there}: {first['msg'].rstrip('.')}.") from error
-    except (RuntimeError, TypeError, ValueError, RecursionError) as error:
+        deepest = min(error.errors(), key=lambda e: -len(e["loc"]))
+        raise RecipeError(_misfit(deepest["loc"], tree, where)) from error
+    except RuntimeError as error:  # of the text that names a model
+        fix = "Write FOLDER, or OWNER/NAME@REVISION of the hub, with +ADAPTER for a LoRA"
+        raise RecipeError(f"{where} names a model that cannot be read ({_short(error)}). {fix}.") from error
+    except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(f"{where}: {str(error).rstrip('.') or type(error).__name__}.") from error
 
 
-def _is_type_name(step: object) -> bool:
-    """Whether a step of pydantic's location is the branch of a union it tried, which means nothing to a reader."""
-    return isinstance(step, str) and (step[:1].isupper() or "[" in step or step in ("bool", "int", "float", "str"))
+def _require_stacks(tree: Mapping[str, Any], where: str) -> None:
+    """Raise RecipeError for a recipe, or a module of one, that has none or more than one of the lists of what is merged."""
+    modules = tree.get("modules")
+    parts = [(where, tree, ("models", "slices", "modules"))]
+    for name, module in (modules if isinstance(modules, Mapping) else {}).items():
+        if isinstance(module, Mapping):
+            parts.append((f"{where}: modules.{_short(name)}", module, ("models", "slices")))
+    for what, part, keys in parts:
+        given = [key for key in keys if part.get(key)]
+        if len(given) != 1:
+            found = f"has {' and '.join(given)}" if given else f"has none of {', '.join(keys[:-1])} and {keys[-1]}"
+            raise RecipeError(
+                f"{what} {found}. Keep exactly one: models: (whole models) or slices: (ranges of layers)."
+            )
+
+
+def _misfit(loc: tuple[int | str, ...], tree: Any, where: str) -> str:
+    """What is at a place that mergekit's classes refuse, and what to write: by the key, whichever branch of a union was tried there last."""
+    place, key, found, missing = "", "", tree, None
+    for step in loc:
+        if isinstance(found, dict) and step in found:
+            place, found = f"{place}.{_short(step)}".lstrip("."), found[step]
+        elif isinstance(found, list) and isinstance(step, int) and step < len(found):
+            place, found = f"{place}[{step}]", found[step]
+        elif isinstance(found, dict) and step in _WRITE:
+            missing = key = str(step)
+            continue
+        else:  # the name of a branch, which means nothing to a reader
+            continue
+        if step in _WRITE or (key == "parameters" and isinstance(step, str)):
+            key = str(step)
+    fix = _WRITE.get(key, "Write a number, a list of numbers, or entries of filter: and value:")
+    at = f"{where}: {place}" if place else where
+    if missing:
+        return f"{at} has no {missing}. {fix}."
+    return f"{at} is {'empty' if found is None else reprlib.repr(found)}. {fix}."
 
 
 def _method(name: str, where: str) -> MergeMethod:
@@ -195,11 +191,81 @@ def _method(name: str, where: str) -> MergeMethod:
     return known[name]
 
 
-def _for_recipe(said: str, method: str) -> str:
-    """mergekit's complaint about a method's inputs, with what to do."""
-    if "requires a base input" in said or "Base input is not present" in said:
-        return f"{method} needs a base model, as an input of every slice: add base_model: (and, with slices, list it among the sources). mergekit: {said}"
-    return f"{method}: {said}"
+def require_inputs(config: MergeConfiguration, same: Mapping[ModelReference, ModelReference], where: str) -> None:
+    """Raise RecipeError for models and bases that the method cannot work with. same: each reference as written -> that in `config`."""
+    name = config.merge_method
+    contract = _method(name, where).spec.contract
+    spelt: dict[ModelReference, list[str]] = {}
+    for ref, one in same.items():
+        spelt.setdefault(one, []).append(_short(ref))
+    for label, inputs, base in _groups(config):
+        label = _short(label)
+        models = [source.model for source in inputs]
+        twice = next((ref for ref in models if models.count(ref) > 1), None)
+        if twice is not None:
+            how = f" ({' and '.join(spelt[twice])} are one)" if len(spelt[twice]) > 1 else ""
+            raise RecipeError(
+                f"{where}: {label} names {spelt[twice][0]} twice{how}. Name each model once and add up its weights."
+            )
+        based = base in models and contract.base != "ignored"
+        if contract.base == "required" and base is None:
+            raise RecipeError(
+                f"{where}: {name} needs a base model. Write base_model: the model that the others were tuned from."
+            )
+        if contract.base != "ignored" and base is not None and not based:
+            raise RecipeError(
+                f"{where}: {name} needs its base model {spelt[base][0]} in {label}. Add it to the sources there."
+            )
+        if contract.base == "forbidden" and based:
+            raise RecipeError(
+                f"{where}: {name} takes no base model. Remove base_model:, and list the model under models:."
+            )
+        for what, count, least, most in (
+            ("models", len(models), contract.min_inputs, contract.max_inputs),
+            ("models beside the base", len(models) - based, contract.min_non_base or 0, contract.max_non_base),
+        ):
+            if count < least or (most is not None and count > most):
+                asks = (
+                    f"exactly {least}" if least == most else f"at least {least}" if count < least else f"at most {most}"
+                )
+                listed = ", ".join(spelt[ref][0] + (" (base)" if based and ref == base else "") for ref in models)
+                raise RecipeError(
+                    f"{where}: {name} takes {asks} {what}, and {label} has {count}{f': {listed}' if listed else ''}. "
+                    "Give as many, or choose another merge_method."
+                )
+
+
+def _short(name: object) -> str:
+    """A name out of a recipe for a line of a message, however long it is and whatever is in it."""
+    text = str(name)
+    return text if len(text) <= 200 and text.isprintable() else reprlib.repr(text)
+
+
+def one_spelling(references: Iterable[ModelReference]) -> dict[ModelReference, ModelReference]:
+    """Each reference -> the first of those that lead to the same folders."""
+    first: dict[tuple[Any, ...], ModelReference] = {}
+    return {ref: first.setdefault(_places(ref), ref) for ref in references}
+
+
+def _places(ref: ModelReference) -> tuple[Any, ...]:
+    parts = [(one_place(part.path), part.revision) if part else None for part in (ref.model, ref.lora)]
+    return (*parts, ref.override_architecture)
+
+
+def swapped(value: Any, swap: Callable[[ModelReference], ModelReference]) -> Any:
+    """A copy of a configuration with other references in it."""
+    from mergekit.common import ModelReference
+    from pydantic import BaseModel
+
+    if isinstance(value, ModelReference):
+        return swap(value)
+    if isinstance(value, BaseModel):
+        return value.model_copy(update={name: swapped(getattr(value, name), swap) for name in type(value).model_fields})
+    if isinstance(value, dict):
+        return {key: swapped(entry, swap) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(swapped(entry, swap) for entry in value)
+    return value
 
 
 def _own_settings(own: object, where: str) -> tuple[int, Compute]:
@@ -261,7 +327,7 @@ def _require_ranges(inputs: Iterable[Any], where: str) -> None:
         first, last = getattr(source, "layer_range", (0, 1))  # those of whole models have none
         if not 0 <= first < last:
             raise RecipeError(
-                f"{where}: model {source.model} has layer_range {[first, last]}. Write [FIRST, ONE_PAST_LAST], as in [0, 12]."
+                f"{where}: model {_short(source.model)} has layer_range {[first, last]}. Write [FIRST, ONE_PAST_LAST], as in [0, 12]."
             )
 
 
@@ -282,7 +348,7 @@ def _require_parameters(config: MergeConfiguration, method: MergeMethod, where: 
                 for source in inputs:
                     if parameter.scope == "input" or source.model != base:
                         scopes = [*shared, own, source.parameters]
-                        _require_in(parameter.name, scopes, f"{method.spec.name}: model {source.model}", where)
+                        _require_in(parameter.name, scopes, f"{method.spec.name}: model {_short(source.model)}", where)
 
 
 def _require_values(config: MergeConfiguration, known: Mapping[str, Any], where: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import reprlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,10 +35,12 @@ from surgery.preflight.facts import (
 from surgery.preflight.forecast import Forecast, forecast, in_bytes
 from surgery.preflight.hub import Hub
 from surgery.preflight.recipe import Plan, Source, lint
+from surgery.recipe_text import is_yaml, recipe_name
 from surgery.whole import hindrance
 
 if TYPE_CHECKING:
     from surgery.merging import Plan as Merge
+    from surgery.merging import Recipe
 
 __all__ = ["Forecast", "Problem", "Report", "check_apply", "check_model", "check_recipe"]
 
@@ -132,19 +134,24 @@ def check_apply(
         )
 
 
-def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None = None) -> Report:
-    """Whether a mergekit recipe, a YAML file, can be run, and what that takes. to: the output folder, if it is known."""
-    plan, problems = lint(Path(_as_text("path", path, "a recipe's file")))
+def check_recipe(
+    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any], to: str | os.PathLike[str] | None = None
+) -> Report:
+    """Whether a mergekit recipe can be run, and what that takes. recipe: what `merge` takes. to: the output folder, if it is known."""
+    source = _source_of(recipe)
+    subject = recipe_name(source)
+    plan, problems = lint(source)
     problems += _output(to)
     if plan is None:
-        return _report(str(path), problems)
+        return _report(subject, problems)
     with Hub() as hub:
         found: dict[str, Facts] = {}
-        for source in plan.sources:
-            facts, wrong = _source(source, Path(path), hub)
+        beside = None if isinstance(source, Mapping) or is_yaml(source) else Path(source).parent
+        for model in plan.sources:
+            facts, wrong = _source(model, beside, hub)
             problems += wrong
             if facts:
-                found[source.text] = facts
+                found[model.text] = facts
         problems += _ranges(plan, found)
         first = plan.base or plan.slices[0][0]
         reference = found.get(first.text)
@@ -156,7 +163,7 @@ def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None
         judged = not hub.download and not any(p.severity == "error" for p in problems)  # a plan reads whole models
         made = None
         if judged and (aligned or _is_beyond_a_table(plan, found)):
-            made, wrong = _planned(path)
+            made, wrong = _planned(recipe, subject)
             problems += wrong
         dtype = plan.recipe.get("out_dtype") or plan.recipe.get("dtype")
         dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
@@ -169,7 +176,17 @@ def check_recipe(path: str | os.PathLike[str], to: str | os.PathLike[str] | None
             "executor": (made is not None and made.road == "executor") or any(p.kind == "family" for p in problems),
             "lined_up": aligned,
         }
-        return _with_forecast(str(path), problems, reference, to, hub, **job)
+        return _with_forecast(subject, problems, reference, to, hub, **job)
+
+
+def _source_of(
+    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
+) -> str | os.PathLike[str] | Mapping[str, Any]:
+    if isinstance(recipe, str | os.PathLike | Mapping):
+        return recipe
+    from surgery.merging import Recipe  # torch, and mergekit's rules: whoever has one has them
+
+    return recipe.text if isinstance(recipe, Recipe) else recipe
 
 
 def _as_text(name: str, given: object, what: str) -> str:
@@ -192,23 +209,26 @@ def _is_beyond_a_table(plan: Plan, found: dict[str, Facts]) -> bool:
     )
 
 
-def _planned(path: str | os.PathLike[str]) -> tuple[Merge | None, list[Problem]]:
+def _planned(
+    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any], subject: str
+) -> tuple[Merge | None, list[Problem]]:
     """What `merge` would do, and what it says to the recipe before it computes anything."""
-    from surgery.merging import plan, read_recipe
+    from surgery.merging import plan
 
     try:
-        return plan(read_recipe(path)), []
+        return plan(recipe), []
     except (ValueError, OSError) as error:
         found, _, fix = str(error).removesuffix(".").rpartition(". ")
         said = f"cannot be merged: {found or fix}"
-        return None, [Problem("error", "plan", str(path), said, fix if found else "Correct the recipe")]
+        return None, [Problem("error", "plan", subject, said, fix if found else "Correct the recipe")]
 
 
-def _source(source: Source, recipe: Path, hub: Hub) -> tuple[Facts | None, list[Problem]]:
+def _source(source: Source, beside: Path | None, hub: Hub) -> tuple[Facts | None, list[Problem]]:
     facts, problems = examine(source.model, hub.place(source.model))
     problems = [_of_the_executor(p) if p.kind == "family" else p for p in problems]
-    if facts is None and not Path(source.model).is_absolute() and locate(recipe.parent / source.model)[0] is not None:
-        fix = f"A recipe's paths start at the working directory: run it in {recipe.parent}, or write {(recipe.parent / source.model).resolve()}"
+    there = None if beside is None or Path(source.model).is_absolute() else beside / source.model
+    if facts is None and there is not None and locate(there)[0] is not None:
+        fix = f"A recipe's paths start at the working directory: run it in {beside}, or write {there.resolve()}"
         problems = [Problem("error", "reference", source.model, "is not here, but is beside the recipe", fix)]
     if source.lora:
         place = hub.place(source.lora)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,13 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from surgery.headers import CheckpointError
 from surgery.hub_ids import hub_id
 from surgery.preflight.facts import Problem, Severity
-from surgery.yaml_text import load_yaml
+from surgery.recipe_text import RecipeError, one_place, parse_recipe, recipe_name, recipe_text
 
 TABLED = "0.1.5"  # the mergekit that the table below describes; another is asked itself, which takes a second or two
-LIMIT = 256_000  # bytes of a recipe file
 PLAIN = ("linear", "task_arithmetic")  # what runs through our own stream
 _TOP = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
@@ -106,7 +105,7 @@ def installed() -> str | None:
 
 @dataclass(frozen=True)
 class Source:
-    """One model of a slice. text: as written; model, lora: folders or hub ids, with ``@revision`` where one is given; layers: first and one past
+    """One model of a slice. text: as written, where it is written first; model, lora: folders or hub ids, with ``@revision`` where one is given; layers: first and one past
     last, None for all."""
 
     text: str
@@ -135,37 +134,18 @@ class Plan:
         return list(found.values())
 
 
-def read_yaml(path: Path) -> Any:
-    """The content of a small YAML file. Raises CheckpointError in one line for what is no file, too large, too deep or no YAML."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file. Give a recipe: a YAML file as mergekit reads it.")
-    if path.stat().st_size > LIMIT:
-        raise CheckpointError(
-            f"{path} has {path.stat().st_size} bytes, more than any recipe ({LIMIT}). Is this the right file?"
-        )
-    import yaml
+def lint(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Plan | None, list[Problem]]:
+    """A recipe's plan and what is wrong with the recipe by itself; the models are not looked at. source: as of `recipe_text`.
 
+    Of models that are one folder under several spellings, all have the first. Raises RecipeError for what is no source of a recipe.
+    """
+    where = recipe_name(source)
     try:
-        return load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError, OverflowError) as error:
-        text = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{path} is not a recipe: {(text if text.isprintable() else ascii(text))[:200]}. Correct the YAML."
-        ) from error
-
-
-def lint(path: Path) -> tuple[Plan | None, list[Problem]]:
-    """A recipe file's plan and what is wrong with the recipe by itself; the models are not looked at."""
-    where = str(path)
-    try:
-        found = read_yaml(path)
-    except CheckpointError as error:
+        tree = parse_recipe(*recipe_text(source))
+    except (RecipeError, FileNotFoundError) as error:
         said, _, fix = str(error).removesuffix(".").rpartition(". ")
-        return None, [Problem("error", "recipe", where, said.removeprefix(f"{path} "), fix)]
-    if not isinstance(found, dict):
-        fix = "Write at least merge_method: and models: (see mergekit's examples)"
-        return None, [Problem("error", "recipe", where, "holds no mapping of keys to values", fix)]
-    return _Lint(where, found).run()
+        return None, [Problem("error", "recipe", where, said.removeprefix(f"{where} "), fix)]
+    return _Lint(where, tree).run()
 
 
 class _Slice(NamedTuple):
@@ -180,6 +160,7 @@ class _Lint:
     def __init__(self, where: str, recipe: Mapping[str, Any]) -> None:
         self.where, self.recipe = where, recipe
         self.problems: list[Problem] = []
+        self.spelt: dict[tuple[str | None, ...], list[str]] = {}  # where a reference leads -> how it is written
 
     def say(self, severity: Severity, kind: str, key: str, found: str, fix: str) -> None:
         self.problems.append(Problem(severity, kind, f"{self.where}, {key}" if key else self.where, found, fix))
@@ -254,7 +235,11 @@ class _Lint:
         outer = outer or {}
         parameters = self.settings(outer, f"{key}.parameters")
         layers = self.layer_range(outer["layer_range"], key) if "layer_range" in outer else None
-        return Source(text, _reference(model), lora and _reference(lora), layers, parameters)
+        folders = _reference(model), lora and _reference(lora)
+        spelt = self.spelt.setdefault(tuple(folder and one_place(folder) for folder in folders), [])
+        if text not in spelt:
+            spelt.append(text)
+        return Source(spelt[0], *folders, layers, parameters)
 
     def settings(self, outer: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         """The parameters of a part of the recipe."""
@@ -438,7 +423,17 @@ class _Lint:
             texts = [s.text for s in sources]
             twice = next((t for t in texts if texts.count(t) > 1), None)
             if twice:
-                self.say("error", "models", key, f"names {twice} twice", "Name each model once and add up its weights")
+                how = next(
+                    (
+                        f" ({' and '.join(spelt)} are one)"
+                        for spelt in self.spelt.values()
+                        if spelt[0] == twice and spelt[1:]
+                    ),
+                    "",
+                )
+                self.say(
+                    "error", "models", key, f"names {twice} twice{how}", "Name each model once and add up its weights"
+                )
             others = [s for s in sources if not base or s.text != base.text or method.base == "ignored"]
             if method.base == "required" and base and len(others) == len(sources):
                 fix = f"Add {base.text} to the sources of this slice"

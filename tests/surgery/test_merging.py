@@ -92,25 +92,25 @@ GOOD = {"merge_method": "linear", "models": [{"model": "x", "parameters": {"weig
 VECTORS = {"merge_method": "ties", "base_model": "x", "models": [{"model": "y", "parameters": {"weight": 1}}]}
 BAD = {
     "not YAML": ("merge_method: [linear\nmodels: 3\n", r"is not YAML \(line 2, column 7\)"),
-    "a list": ("- merge_method: linear\n- models\n", "is a list, not a mapping"),
-    "empty": ("\n", "is a NoneType, not a mapping"),
-    "no method": ({"models": GOOD["models"]}, "at merge_method: Field required"),
+    "a list": ("- merge_method: linear\n- models\n", "is .*'models'.*, not a mapping"),
+    "empty": ("\n", r"The recipe is empty\. Write at least merge_method"),
+    "no method": ({"models": GOOD["models"]}, r"^The recipe has no merge_method\. Write a name, as in merge_method: linear\.$"),
     "unknown method": (GOOD | {"merge_method": "sslerp"}, r"'sslerp' is unknown\. Did you mean slerp\?.*task_arithmetic"),
-    "no models": ({"merge_method": "linear"}, "Exactly one of 'models', 'slices', or 'modules'"),
-    "both": (GOOD | {"slices": [{"sources": [{"model": "x", "layer_range": [0, 1]}]}]}, "Exactly one of"),
+    "no models": ({"merge_method": "linear"}, "^The recipe has none of models, slices and modules. Keep exactly one"),
+    "both": (GOOD | {"slices": [{"sources": [{"model": "x", "layer_range": [0, 1]}]}]}, "^The recipe has models and slices. Keep exactly one"),
     "no weight": ({"merge_method": "linear", "models": [{"model": "x"}]}, r"linear: model x lacks the parameter 'weight'"),
     "no t": ({"merge_method": "slerp", "base_model": "x", "models": [{"model": "y"}]}, "slerp lacks the parameter 't'"),
-    "no base": ({k: v for k, v in VECTORS.items() if k != "base_model"}, "ties needs a base model.*add base_model"),
+    "no base": ({k: v for k, v in VECTORS.items() if k != "base_model"}, "ties needs a base model. Write base_model: the model"),
     "base not in slice": (
         {"merge_method": "slerp", "base_model": "b", "parameters": {"t": 0.5},
-         "slices": [{"sources": [{"model": m, "layer_range": [0, 2]} for m in "xy"]}]}, "needs a base model.*list it among the sources",
+         "slices": [{"sources": [{"model": m, "layer_range": [0, 2]} for m in "xy"]}]}, r"slerp needs its base model b in slices\[0\]\. Add it to the sources there",
     ),
     "three for slerp": (
         {"merge_method": "slerp", "base_model": "x", "models": [{"model": m} for m in "yz"], "parameters": {"t": 0.5}},
-        "requires exactly 2 inputs for models; got 3",
+        r"slerp takes exactly 2 models, and models has 3: y, z, x \(base\)\. Give as many",
     ),
-    "twice": (GOOD | {"models": GOOD["models"] * 2}, "Duplicate merge inputs"),
-    "layer range": ({"merge_method": "passthrough", "slices": [{"sources": [{"model": "x", "layer_range": [0]}]}]}, "layer_range"),
+    "twice": (GOOD | {"models": GOOD["models"] * 2}, r"models names x twice\. Name each model once"),
+    "layer range": ({"merge_method": "passthrough", "slices": [{"sources": [{"model": "x", "layer_range": [0]}]}]}, r"slices\[0\]\.sources\[0\]\.layer_range is \[0\]\. Write \[FIRST, ONE_PAST_LAST\]"),
     **{
         f"layer range {found}": (
             {"merge_method": "passthrough", "slices": [{"sources": [{"model": "x", "layer_range": found}]}]},
@@ -141,13 +141,28 @@ BAD = {
     ),
     "no weights along the layers": (GOOD | {"parameters": {"weight": []}}, "parameter weight is an empty list.*Write a number"),
     "a word for a flag": (GOOD | {"parameters": {"normalize": "maybe"}}, r"parameter normalize is 'maybe'\. Write true or false"),
-    "a number for a model": (GOOD | {"models": [{"model": 3}]}, r"at models\.0\.model is 3: "),
-    "a word for models": (GOOD | {"models": "x"}, r"at models is 'x': Input should be a valid list"),
+    "a number for a model": (GOOD | {"models": [{"model": 3}]}, r"The recipe: models\[0\]\.model is 3\. Write a folder or a hub id"),
+    "a word for models": (GOOD | {"models": "x"}, r"models is 'x'\. Write models: and then lines like - model: FOLDER"),
     **{f"not a recipe: {given!r}": (given, "A recipe is the path of a YAML file, YAML text or a mapping, and this is") for given in (None, 3, [1], ("a",), b"x", True)},
     "blank": (" ", "A recipe is the path of a YAML file, YAML text or a mapping, and this is ' '"),
     "a tensor": (GOOD | {"parameters": {"weight": torch.tensor(0.5)}}, r"parameters\.weight is tensor\(0\.5.*Write text, a number, a list or a mapping"),
     "dtype": (GOOD | {"dtype": "int4"}, "dtype 'int4' is not one of float32, bfloat16, float16, float64"),
-    "two revisions": (GOOD | {"base_model": "a@b@c"}, "multiple @"),
+    "two revisions": (GOOD | {"base_model": "a@b@c"}, r"a@b@c\)\. Write FOLDER, or OWNER/NAME@REVISION of the hub"),
+    "two adapters": (GOOD | {"base_model": "a+b+c"}, r"a\+b\+c\)\. Write FOLDER, or OWNER/NAME@REVISION of the hub, with \+ADAPTER"),
+    "one beside the base": ({"merge_method": "nuslerp", "base_model": "x", **{k: VECTORS[k] for k in ("models",)}}, r"takes exactly 2 models beside the base, and models has 1: y, x \(base\)"),
+    "a model without a name": (GOOD | {"models": [{"parameters": {"weight": 1}}]}, r"models\[0\] has no model\. Write a folder"),
+    "a model as a word": (GOOD | {"models": ["x"]}, r"models\[0\] is 'x'\. Write models: and then lines like - model: FOLDER"),
+    "an empty weight": (GOOD | {"parameters": {"weight": None}}, r"parameters\.weight is empty\. Write a number"),
+    "a filter without a value": (GOOD | {"parameters": {"weight": [{"filter": "mlp"}]}}, r"parameters\.weight\[0\] has no value\. Write a number"),
+    "parameters in a list": (GOOD | {"parameters": [1]}, r"parameters is \[1\]\. Write NAME: VALUE lines"),
+    "half a layer": (
+        {"merge_method": "passthrough", "slices": [{"sources": [{"model": "x", "layer_range": [0, 1.5]}]}]}, r"layer_range\[1\] is 1\.5\. Write \[FIRST",
+    ),
+    "no sources": ({"merge_method": "passthrough", "slices": [{"model": "x"}]}, r"slices\[0\] has no sources\. Write sources: \["),
+    "an empty module": ({"merge_method": "linear", "modules": {"a": {}}}, r"modules\.a has none of models and slices\. Keep exactly one"),
+    "two tokenizers": (GOOD | {"tokenizer_source": "base", "tokenizer": {"source": "base"}}, r"has both tokenizer_source and tokenizer\. Keep one"),
+    "a word for a tokenizer": (GOOD | {"tokenizer": "union"}, r"tokenizer is 'union'\. Write a mapping, as in tokenizer: {source: base}"),
+    "a number for a dtype": (GOOD | {"dtype": 16}, r"dtype is 16\. Write one of float32, bfloat16"),
     "our key": (GOOD | {"surgery": {"sed": 1}}, "has no 'sed'; it has seed and compute"),
     "our seed": (GOOD | {"surgery": {"seed": -1}}, "a seed is a whole number from 0"),
     "our compute": (GOOD | {"surgery": {"compute": "bf16"}}, "float32 or mergekit, not 'bf16'"),
@@ -169,6 +184,32 @@ def test_bad_recipes(case):
     with pytest.raises(RecipeError, match=said) as error:
         read_recipe(recipe)
     assert "\n" not in str(error.value)
+    assert not re.search("Input should|Field required|[Mm]erge (method|inputs)|instance of", str(error.value))
+
+
+@pytest.mark.parametrize("other", ["tiny/a/", "./tiny/a", "tiny/../tiny/a", "linked"])
+def test_one_folder_under_two_spellings_is_one_model(other, tiny):
+    """It would count twice: a model beside itself is refused as it is under one name, and a base beside itself is the base."""
+    Path("linked").symlink_to("tiny/a")
+    twice = {
+        "merge_method": "linear",
+        "models": [{"model": m} for m in ("tiny/a", other, "tiny/b")],
+        "parameters": {"weight": 1},
+    }
+    said = rf"models names tiny/a twice \(tiny/a and {re.escape(other)} are one\)"
+    with pytest.raises(RecipeError, match=said):
+        read_recipe(twice)
+    (problem,) = check_recipe(twice).problems
+    assert re.search(said, f"{problem.where.removeprefix('The recipe, ')} {problem.found}")
+    between = {
+        "merge_method": "slerp",
+        "base_model": other,
+        "models": [{"model": m} for m in ("tiny/a", "tiny/b")],
+        "parameters": {"t": 0.3},
+    }
+    assert read_recipe(between).models == [other, "tiny/b"]
+    assert check_recipe(between).ok
+    assert merge(between, "out").hash == merge(between | {"base_model": "tiny/a"}, "once").hash
 
 
 def test_a_recipe_in_python_may_hold_paths_and_numbers_of_numpy(homes, tmp_path):
@@ -246,6 +287,10 @@ def test_models_of_the_hub(hub, tmp_path):
     alone = merge(of(hub, "task_arithmetic", ("a",), parameters={"weight": 0.5}), tmp_path / "alone")
     assert merge(both, tmp_path / "both").hash == alone.hash
     assert plan(read_recipe(both)).sources.keys() == {"who/tiny-base@main", "who/tiny-a"}
+    (snapshot,) = (tmp_path / "hub" / "models--who--tiny-a" / "snapshots").glob("0*")
+    twice = recipe | {"models": [*recipe["models"], {"model": str(snapshot), "parameters": {"weight": 0.5}}]}
+    with pytest.raises(RecipeError, match=rf"names who/tiny-a twice \(who/tiny-a and {snapshot} are one\)"):
+        plan(twice)
     for name, said in (
         ("who/none", "who/none.*neither a folder here nor a model that the hub"),
         ("who/tiny-a@gone", "who/tiny-a@gone.*neither a folder here nor a model that the hub"),

@@ -138,7 +138,6 @@ def test_what_is_checked_is_named_by_text_or_path(home: Path) -> None:
     for wrong in (None, 3, [home], b"base"):
         for check in (
             check_model,
-            check_recipe,
             lambda ref: check_apply(ref, []),
             lambda ref: check_apply("base", [ref]),
         ):
@@ -149,6 +148,24 @@ def test_what_is_checked_is_named_by_text_or_path(home: Path) -> None:
             ValueError, match=rf"adds={wrong!r}: give a list of folders or hub ids, as in adds=\['vectors/lift'\]\."
         ):
             check_apply("base", wrong)
+
+
+def test_a_recipe_is_checked_however_merge_takes_it(home: Path) -> None:
+    for path in (recipe(home), recipe(home, merge_method="liner"), based(home, "model_stock", tokenizer_source="base")):
+        asked = yaml.safe_load(path.read_text())
+        asked["models"] = tuple({**model, "model": Path(model["model"])} for model in asked["models"])
+        of_file = check_recipe(path)
+        ways = [str(path), path.read_text(), asked] + ([read_recipe(path)] if of_file.ok else [])
+        for way in ways:
+            report = check_recipe(way)
+            assert [(p.kind, p.found, p.fix) for p in report.problems] == [
+                (p.kind, p.found, p.fix) for p in of_file.problems
+            ]
+            assert (report.forecast is None) == (of_file.forecast is None)
+            assert report.subject == (str(path) if way == str(path) else "The recipe")
+    for wrong in (None, 3, [home], b"base", " "):
+        with pytest.raises(RecipeError, match=rf"a mapping, and this is {re.escape(reprlib.repr(wrong))}\."):
+            check_recipe(wrong)
 
 
 def test_the_table_of_methods_is_the_installed_mergekits() -> None:
@@ -346,13 +363,13 @@ def test_faults_of_a_recipe(home: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("models: [", ["is not a recipe", "Correct the YAML"]),
+        ("models: [", ["is not YAML (line 1", "Correct it"]),
         ("merge_method: linear\nmerge_method: ties\n", ["line 2", "'merge_method' is there twice"]),
-        ("- a\n- b\n", ["holds no mapping", "Write at least merge_method"]),
-        ("", ["holds no mapping"]),
-        ("a: &a [*a]\n", ["is not a recipe"]),
-        ("a: !!python/object/apply:os.system ['true']\n", ["is not a recipe"]),
-        ("[" * 3000, ["is not a recipe"]),
+        ("- a\n- b\n", ["is ['a', 'b'], not a mapping", "Write at least merge_method"]),
+        ("", ["is empty"]),
+        ("a: &a [*a]\n", ["is not YAML"]),
+        ("a: !!python/object/apply:os.system ['true']\n", ["is not YAML"]),
+        ("[" * 3000, ["is not YAML"]),
     ],
 )
 def test_what_is_no_recipe(home: Path, text: str, words: list[str]) -> None:
