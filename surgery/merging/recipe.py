@@ -145,7 +145,7 @@ def _validated(tree: dict[str, Any], where: str) -> MergeConfiguration:
 def _require_stacks(tree: Mapping[str, Any], where: str) -> None:
     """Raise RecipeError for a recipe, or a module of one, that has none or more than one of the lists of what is merged."""
     modules = tree.get("modules")
-    parts = [(where, tree, ("models", "slices", "modules"))]
+    parts: list[tuple[str, Mapping[Any, Any], tuple[str, ...]]] = [(where, tree, ("models", "slices", "modules"))]
     for name, module in (modules if isinstance(modules, Mapping) else {}).items():
         if isinstance(module, Mapping):
             parts.append((f"{where}: modules.{_short(name)}", module, ("models", "slices")))
