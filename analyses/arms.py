@@ -78,7 +78,8 @@ class Arms:
 
         Every question and passage counts once, however long: ``text_nll`` is the mean of the passages' own nats a token (a sweep's, and
         `analyses.scoring.text_nll`'s mean, is nats a token of all passages), and so are ``answer_nll`` and ``completion_nll``.
-        Seeds and questions are resampled; where all are right, or all wrong, every draw is, and the interval is Wilson's of as many questions.
+        Seeds and questions are resampled. Of one seed a share of right answers has Wilson's interval, of as many questions; so it has where all
+        are right with every seed, or all wrong, as every draw then is.
         """
         import pandas as pd
 
@@ -91,7 +92,7 @@ class Arms:
     def differences(self, base: str | None = None, *, draws: int = 2000, seed: int = 0) -> DataFrame:
         """Each arm minus `base` (the first arm, or `untuned`), on the same questions and seeds. Columns as in `frame`.
 
-        Where two arms have the very same questions right with every seed, the interval is Tango's of as many questions.
+        Of one seed, and where two arms have the very same questions right with every seed, a difference of shares has Tango's interval.
         """
         import pandas as pd
 
@@ -283,12 +284,12 @@ def _autocast(model: Model, judge: _Judge) -> dict[str, tuple[float, ...]]:
 def _row(
     ours: Float[np.ndarray, "seed item"], draws: int, seed: int, theirs: Float[np.ndarray, "#seed item"] | None = None
 ) -> dict[str, Any]:
-    """Values, or what they have more than theirs. Where all are alike, and right or wrong, that may be chance."""
+    """Values, or what they have more than theirs. Of right and wrong, one seed, or seeds that are all alike, are a share of as many questions."""
     table = ours if theirs is None else ours - theirs
-    alike = table.min() == table.max()
-    if alike and theirs is None and np.isin(ours, (0, 1)).all():
+    one = len(table) == 1 or table.min() == table.max()
+    if one and theirs is None and np.isin(ours, (0, 1)).all():
         found = share(ours[0], range(ours.shape[1]))
-    elif alike and theirs is not None and np.isin(ours, (0, 1)).all() and np.isin(theirs, (0, 1)).all():
+    elif one and theirs is not None and np.isin(ours, (0, 1)).all() and np.isin(theirs, (0, 1)).all():
         found = share_difference(theirs[0], ours[0])
     else:
         found = crossed_bootstrap(table, draws=draws, seed=seed)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 Scaling = Literal["none", "temperature", "platt"]
 VALIDATION = 10  # folds inside the training rows for a scaling: a probe of fewer rows than the judged one is surer than it, and is cooled too much
+_CHUNK = 4_000_000  # labels drawn at once
 _SURE = 1e-12  # no probability is nearer to 0 or 1
 
 
@@ -61,9 +62,10 @@ class Reliability:
     brier:       mean squared distance from the labels, 0 to 1; saying the share of ones always gives ``uncertainty``.
     ece:         expected calibration error: mean distance between what was said and what was, over bins of equal width, 0 to 1.
     ece_mass:    the same over bins of about equally many rows.
-    floor, floor_mass: what of an ECE is chance: 95 % of draws of whole groups from calibrated probabilities that scatter as these do are
-                 below. An ECE under its floor is no sign of miscalibration, and its interval begins at 0. An interval ends as far above the ECE
-                 as the draws do, and begins as far below it.
+    floor, floor_mass: what of an ECE is chance: of draws of whole groups from calibrated probabilities that scatter as these do 95 % are
+                 below, and 95 % of draws of labels as the probabilities say, those of a group together where they never differ. An ECE
+                 under its floor is no sign of miscalibration, and its interval begins at 0. An interval ends as far above the ECE as the
+                 draws of groups do, or as draws of labels scatter above their median, and begins as far below it.
     reliability, resolution, uncertainty: Brier's parts over the bins of equal rows; ``reliability - resolution + uncertainty`` is the Brier
                  score where each row says the mean of its bin.
     bins:        those of equal rows, from unlikely to likely.
@@ -101,7 +103,7 @@ def reliability(
 
     Intervals: percentile for Brier, ending at 0 and 1. An ECE of draws is above that of the rows as much as that is above the truth, so
     its interval begins as in the basic bootstrap (Efron and Tibshirani 1993, section 13.4), and ends as in the percentile one, which chance
-    makes too wide and never too narrow. Where all draws agree there is no interval, and no floor of an ECE (NaN). Raises ValueError for what is no probability, and for rows that do not match.
+    makes too wide and never too narrow. Where all draws agree there is no interval, and of one group no floor of an ECE (NaN). Raises ValueError for what is no probability, and for rows that do not match.
     """
     p, y, g = np.asarray(probabilities, dtype=float), np.asarray(labels, dtype=bool), units(groups)
     if not p.shape == y.shape == g.shape or p.ndim != 1 or not len(p):
@@ -159,15 +161,33 @@ def _ece(
         return no_interval(value, count, f"{what}, no interval"), math.nan
     times = resamples(count, draws, seed)
     drawn = (times @ gaps) / (times @ rows)[:, None]
+    # of labels that are all alike draws of groups show no scatter: what the probabilities say of it is there whatever the labels are
+    said = _as_said(p, y, g, bin_of, draws, seed)
+    floor = float(max(np.quantile(noise, 0.95) for noise in (np.abs(drawn - whole).sum(1), said)))
     if agree(np.abs(drawn).sum(1)):
-        return no_interval(value, count, f"{what}, {ALL_AGREE}"), math.nan
-    floor = float(np.quantile(np.abs(drawn - whole).sum(1), 0.95))
+        return no_interval(value, count, f"{what}, {ALL_AGREE}"), floor
     # chance adds to a sum of distances: draws lie above the value, as it does above the truth. What is above them is too far, and as far below the
     # value is far enough; their own lower end is none: a gap that chance closed would seem to be nothing for certain.
-    reach = widening(folds) * max(0.0, float(np.quantile(np.abs(drawn).sum(1), 0.975)) - value)
+    above = float(np.quantile(np.abs(drawn).sum(1), 0.975)) - value
+    reach = widening(folds) * max(above, float(np.ptp(np.quantile(said, [0.5, 0.975]))))
     ends = 0.0 if value <= floor else max(0.0, value - reach), min(1.0, value + reach)
-    said = f"{what}, bootstrap over groups, {draws} draws" + (f", widened for {folds} folds" if folds else "")
-    return Estimate(value, *ends, count, seed, said), floor
+    how = f"{what}, bootstrap over groups, {draws} draws" + (f", widened for {folds} folds" if folds else "")
+    return Estimate(value, *ends, count, seed, how), floor
+
+
+def _as_said(
+    p: np.ndarray, y: np.ndarray, g: np.ndarray, bin_of: np.ndarray, draws: int, seed: int
+) -> Float[np.ndarray, " draw"]:
+    """ECEs of labels drawn from the probabilities themselves; of groups in which no two labels differ, one draw each."""
+    first = np.unique(g, return_index=True)[1]
+    of = g if (y == y[first][g]).all() else np.arange(len(y))
+    bins, random = np.eye(int(bin_of.max()) + 1)[bin_of], np.random.default_rng(seed)
+    step = max(1, _CHUNK // len(y))
+    found = []
+    for start in range(0, draws, step):
+        ones = random.random((min(step, draws - start), int(of.max()) + 1))[:, of] < p
+        found.append(np.abs((p - ones) @ bins).sum(1) / len(y))
+    return np.concatenate(found)
 
 
 def _bin(p: np.ndarray, y: np.ndarray, g: np.ndarray, draws: int, seed: int) -> Bin:

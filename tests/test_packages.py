@@ -7,11 +7,16 @@ import importlib
 import inspect
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from functools import cached_property
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import FunctionType
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("surgery", "probes", "finetune", "analyses")
@@ -66,19 +71,33 @@ finally:
         assert f" {command} " in done.stdout, command
 
 
+def imported(package: str) -> Iterator[tuple[Path, str]]:
+    """Each file of a package, and what it imports, at its top or inside a function: the first part of its name."""
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from ((path, alias.name.split(".")[0]) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield path, (node.module or "").split(".")[0]
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_point_left_and_only_analyses_draws(package: str) -> None:
     later = PACKAGES[PACKAGES.index(package) + 1 :]
     forbidden = set(later) | (set() if package == "analyses" else {"matplotlib"})
-    for path in (ROOT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            else:
-                continue
-            assert not {name.split(".")[0] for name in names} & forbidden, path
+    assert not [(path, name) for path, name in imported(package) if name in forbidden]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_imported_is_asked_for(package: str) -> None:
+    """A library that only comes along with another may go with it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["interp"]]
+    names = {canonicalize_name(Requirement(line).name) for line in asked}
+    homes = packages_distributions()
+    there = {*sys.stdlib_module_names, *PACKAGES}
+    others = {name: path for path, name in imported(package) if name not in there}
+    assert {n: p for n, p in others.items() if not names & {canonicalize_name(home) for home in homes[n]}} == {}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

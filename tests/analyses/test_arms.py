@@ -104,6 +104,25 @@ def test_no_accuracy_is_certain() -> None:
     assert frame.loc["lift", "low"] == wilson(9, 9).low
 
 
+def test_a_share_of_one_seed_has_the_closed_interval() -> None:
+    """Draws of eight questions are few and short of what eight can say; with more seeds these are drawn too."""
+    untuned, lift = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    runs = [
+        Run("untuned", 0, {"accuracy": untuned, "nll": (*untuned[:-1], 0.3)}),
+        Run("lift", 0, {"accuracy": lift, "nll": (*lift[:-1], 0.2)}),
+    ]
+    frame = Arms(tuple(runs)).frame().set_index(["arm", "measure"])
+    for arm, right in (("untuned", 1), ("lift", 3)):
+        row, expected = frame.loc[(arm, "accuracy")], wilson(right, 8)
+        assert (row["low"], row["high"], row["n"]) == (expected.low, expected.high, 8)
+    apart = Arms(tuple(runs)).differences(UNTUNED).set_index("measure")
+    assert (apart.loc["accuracy", "low"], apart.loc["accuracy", "high"]) == (tango(2, 0, 8).low, tango(2, 0, 8).high)
+    table = np.array([(*lift[:-1], 0.2)])
+    assert (frame.loc[("lift", "nll"), "low"], frame.loc[("lift", "nll"), "high"]) == _ends(table)  # no share
+    more = Arms((*runs, Run("lift", 1, {"accuracy": untuned, "nll": untuned}))).frame().set_index(["arm", "measure"])
+    assert tuple(more.loc[("lift", "accuracy"), ["low", "high"]]) == _ends(np.array([lift, untuned]))
+
+
 def test_it_saves_loads_and_draws(found: Arms, tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 

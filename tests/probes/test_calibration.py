@@ -62,9 +62,13 @@ def test_intervals_redraw_whole_questions():
         index = np.concatenate([np.flatnonzero(g == q) for q in range(8) for _ in range(times[q])])
         drawn.append(oracle.ece(p[index], y[index], wide[index].tolist()))
         noise.append(sum(abs(((p - y)[index] * (wide[index] == b)).sum() / len(index) - gap[b]) for b in gap))
-    high = np.quantile(drawn, 0.975)
     value = found.ece.value
-    assert found.floor == pytest.approx(np.quantile(noise, 0.95))
+    random, as_said = np.random.default_rng(3), []  # labels drawn as the probabilities say
+    for _ in range(60):
+        ones = [random.random() < one for one in p]
+        as_said.append(oracle.ece(p, ones, wide.tolist()))
+    assert found.floor == pytest.approx(max(np.quantile(noise, 0.95), np.quantile(as_said, 0.95)))
+    high = value + max(np.quantile(drawn, 0.975) - value, np.quantile(as_said, 0.975) - np.median(as_said))
     reached = 0 if value <= found.floor else max(0, 2 * value - high)
     assert (found.ece.low, found.ece.high) == pytest.approx((reached, high))
     wider = reliability(p, y, g, bins=4, draws=60, seed=3, folds=5)
@@ -101,7 +105,7 @@ def test_what_is_calibrated_is_within_chance_and_what_is_too_sure_is_not():
 
 
 @pytest.mark.parametrize(("p", "y"), [([0.9] * 3, [1] * 3), ([1.0, 0.0, 1.0], [1, 0, 1])])
-def test_rows_that_all_agree_leave_no_interval_and_no_floor(p, y):
+def test_rows_that_all_agree_leave_no_interval_and_the_floor_that_they_say(p, y):
     """Of three answers that are right, and said to be so at 0.9, nobody can tell whether 0.9 is too little."""
     found = reliability(p, y, list("abc"))
     for one in (found.brier, found.ece, found.ece_mass):
@@ -109,11 +113,37 @@ def test_rows_that_all_agree_leave_no_interval_and_no_floor(p, y):
         assert math.isnan(one.high)
         assert one.method.endswith("no interval: all draws agree")
     assert found.ece.value == pytest.approx(abs(p[0] - y[0]))
-    assert math.isnan(found.floor)
-    assert math.isnan(found.floor_mass)
+    assert found.ece.value <= found.floor == found.floor_mass
     half = mean_score(np.ones(4), np.full(4, 2.0), list("aabb"))
     assert (half.value, half.method) == (0.5, "mean, no interval: all draws agree")
     assert math.isnan(half.low)
+
+
+@pytest.mark.parametrize("each", [1, 4], ids=["a row a question", "four that are always alike"])
+def test_answers_that_are_all_right_are_no_sign_of_too_little_said(each):
+    """As probabilities differ a little, so do draws of groups; that 0.9 is too little, ten right answers do not say, and 0.3 they do."""
+    g = np.arange(10 * each) // each
+    for said, seen in ((0.9, False), (0.3, True)):
+        p = np.random.default_rng(0).normal(said, 0.005, size=10)[g]
+        found = reliability(p, np.ones(len(p)), g, bins=2)  # not a bin for each answer, where every gap is a draw's
+        assert (found.ece.value > found.floor, found.ece_mass.value > found.floor_mass) == (seen, seen)
+        assert (found.ece.low == 0) != seen
+        assert found.ece.high - found.ece.value > 0.1
+    apart = reliability(
+        np.repeat([0.06, 0.93], 10), np.repeat([0, 1], 10), np.arange(20)
+    )  # a probe that is never wrong
+    assert apart.ece.value < apart.floor
+
+
+def test_a_floor_holds_what_chance_makes_of_few_labels():
+    """Calibrated and nearly alike: one in twenty is above its floor, as often as all labels are the same or not."""
+    random = np.random.default_rng(0)
+    p = random.normal(0.9, 0.01, size=12)
+    above = [
+        found.ece.value > found.floor
+        for found in (reliability(p, random.random(12) < p, np.arange(12), draws=200) for _ in range(100))
+    ]
+    assert np.mean(above) < 0.1
 
 
 def test_a_bin_of_ones_only_does_not_say_it_is_sure():
