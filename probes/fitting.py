@@ -19,7 +19,7 @@ Kind = Literal["classes", "number"]
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the logistic regression, 1 / alpha of the ridge
 INNER = 3  # folds inside the training folds on which the penalty is chosen
 BINS = 10  # of the span's length, inside which pairs are of about equal length
-_COARSE = 1e-3  # tolerance of fits that only choose a penalty
+_DONE = 1e-4  # the gradient, of a mean loss in nats, at which a fit is done: at 1e-3 another penalty seems the best now and then
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def select(X: np.ndarray, y: np.ndarray, g: np.ndarray, settings: Settings) -> t
         train, test = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
         if y[train].min() == y[train].max():
             continue
-        for i, predicted in enumerate(fit_path(X, y, train, test, PENALTIES, settings, _COARSE)):
+        for i, predicted in enumerate(fit_path(X, y, train, test, PENALTIES, settings)):
             total[i] += loss(predicted, y[test], settings.kind).sum()
         judged += len(test)
     best = int(total.argmin())
@@ -69,12 +69,8 @@ def fit_path(
     test: np.ndarray,
     penalties: Sequence[float],
     settings: Settings,
-    tolerance: float = 1e-4,
 ) -> list[np.ndarray]:
-    """Predictions on `test` of probes fitted on `train`, one for each inverse strength, each begun where the one before ended.
-
-    tolerance: the gradient, of a mean loss in nats, at which a logistic regression is done.
-    """
+    """Predictions on `test` of probes fitted on `train`, one for each inverse strength, each begun where the one before ended."""
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
@@ -93,7 +89,7 @@ def fit_path(
         rows, unseen = prepare.fit_transform(X[train]), prepare.transform(X[test])
     if settings.kind == "number":
         return [Ridge(alpha=1 / c).fit(rows, y[train]).predict(unseen) for c in penalties]
-    regression = LogisticRegression(warm_start=True, max_iter=2000, tol=tolerance)
+    regression = LogisticRegression(warm_start=True, max_iter=2000, tol=_DONE)
     return [regression.set_params(C=c).fit(rows, y[train]).predict_proba(unseen)[:, 1] for c in penalties]
 
 

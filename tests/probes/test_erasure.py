@@ -283,6 +283,18 @@ def test_what_cannot_be_erased(tmp_path):
         Erasers.load(tmp_path / "acts.safetensors")
 
 
+@pytest.mark.parametrize("unit", [2.0**-60, 2.0**60])
+def test_the_units_of_activations_matter_to_nothing(unit):
+    """What is too little to be erased is judged after whitening."""
+    X, z = rows()
+    erase, other = fitted(X, z), fitted(unit * X, z)
+    assert other.rank == erase.rank
+    torch.testing.assert_close(other(unit * X) / unit, erase(X))
+    alike = torch.cat([X, X])
+    with pytest.raises(ValueError, match="do not vary together"):
+        fitted(unit * alike, torch.tensor([0, 1]).repeat_interleave(200))
+
+
 def test_an_eraser_by_hand():
     erase = Eraser(torch.tensor([1.0, 0.0]), torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 0.0]]))
     assert erase(torch.tensor([[5.0, 2.0]])).tolist() == [[1.0, 2.0]]
