@@ -318,7 +318,7 @@ class DRIFT(TrainerCallback):
             "lazy" is read again every step (with LIFT: at every refresh).
     rank:   keep only the best approximation of each matrix of this rank, as factors; `errors` has the relative error of each.
     legacy: bend every micro-batch's gradient as it arrives, before accumulation and clipping, as the released code does: the
-            strength then depends on how a batch is split.
+            strength then depends on how a batch is split. What has strength 0 is measured once a step.
     least:  fraction in (0, 1] of the tensors asked for that the prior must move and the training must train.
     log_every: measure the effective merge coefficient every so many steps, and at the end. `readings` has all; the Trainer's own log
             gets ``pull_merged``, ``pull_cosine`` and ``pull_injected`` with its next line.
@@ -404,13 +404,14 @@ class DRIFT(TrainerCallback):
             self._strengthen(state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        if self.legacy:
-            return
-        self._strengthen(state)
+        if not self.legacy:
+            self._strengthen(state)
+        hooked = self._hooked()
         lift = lift_of(given.get("optimizer"))
         gathered = {g.parameter: (g.indices, g.grad) for g in lift.gathered()} if lift else {}
         act = _Part.remember if self.form == "update" else _Part.bend
-        if not sum([act(part, self.rule, lift, gathered) for part in self._parts]):
+        acted = sum([act(part, self.rule, lift, gathered) for part in self._parts if part.parameter not in hooked])
+        if not acted and not self.legacy:
             raise RuntimeError(
                 f"Step {state.global_step + 1} brought no gradient to any of the {len(self._parts)} tensors of the prior (first "
                 f"{self._parts[0].site}): the optimizer works on other tensors than the model DRIFT was given."
@@ -524,10 +525,17 @@ class DRIFT(TrainerCallback):
         for part in self._parts:
             part.factor = factor
 
+    def _hooked(self) -> set[nn.Parameter]:
+        """Whose gradients hooks bend: of the legacy form all that are pulled. Where nothing is, a hook alone would change in which pieces
+        gradients arrive, and so the last bits."""
+        return {part.parameter for part in self._parts if part.alpha} if self.legacy else set()
+
     def _hook(self) -> None:
         by_parameter: dict[nn.Parameter, list[_Part]] = {}
+        hooked = self._hooked()
         for part in self._parts:
-            by_parameter.setdefault(part.parameter, []).append(part)
+            if part.parameter in hooked:
+                by_parameter.setdefault(part.parameter, []).append(part)
 
         self.close()
         self._handles += [

@@ -159,3 +159,22 @@ def test_the_published_hooks_bend_a_gradient_once(tmp_path: Path) -> None:
         trainer.train()
         found.append({name: p.detach().clone() for name, p in m.module.named_parameters()})
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_published_hooks_that_bend_nothing_leave_the_pieces_as_they_are(family: str, tmp_path: Path) -> None:
+    """Without strength the bits are those of plain tuning: bf16 gradients that are added up before LIFT has them are rounded."""
+    found = []
+    for pulls in (False, True):
+        m = model("bf16", family)
+        callbacks = [DRIFT(prior(family), m, 0.0, legacy=True)] if pulls else []
+        trainer = trainer_of(
+            m,
+            arguments(tmp_path, max_steps=2),
+            stepper("lift", m),
+            terms=[Replay(told(m), batch_size=3)],
+            callbacks=callbacks,
+        )
+        trainer.train()
+        found.append({name: p.detach().clone() for name, p in m.module.named_parameters()})
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
