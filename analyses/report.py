@@ -104,6 +104,8 @@ def _page(
     on = {text: _counted(own["n_transcripts"]) for text, own in drift.groupby("text")}
     of_kl = "; ".join(f"{text}: {_counted(own['n'])}" for text, own in kl.groupby("text", sort=False))
     passages = _counted(tables["sweep"].query("measure == 'text_nll'")["n"])
+    matrices = tables["geometry"].groupby(["arm", "layer"]).size()
+    over_matrices = f"mean over a layer's matrices, their range shaded ({_counted(matrices)} a layer)"
     seconds = sum(results["clock"].values())
     sections = [
         f"<h1>What tuning did to {html.escape(plan['model'])}</h1>",
@@ -124,7 +126,10 @@ def _page(
                 "watch_accuracy",
                 f"Accuracy during training, on {plan['watch_items']} held-out sums of another draw, Wilson intervals.",
             ),
-            image("watch_drift", "Mean shift of the residual stream since step 0."),
+            image(
+                "watch_drift",
+                f"Mean shift of the residual stream since step 0, mean over a few layers, on the worked answers to those {plan['watch_items']} sums.",
+            ),
         ),
         _table(tables["before-after"], ["arm", "value", "low", "high", "n", "missing", "method"]),
         f"<details><summary>One question, three answers</summary><p>{html.escape(example['question'])} "
@@ -156,8 +161,8 @@ def _page(
         "<h2>Which weights moved</h2>",
         "<p>LIFT may only move the principal 5 % of each matrix; full tuning may move all. Energy is the share of the squared change that lies on the principal entries; chance is their share of all entries.</p>",
         pair(
-            image("geometry_energy", "Energy of the change on the principal entries."),
-            image("geometry_rank", "Effective rank of the change."),
+            image("geometry_energy", f"Energy of the change on the principal entries, {over_matrices}."),
+            image("geometry_rank", f"Effective rank of the change, {over_matrices}."),
         ),
         _table(_headline_geometry(tables["geometry-summary"]), None),
         "<h2>The arms</h2>",

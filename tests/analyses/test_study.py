@@ -86,6 +86,9 @@ def test_every_estimate_on_the_page_says_of_how_many_it_is(finished: Path) -> No
     kl = divergence.groupby("text")["n"].max()
     assert (texts["task"], texts["general"], kl["task"], kl["general"]) == (10, 10, 3, 3)
     passages = pd.read_csv(finished / "tables" / "sweep.csv").query("measure == 'text_nll'")["n"].unique()
+    training = pd.read_csv(finished / "tables" / "training.csv")
+    watched = int(training[training["measure"] == "held-out accuracy"]["n"].max())
+    matrices = pd.read_csv(finished / "tables" / "geometry.csv").groupby(["arm", "layer"]).size().unique()
     for caption in (
         "Held-out accuracy before and after, Wilson intervals (n=10).",
         f"Negative log-likelihood of general text, bootstrap over passages (n={passages.item()}).",
@@ -94,6 +97,9 @@ def test_every_estimate_on_the_page_says_of_how_many_it_is(finished: Path) -> No
         "Linear CKA on the task's text (n=10): 1 is no change but rotation.",
         "Mean principal angle of the top 8 components (n=10).",
         "in nats per token, bootstrap over texts (task: n=3; general: n=3):",
+        f"since step 0, mean over a few layers, on the worked answers to those {watched} sums.",
+        f"Energy of the change on the principal entries, mean over a layer's matrices, their range shaded (n={matrices.item()} a layer).",
+        f"Effective rank of the change, mean over a layer's matrices, their range shaded (n={matrices.item()} a layer).",
     ):
         assert caption in page, caption
 
