@@ -199,7 +199,10 @@ def _row(path: Path, number: int, line: bytes) -> Question:
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 ({error.reason})") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
+        raise ValueError(
+            f"{where}: not JSON ({error.msg}, column {error.colno}); give a line like "
+            '{"question": "1 + 1", "answer": "2"} for each question'
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a JSON object is needed, found {type(row).__name__}")
     if missing := [key for key in ("question", "answer") if row.get(key) is None]:

@@ -51,13 +51,14 @@ class StoredDelta(Factored):
         self.folder = Path(folder)
         path = self.folder / DELTA
         if not path.is_file():
-            found = (
-                ", ".join(sorted(p.name for p in self.folder.iterdir())[:6])
-                if self.folder.is_dir()
-                else "no such folder"
-            )
+            if (self.folder / "config.json").is_file():
+                raise CheckpointError(
+                    f"{folder} holds no {DELTA}: it is a model. Take the difference first: surgery diff {folder} BASE --to VECTOR"
+                )
+            there = ", ".join(sorted(p.name for p in self.folder.iterdir())[:6]) if self.folder.is_dir() else None
+            found = "no such folder" if there is None else there or "nothing in it"
             raise CheckpointError(
-                f"{folder} holds no {DELTA} ({found}). `surgery diff TUNED BASE --to {folder}` writes one."
+                f"{folder} holds no {DELTA} ({found}). `surgery diff TUNED BASE --to VECTOR` writes one."
             )
         self._file = TensorFile(path)
         metadata = self._file.metadata

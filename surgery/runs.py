@@ -181,7 +181,9 @@ def _read(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}).") from error
+        raise ValueError(
+            f"{where}: not JSON ({error}). Transcripts are a .jsonl file that `surgery generate` writes."
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a JSON object is needed, found {type(row).__name__}.")
     return row

@@ -173,7 +173,13 @@ def merge(
         int | None,
         typer.Option(help="Of random methods (DARE, DELLA); by default the recipe's own, else 0.", show_default=False),
     ] = None,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Store as float32, bfloat16 or float16; by default the recipe's out_dtype, else its dtype, else as found.",
+            show_default=False,
+        ),
+    ] = None,
     multi_gpu: Annotated[
         bool, typer.Option("--multi-gpu", help="Let mergekit's own executor use every GPU, instead of our stream.")
     ] = False,

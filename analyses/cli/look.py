@@ -65,7 +65,7 @@ def inspect(
         _inspect_vector(model, at, against, on)
         return
     if against is not None or on is not None:
-        there = "holds none" if Path(model).is_dir() else "is no folder here"
+        there = "holds none" if Path(model).is_dir() else "is no vector's folder here"
         raise ValueError(f"--against and --on compare a vector; {model} {there}.")
     from surgery.checkpoint import Checkpoint
     from surgery.model import find

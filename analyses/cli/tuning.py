@@ -155,6 +155,7 @@ def tune(
     from finetune.learner import check_budget
     from finetune.tune import DEFAULTS, tune
     from surgery.model import Model
+    from surgery.transcript import positions
 
     require_new(to)
     require_dtype(dtype)
@@ -180,6 +181,8 @@ def tune(
         chosen = {"filter_rank": filter_rank, "refresh": refresh, "select": select}
         more = {name: value for name, value in chosen.items() if value != DEFAULTS[name]} | options
         check_budget(loaded, trains, density, lora_rank, more)
+        if method != "grpo":
+            positions(tasks.worked(loaded, questions[:1])[0], list(learnt))  # raises for what is no span
         typer.echo(
             f"{method}: {steps} steps of {batch_size} from {len(questions)} questions of {data}; first:\n{questions[0].question}\n{questions[0].completion(loaded.markers)}"
         )

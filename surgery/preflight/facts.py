@@ -559,11 +559,11 @@ def check_delta(place: Place, base: Facts) -> list[Problem]:
         _, metadata = read_header(path, place.sizes.get(DELTA))
         if not metadata.get("format", "").startswith("model-surgery delta"):
             raise CheckpointError(
-                f"{path} is no delta: its format is {metadata.get('format')!r}. `surgery diff TUNED BASE --to {folder}` writes one."
+                f"{path} is no delta: its format is {metadata.get('format')!r}. `surgery diff TUNED BASE --to VECTOR` writes one."
             )
         shapes = json.loads(metadata.get("shapes", "null"))
         if not isinstance(shapes, dict):
-            raise CheckpointError(f"{path} has no table of shapes. `surgery diff TUNED BASE --to {folder}` writes one.")
+            raise CheckpointError(f"{path} has no table of shapes. `surgery diff TUNED BASE --to VECTOR` writes one.")
     except (CheckpointError, ValueError, RecursionError) as error:
         return [_said("delta", path, error)]
     problems = [_fault(f) for f in stray_links(folder)]

@@ -304,6 +304,7 @@ def test_two_commands_are_not_at_work_on_one_output(surgery, verb: str, tmp_path
         ("tune", ["--dtype", "int8"], "int8"),
         ("tune", ["--watch", "nll, foo"], "no monitor 'foo'"),
         ("tune", ["--over", "thinking["], "thinking["),
+        ("tune", ["--over", "thinkin"], "'thinkin' is not a span"),
         ("tune", ["--mask-thought", "2"], "2"),
         ("tune", ["--prior", "foo"], "foo"),
         ("tune", ["--density", "2"], "density"),
@@ -632,7 +633,7 @@ def test_bad_input_is_one_line_and_exit_code_2(surgery, models: Path, vector: Pa
         (["replay", empty, "--to", out], ["record.json"]),
         (["undo", tmp_path / "nowhere"], ["There is no folder", "nowhere"]),
         (["undo", vector], ["`surgery diff` made it", "models"]),
-        (["inspect", tmp_path / "nowhere", "--on", base], ["nowhere is no folder here"]),
+        (["inspect", tmp_path / "nowhere", "--on", base], ["nowhere is no vector's folder here"]),
     ]
     for words, parts in cases:
         line = one_line(surgery(*words))

@@ -186,7 +186,7 @@ def test_a_vector_is_looked_at(surgery, models: Path, tmp_path: Path) -> None:
         (["diff", "base", "base", "--to", "x", "--form", "lora", "--rank", "4"], "The two models are identical"),
         (["inspect", "adapter"], "only its model knows where its modules are. Say which, with --on"),
         (["inspect", "base", "--on", "base"], "compare a vector"),
-        (["apply", "tuned", "--add", "merged", "--to", "x"], "holds no delta.safetensors"),
+        (["apply", "tuned", "--add", "merged", "--to", "x"], "it is a model. Take the difference first: surgery diff"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, list) else "",
 )

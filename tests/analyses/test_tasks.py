@@ -241,6 +241,7 @@ def test_jsonl_reads_numbers_solutions_and_other_keys(tmp_path):
     ("line", "says"),
     [
         ("{'question': 1}", "not JSON"),
+        ("question,answer", "give a line like"),
         ('{"question": "q", "answer": "3"', "not JSON"),
         ("[1, 2]", "JSON object is needed, found list"),
         ('{"question": "q"}', "no 'answer'; keys there: question"),

@@ -82,6 +82,8 @@ def test_what_cannot_be_saved(tmp_path):
 def test_folders_that_hold_no_delta(tmp_path):
     with pytest.raises(CheckpointError, match=r"none holds no delta\.safetensors \(no such folder\)\. `surgery diff"):
         StoredDelta(tmp_path / "none")
+    with pytest.raises(CheckpointError, match=r"\(nothing in it\)\. `surgery diff TUNED BASE --to VECTOR` writes one"):
+        StoredDelta(tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / FILE)
     with pytest.raises(CheckpointError, match="not a delta: its format is None"):
         StoredDelta(tmp_path)
@@ -166,7 +168,7 @@ def test_read_vector_knows_an_adapter(pair, tmp_path):
     short, _ = truncated((tuned - base).keep("*.attn.[qo]"), 2)
     assert isinstance(read_vector(save_adapter(short, tmp_path / "adapter", base), base), Adapter)
     assert isinstance(read_vector(save_delta(short, tmp_path / "delta", base_hash="b"), base), StoredDelta)
-    with pytest.raises(CheckpointError, match=r"holds no delta\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds no delta\.safetensors: it is a model\. Take the difference"):
         read_vector(base.folder, base)
 
 

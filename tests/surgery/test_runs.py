@@ -104,6 +104,7 @@ HEAD = json.dumps({"runs": 1, "model": None, "about": {}, "count": 1})
     [
         (['{"question": "1 + 1", "answer": "2"}'], "does not begin with the line"),
         ([""], "line 1: not JSON"),
+        (["question,answer"], "Transcripts are a .jsonl file that `surgery generate` writes"),
         (["[]"], "line 1: a JSON object is needed"),
         ([HEAD], "holds 0 transcripts where its first line says 1"),
         ([HEAD, *spoiled_line(), *spoiled_line()], "holds 2 transcripts"),
