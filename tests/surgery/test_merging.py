@@ -187,27 +187,21 @@ def test_bad_recipes(case):
     assert not re.search("Input should|Field required|[Mm]erge (method|inputs)|instance of", str(error.value))
 
 
-@pytest.mark.parametrize("other", ["tiny/a/", "./tiny/a", "tiny/../tiny/a", "linked"])
-def test_one_folder_under_two_spellings_is_one_model(other, tiny):
+def test_one_folder_under_two_spellings_is_one_model(tiny):
     """It would count twice: a model beside itself is refused as it is under one name, and a base beside itself is the base."""
     Path("linked").symlink_to("tiny/a")
-    twice = {
-        "merge_method": "linear",
-        "models": [{"model": m} for m in ("tiny/a", other, "tiny/b")],
-        "parameters": {"weight": 1},
-    }
-    said = rf"models names tiny/a twice \(tiny/a and {re.escape(other)} are one\)"
-    with pytest.raises(RecipeError, match=said):
-        read_recipe(twice)
-    (problem,) = check_recipe(twice).problems
-    assert re.search(said, f"{problem.where.removeprefix('The recipe, ')} {problem.found}")
-    between = {
-        "merge_method": "slerp",
-        "base_model": other,
-        "models": [{"model": m} for m in ("tiny/a", "tiny/b")],
-        "parameters": {"t": 0.3},
-    }
-    assert read_recipe(between).models == [other, "tiny/b"]
+    each = {"weight": 1}
+    for other in ("tiny/a/", "./tiny/a", "tiny/../tiny/a", "linked"):
+        models = [{"model": m, "parameters": each} for m in ("tiny/a", other, "tiny/b")]
+        twice = {"merge_method": "linear", "models": models}
+        said = rf"models names tiny/a twice \(tiny/a and {re.escape(other)} are one\)"
+        with pytest.raises(RecipeError, match=said):
+            read_recipe(twice)
+        (problem,) = check_recipe(twice).problems
+        assert re.search(said, f"{problem.where.removeprefix('The recipe, ')} {problem.found}")
+    pair = [{"model": m} for m in ("tiny/a", "tiny/b")]
+    between = {"merge_method": "slerp", "base_model": "linked", "models": pair, "parameters": {"t": 0.3}}
+    assert read_recipe(between).models == ["linked", "tiny/b"]
     assert check_recipe(between).ok
     assert merge(between, "out").hash == merge(between | {"base_model": "tiny/a"}, "once").hash
 
