@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from surgery.hub_ids import hub_id
-from surgery.preflight.facts import Problem, Severity
+from surgery.preflight.facts import Problem, Severity, locate
 from surgery.recipe_text import RecipeError, one_place, parse_recipe, recipe_name, recipe_text
 
 TABLED = "0.1.5"  # the mergekit that the table below describes; another is asked itself, which takes a second or two
@@ -236,7 +236,7 @@ class _Lint:
         parameters = self.settings(outer, f"{key}.parameters")
         layers = self.layer_range(outer["layer_range"], key) if "layer_range" in outer else None
         folders = _reference(model), lora and _reference(lora)
-        spelt = self.spelt.setdefault(tuple(folder and one_place(folder) for folder in folders), [])
+        spelt = self.spelt.setdefault(tuple(folder and _place(folder) for folder in folders), [])
         if text not in spelt:
             spelt.append(text)
         return Source(spelt[0], *folders, layers, parameters)
@@ -671,6 +671,11 @@ def _as_text(entry: Any) -> Any:
         return entry
     path, revision = entry.get("path"), entry.get("revision")
     return f"{path}@{revision}" if isinstance(path, str) and isinstance(revision, str) else path
+
+
+def _place(reference: str) -> str:
+    """Where a reference leads: its folder, of a hub id in the local cache too, else as written."""
+    return one_place(str(locate(reference)[0] or reference))
 
 
 def _reference(text: str) -> str:

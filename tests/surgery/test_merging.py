@@ -261,6 +261,7 @@ def hub(homes, tmp_path, monkeypatch):
             shutil.copytree(home / model, repository / "snapshots" / commit)
             (repository / "refs" / ref).write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return home
 
@@ -285,6 +286,8 @@ def test_models_of_the_hub(hub, tmp_path):
     twice = recipe | {"models": [*recipe["models"], {"model": str(snapshot), "parameters": {"weight": 0.5}}]}
     with pytest.raises(RecipeError, match=rf"names who/tiny-a twice \(who/tiny-a and {snapshot} are one\)"):
         plan(twice)
+    found = [f"{problem.where} {problem.found}" for problem in check_recipe(twice).problems]
+    assert f"The recipe, models names who/tiny-a twice (who/tiny-a and {snapshot} are one)" in found
     for name, said in (
         ("who/none", "who/none.*neither a folder here nor a model that the hub"),
         ("who/tiny-a@gone", "who/tiny-a@gone.*neither a folder here nor a model that the hub"),
