@@ -87,7 +87,7 @@ class Surgical(_Host):
     corrupt:   changes the inputs of a micro-batch. terms: losses added once an optimizer step (in every
                process the same one, of which the mean over processes is one).
     reference: the frozen starting model, for an objective that asks for it; by default the adapter switched off where nothing trains but one
-               that adds nothing yet, else a copy made now. Nothing is copied for an objective that does not ask.
+               that adds nothing yet, else (and under FSDP2) a copy made now. Nothing is copied for an objective that does not ask.
     The loss of an evaluation is the objective too, by the totals of all its data, so that it does not matter how they are batched (with
     several processes, the mean over batches by their items, each by its own totals). What an objective remembers of training sequences has
     no part in it.
@@ -122,7 +122,7 @@ class Surgical(_Host):
             raise ValueError("corrupt and reference need an objective: the trainer's own loss knows neither.")
         args, kwargs, self._given = _lift_apart(super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
-        self._require_engine(objective, terms, reference)
+        self._require_engine(terms)
         self._require_short_rows()
         if self._given:
             self.optimizer = self._given
@@ -145,14 +145,16 @@ class Surgical(_Host):
         self._counted: dict[str, Tensor] = {}  # since the last log: the weight of what is learnt, and of each share
         if objective is not None:
             self.loss_is_scaled_for_ga = True  # it was divided by the totals of the whole step
-            if getattr(objective, "reference", False) and reference is None and not _adapter_alone(self._bare()):
+            if getattr(objective, "reference", False) and reference is None and not self._has_the_start():
                 self._reference = copy.deepcopy(self._bare()).requires_grad_(False).eval()
+                if under_fsdp():  # which carries what it deals out
+                    self._reference.to(self.args.device)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Recorder):
                 callback.send_through(self)
         reporters_last(self)
 
-    def _require_engine(self, objective: Objective | None, terms: Sequence[Term], reference: nn.Module | None) -> None:
+    def _require_engine(self, terms: Sequence[Term]) -> None:
         """Raises ValueError for what cannot be computed over weights that FSDP deals out."""
         if not under_fsdp():
             return
@@ -161,11 +163,10 @@ class Surgical(_Host):
             raise ValueError(
                 "A term computes on whole weights, and FSDP2 gathers them for the objective's own pass alone. Leave terms out, or use DDP."
             )
-        if getattr(objective, "reference", False) and reference is None and _adapter_alone(self._bare()):
-            raise ValueError(
-                f"{objective!r} asks for the starting model, which is this one without its adapter, and FSDP2 gathers weights for one pass a "
-                "step. Give a copy of the starting model: reference=..., or use DDP."
-            )
+
+    def _has_the_start(self) -> bool:
+        """Whether the starting model is this one without its adapter, and can be asked beside it: FSDP2 gathers weights for one pass a step."""
+        return _adapter_alone(self._bare()) and not under_fsdp()
 
     def _require_short_rows(self) -> None:
         """Raises ValueError for a ``max_length``, other than the arguments' own default, that training rows of `rows_of` exceed: nothing cuts them."""
@@ -359,11 +360,7 @@ class Surgical(_Host):
     def _reference_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         row, column = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
         module = self._bare()
-        off = (
-            nullcontext()
-            if self._reference is not None
-            else self.accelerator.unwrap_model(self.model).disable_adapter()
-        )
+        off = nullcontext() if self._reference is not None else _adapter_off(self.accelerator.unwrap_model(self.model))
         with off, self.accelerator.autocast(), evaluating(module):
             return logits_at(self._reference if self._reference is not None else module, batch, row, column)
 
@@ -631,6 +628,20 @@ def _adapter_alone(module: nn.Module) -> bool:
     )
     adds = any(bool(p.detach().any()) for name, p in module.named_parameters() if any(part in name for part in _ADDED))
     return adapted and not adds and not any(others)
+
+
+@contextmanager
+def _adapter_off(module: Any) -> Iterator[None]:
+    """A module without its adapter, PEFT's own around it or one that was added to it (``add_adapter``)."""
+    if hasattr(module, "disable_adapter"):
+        with module.disable_adapter():
+            yield
+        return
+    module.disable_adapters()
+    try:
+        yield
+    finally:
+        module.enable_adapters()
 
 
 _OF_A_FILE = (
