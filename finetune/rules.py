@@ -452,7 +452,8 @@ class DRIFT(TrainerCallback):
         """The effective merge coefficient of the model as it is now. Before training begins it is 0."""
         if not self._starts:
             return Merged(0.0, {part.site: 0.0 for part in self._parts})
-        inner = {part.site: part.along() - self._starts[part.site] for part in self._parts}
+        live = self._live()
+        inner = {part.site: part.along(live.get(part.place.name)) - self._starts[part.site] for part in self._parts}
         return _merged(inner, {part.site: part.length**2 for part in self._parts})
 
     def close(self) -> None:
@@ -473,11 +474,19 @@ class DRIFT(TrainerCallback):
     def _key(self) -> str:
         return f"DRIFT {self.settings['prior']}"
 
+    def _live(self) -> dict[str, nn.Parameter]:
+        return {name.replace(_CHECKPOINTED, ""): p for name, p in self._model.module.named_parameters()}
+
     def _meet(self) -> None:
         """Takes up the live parameters, which an engine may have put in the place of others, and what of each lies here."""
-        live = {name.replace(_CHECKPOINTED, ""): p for name, p in self._model.module.named_parameters()}
+        live = self._live()
         for part in self._parts:
             part.meet(live.get(part.place.name, part.parameter))
+        if any(part.share and part.share.is_whole for part in self._parts):
+            raise ValueError(
+                "This DRIFT has a part of its prior, from a training by several processes that had parts of the model, and here each process has "
+                "the whole model. Make another one."
+            )
         if not (shares := [part.share for part in self._parts if part.share]):
             return
         if self.legacy:
@@ -649,8 +658,10 @@ class _Part:
         return self.prior(self.parameter.device)
 
     def meet(self, parameter: nn.Parameter) -> None:
-        """Go on with this parameter, or with what of it lies in this process and that much of the prior."""
-        if self.share is not None:  # of a run before: a model is dealt out once
+        """Go on with this parameter, or with what of it lies in this process and that much of the prior, for good."""
+        if self.share is not None:
+            if parameter is not self.parameter:
+                self.parameter, self.share = parameter, self.share.again(str(self.site), parameter)
             return
         self.parameter, self.share = parameter, share_of(str(self.site), parameter)
         if self.share is None:
@@ -665,9 +676,14 @@ class _Part:
     def total(self) -> _Total | None:
         return None if self.share is None else self.share.total
 
-    def along(self) -> float:
-        """<W, D> as the weights are."""
-        mine = _exact(self._value(), self.delta())
+    def along(self, live: nn.Parameter | None = None) -> float:
+        """<W, D> as the weights are. live: the parameter that they are in by now; by default the one that is trained."""
+        now = (
+            self
+            if live is None
+            else replace(self, parameter=live, share=self.share and replace(self.share, parameter=live))
+        )
+        mine = _exact(now._value(), self.delta())
         return mine if self.share is None else self.share.sum(mine)
 
     def _value(self) -> Tensor:

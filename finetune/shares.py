@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +34,24 @@ class Share(ABC):
     whole: torch.Size
     begin: int
     count: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process has the rest as well by now."""
+        return False
+
+    def again(self, name: str, parameter: Any) -> Share:
+        """The same entries of the parameter that has taken the place of this one: dealt out anew, or whole. All processes call this.
+
+        Raises ValueError where this process has others of it.
+        """
+        share = share_of(name, parameter) or replace(self, parameter=parameter)
+        if (share.whole, share.begin, share.count) != (self.whole, self.begin, self.count):
+            raise ValueError(
+                f"{name} is dealt out in another way than before: here are {share.count} entries from {share.begin} on, before {self.count} "
+                f"from {self.begin} on. Make anew what looks at it."
+            )
+        return share
 
     @abstractmethod
     def values(self) -> Float[Tensor, " count"]:
@@ -61,12 +79,17 @@ class Share(ABC):
 
 
 class Rows(Share):
-    """Of a DTensor sharded by rows, as ``fully_shard`` makes it."""
+    """Of a DTensor sharded by rows, as ``fully_shard`` makes it; of a parameter that was one, and is whole again, the same rows."""
 
     writes = True
 
+    @property
+    def is_whole(self) -> bool:
+        return not is_sharded(self.parameter)
+
     def values(self) -> Float[Tensor, " count"]:
-        return local_part(self.parameter.detach()).reshape(-1)
+        here = local_part(self.parameter.detach()).reshape(-1)
+        return here[self.begin : self.begin + self.count] if self.is_whole else here
 
     def gradient(self) -> Float[Tensor, " count"] | None:
         grad = self.parameter.grad
