@@ -6,7 +6,8 @@ there are. All processes then take the same step. `exempt_from_ddp` keeps DDP fr
 
 Sharded weights (FSDP2, ``fully_shard``): every process has some rows of each matrix, of an expert mostly all or none, and gradients arrive
 reduced. No matrix is ever put together to choose its entries (`finetune.lift.shards`), and each process saves and loads a state of its own. A Trainer takes no optimizer
-under FSDP; one with `finetune.hosts.Surgical` among its bases takes LIFT.
+under FSDP; one with `finetune.hosts.Surgical` among its bases takes LIFT. `tune` gives each process the whole model afterwards
+(`finetune.dealt`).
 
 DeepSpeed at ZeRO stage 0 replicates the weights as DDP does, but a Trainer drops the optimizer that it was given there for an AdamW of its
 own, for which LIFT's hooks leave no gradient, and the engine steps inside backward, before anything is clipped or bent. A trainer with

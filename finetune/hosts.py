@@ -88,6 +88,7 @@ class Surgical(_Host):
                process the same one, of which the mean over processes is one).
     reference: the frozen starting model, for an objective that asks for it; by default the adapter switched off where nothing trains but one
                that adds nothing yet, else (and under FSDP2) a copy made now. Nothing is copied for an objective that does not ask.
+    autocast:  compute by this dtype with the weights as they are, whatever the arguments' bf16 would have accelerate do; None leaves it to them.
     The loss of an evaluation is the objective too, by the totals of all its data, so that it does not matter how they are batched (with
     several processes, the mean over batches by their items, each by its own totals). What an objective remembers of training sequences has
     no part in it.
@@ -115,6 +116,7 @@ class Surgical(_Host):
         corrupt: Corruption | None = None,
         terms: Sequence[Term] = (),
         reference: nn.Module | None = None,
+        autocast: torch.dtype | None = None,
         settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
@@ -141,7 +143,7 @@ class Surgical(_Host):
             None  # an evaluation's totals, and what each batch adds to its loss
         )
         self._owed = False  # the coming optimizer step's terms
-        self._reference, self._settings = reference, settings
+        self._reference, self._autocast, self._settings = reference, autocast, settings
         self._counted: dict[str, Tensor] = {}  # since the last log: the weight of what is learnt, and of each share
         if objective is not None:
             self.loss_is_scaled_for_ga = True  # it was divided by the totals of the whole step
@@ -300,9 +302,15 @@ class Surgical(_Host):
     def _added(self, step: int) -> Any:
         """The sum of the terms, computed as the objective is."""
         module = self._bare()
-        with self.accelerator.autocast():
+        with self._computing():
             losses = [term(module, step) for term in self._terms]
         return sum(cut(losses) if are_pieces() else losses)
+
+    def _computing(self) -> Any:
+        """The precision of a pass through the model."""
+        if self._autocast is None:
+            return self.accelerator.autocast()
+        return torch.autocast(self.args.device.type, self._autocast)
 
     def _is_divided(self, num_items_in_batch: Any) -> bool:
         """Whether the step divides what `compute_loss` gives by the number of micro-batches: as the Trainer itself decides it."""
@@ -347,7 +355,7 @@ class Surgical(_Host):
         engine, sharded = under_deepspeed() and model is not self.model, under_fsdp()
         reduced = model.training and (engine or (isinstance(model, DistributedDataParallel) and not self._lift()))
         through = module if self.args.world_size == 1 or self._lift() or reduced or engine or sharded else model
-        with self.accelerator.autocast():
+        with self._computing():
             if reduced or sharded:
                 share = not sharded  # FSDP2 gathers a layer's weights for one pass through it
                 found = _within(model, lambda: predict(through, batch, share, totals, reference))
@@ -361,7 +369,7 @@ class Surgical(_Host):
         row, column = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
         module = self._bare()
         off = nullcontext() if self._reference is not None else _adapter_off(self.accelerator.unwrap_model(self.model))
-        with off, self.accelerator.autocast(), evaluating(module):
+        with off, self._computing(), evaluating(module):
             return logits_at(self._reference if self._reference is not None else module, batch, row, column)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -119,16 +119,16 @@ def one_device(arguments: Any, ours: torch.device) -> None:
     much in a step. Under torchrun each process has a device of its own, to which its trainer carries the model.
 
     Raises ValueError where a single process would carry the model from the device that it was loaded on to another, and where a launcher
-    asks for DeepSpeed or FSDP, by which no process would have the weights in the end.
+    asks for DeepSpeed or FSDP1, by which no process would have the weights in the end.
     """
     if getattr(arguments, "deepspeed_plugin", None) is not None:
         raise ValueError(
             "The launcher asks for DeepSpeed, which would deal the weights out and keep them. Start it with torchrun (DDP)."
         )
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if arguments.world_size > 1 and fsdp_is_asked() and os.environ.get("FSDP_VERSION", "1") == "1":
         raise ValueError(
-            "The launcher asks for FSDP, which would leave each process a part of the weights. Start it with torchrun (DDP), or train with "
-            "finetune.hosts.Surgical before a trainer of your own, which goes under FSDP2."
+            "The launcher asks for FSDP1, which keeps weights in flat pieces of no matrix. Ask for FSDP2 (accelerate launch --use_fsdp "
+            "--fsdp_version 2), or start it with torchrun (DDP)."
         )
     theirs = arguments.device
     if arguments.world_size == 1 and (theirs.type, theirs.index or 0) != (ours.type, ours.index or 0):
@@ -136,6 +136,11 @@ def one_device(arguments: Any, ours: torch.device) -> None:
             f"The model is on {ours}, and training happens on {theirs}: load it there, or choose with CUDA_VISIBLE_DEVICES."
         )
     arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
+def fsdp_is_asked() -> bool:
+    """Whether a launcher asks for FSDP, which accelerate grants where several accelerators train."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def require_one_process(who: str) -> None:

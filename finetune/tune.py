@@ -14,10 +14,22 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import torch
+
 from finetune.checkpoints import digest, last_complete, require_somewhere
+from finetune.dealt import dealt_out
 from finetune.examples import Collate, Item, Over, examples, rows_of
 from finetune.hosts import Corruption, Surgical, Term, reports_in_runs
-from finetune.learner import Trains, bar, check_budget, learner, one_device, require_norm, require_versions
+from finetune.learner import (
+    Trains,
+    bar,
+    check_budget,
+    fsdp_is_asked,
+    learner,
+    one_device,
+    require_norm,
+    require_versions,
+)
 from finetune.lift import Select
 from finetune.monitors import Recorder
 from finetune.objectives import Objective, nll
@@ -121,6 +133,12 @@ def tune(
     step, all processes together, so that the run is that of one process (an epoch's last batch, where it falls short, is filled up with the
     epoch's first examples); terms count once; the first process alone writes log and checkpoints. ``grpo`` takes one process.
 
+    A launcher that asks for FSDP2 (accelerate launch --use_fsdp --fsdp_version 2) has the weights, their gradients and what the optimizer keeps
+    of them dealt out while they train; before and afterwards each process has an ordinary model, whole, of the same parameters (see
+    `finetune.dealt`; in between they lie on the CPU as they were, which after an error they are again). It is the same run, also resumed, with
+    `DRIFT`; without watch, terms and what of `LIFT` needs whole matrices, which are refused, as are FSDP1, DeepSpeed and fsdp_offload_params.
+    accelerate shards on accelerators alone: on CPUs such a launcher gets DDP. Tried with two processes on a CPU that were told otherwise.
+
     Raises ValueError for settings out of range or without use for the method, for transcripts without the span, for SHiRA where a
     matrix has too few entries for its rank, and for any method but lift on weights that are not fp32 (their steps would vanish
     in rounding: load with dtype="float32"); RuntimeError for a report_to whose library is not installed; FloatingPointError when the loss,
@@ -150,13 +168,14 @@ def tune(
     check_budget(model, trains, density, lora_rank, more)
     peak = LEARNING_RATES[trains] if lr is None else lr
     schedule = schedule or "linear"
+    sharded = processes > 1 and fsdp_is_asked()
     settings = {
         "method": method, "steps": steps, "lr": peak, "batch_size": batch_size, "accumulate": accumulate, "density": density,
         "lora_rank": lora_rank, "filter_rank": filter_rank, "refresh": refresh, "select": select, "weight_decay": weight_decay,
         "schedule": schedule, "warmup": warmup, "max_grad_norm": max_grad_norm, "over": over, "autocast": autocast, "seed": seed,
         "options": dict(options or {}), "objective": named(objective), "corrupt": corrupt and named(corrupt),
         "terms": [named(t) for t in terms], "DRIFT": any(isinstance(c, DRIFT) for c in callbacks),
-        "processes": processes,
+        "processes": processes, "FSDP": sharded or None,
     }  # fmt: skip
     rows = rows_of(examples(data, over))
     _check_columns(objective, rows)
@@ -183,7 +202,13 @@ def tune(
             dataloader_pin_memory=model.device.type == "cuda",
             router_aux_loss_coef=0.0,  # the objective is the loss
         )  # fmt: skip
+        if sharded or not autocast:
+            # a launcher may ask for bf16, by which FSDP2 would also reduce gradients and 16-bit weights be widened
+            args.mixed_precision = "no"
         one_device(args, model.device)
+        if args.world_size > 1:
+            # as the trainer will, but LIFT meets the other processes before
+            model.module.to(args.device)  # type: ignore[arg-type]
         with args.main_process_first(local=False):  # which may remove halves
             resume = last_complete(folder, settings)
         student = borrowed.enter_context(
@@ -203,13 +228,15 @@ def tune(
             objective=objective,
             corrupt=corrupt,
             terms=terms,
+            autocast=torch.bfloat16 if autocast and sharded else None,
             settings=settings,
         )
         trainer.remove_callback(PrinterCallback)
         if progress:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(bar())
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        with dealt_out(trainer):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         student.merge()
         history = trainer.state.log_history
         refreshes = list(student.lift.refreshes) if student.lift else []

@@ -34,6 +34,29 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def own_parts(module: nn.Module) -> Iterator[None]:
+    """Whatever is made of them inside, all submodules are afterwards of the class that they were, with the hooks, parameters, submodules and other
+    attributes that they had."""
+    had = [(part, type(part), [_attribute(*own) for own in vars(part).items()]) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, kind, attributes in had:
+            part.__class__ = kind
+            vars(part).clear()
+            for name, own, entries in attributes:
+                if entries is not None:
+                    own.clear()
+                    own.update(entries)
+                vars(part)[name] = own
+
+
+def _attribute(name: str, own: Any) -> tuple[str, Any, dict[Any, Any] | None]:
+    """An attribute, and what a dictionary holds, of hooks say."""
+    return name, own, dict(own) if isinstance(own, dict) else None
+
+
+@contextmanager
 def own_draws() -> Iterator[None]:
     """Whatever is drawn inside, the random states of Python, numpy and torch are afterwards as before."""
     states = random.getstate(), np.random.get_state()

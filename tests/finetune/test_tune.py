@@ -687,6 +687,12 @@ def test_a_library_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) 
         run()
 
 
+def test_a_launchers_precision_does_not_take_the_place_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = run(steps=1)[0]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert same(run(steps=1)[0], m)
+
+
 def test_a_loss_that_is_not_finite_names_the_step() -> None:
     m = model()
     with torch.no_grad():
@@ -877,7 +883,7 @@ def test_a_trainer_keeps_to_one_device() -> None:
 
 
 @pytest.mark.parametrize("there", ["cuda", "cpu"])
-def test_a_launcher_that_asks_for_deepspeed_or_fsdp_is_refused_before_training(
+def test_a_launcher_that_asks_for_deepspeed_or_fsdp1_is_refused_before_training(
     there: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: Any = SimpleNamespace(
@@ -888,5 +894,7 @@ def test_a_launcher_that_asks_for_deepspeed_or_fsdp_is_refused_before_training(
     asked.deepspeed_plugin = None
     one_device(asked, torch.device(there))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"FSDP.*Start it with torchrun \(DDP\)"):
+    with pytest.raises(ValueError, match=r"FSDP1.*FSDP2 .*torchrun \(DDP\)"):
         one_device(asked, torch.device(there))
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    one_device(asked, torch.device(there))
