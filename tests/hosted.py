@@ -1,12 +1,14 @@
-"""Small runs of a hosted trainer, which engines of several processes must train as one process does."""
+"""Small runs of a hosted trainer, which engines of several processes must train as one process does; and what any training borrows."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import astuple
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -140,3 +142,31 @@ def run(
         found["chosen"] = {i: lift.state[p]["indices"].clone() for i, p in enumerate(lift.param_groups[0]["params"])}
         lift.close()
     return found
+
+
+def belongings(m: Model) -> dict[str, Any]:
+    """Everything of a model and of the process that tuning borrows."""
+    hooks = [len(p._post_accumulate_grad_hooks or ()) + len(p._backward_hooks or ()) for p in m.module.parameters()]
+    modules = [
+        (
+            name,
+            type(part),
+            part.training,
+            len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks),
+        )
+        for name, part in m.module.named_modules()
+    ]
+    return {
+        "names": sorted(m.module.__dict__),
+        "parameters": [(n, id(p), p.requires_grad, p.grad is None) for n, p in m.module.named_parameters()],
+        "modules": modules,
+        "hooks": hooks,
+        "config": copy.deepcopy(m.module.config.to_dict()),
+        "generation": copy.deepcopy(m.module.generation_config.to_dict()),
+        "forward": m.module.forward.__func__,
+        "tokenizer": (m.tokenizer.padding_side, m.tokenizer.pad_token, m.tokenizer.eos_token, m.tokenizer.model_max_length),
+        # not Python's own random state: the type checker of these tests draws from it
+        "random": (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+        "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+    }  # fmt: skip

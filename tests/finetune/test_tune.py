@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import os
@@ -11,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -30,6 +28,7 @@ from surgery.model import Model
 from surgery.transcript import Transcript
 from surgery.weights import linear_sites
 from tests.families import characters, tiny, tiny_vlm
+from tests.hosted import belongings
 
 QUESTIONS = chained_sums(16, seed=3, terms=(2, 3))
 SMALL: dict[str, Any] = {"steps": 3, "batch_size": 4, "autocast": False}
@@ -430,34 +429,6 @@ def test_steps_leave_no_tensors_behind(method: Any) -> None:
         own = {"reward": lambda question, transcript: float(sum(transcript.ids) % 17), "options": group}
     tune(m, data, method=method, steps=6, autocast=False, callbacks=[Count()], **own)
     assert alive[0] == alive[1]
-
-
-def belongings(m: Model) -> dict[str, Any]:
-    """Everything of a model and of the process that tuning borrows."""
-    hooks = [len(p._post_accumulate_grad_hooks or ()) + len(p._backward_hooks or ()) for p in m.module.parameters()]
-    modules = [
-        (
-            name,
-            type(part),
-            part.training,
-            len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks),
-        )
-        for name, part in m.module.named_modules()
-    ]
-    return {
-        "names": sorted(m.module.__dict__),
-        "parameters": [(n, id(p), p.requires_grad, p.grad is None) for n, p in m.module.named_parameters()],
-        "modules": modules,
-        "hooks": hooks,
-        "config": copy.deepcopy(m.module.config.to_dict()),
-        "generation": copy.deepcopy(m.module.generation_config.to_dict()),
-        "forward": m.module.forward.__func__,
-        "tokenizer": (m.tokenizer.padding_side, m.tokenizer.pad_token, m.tokenizer.eos_token, m.tokenizer.model_max_length),
-        # not Python's own random state: the type checker of these tests draws from it
-        "random": (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
-        "threads": torch.get_num_threads(),
-        "gradients": torch.is_grad_enabled(),
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["lift", "full", "lora"])
