@@ -87,9 +87,8 @@ def eraser(x: Moments, cross: CrossMoments, *, tolerance: float = TOLERANCE) -> 
     root, axes = values[live].sqrt(), axes[:, live]
     whitened = (axes.T @ cross.covariance(ddof=0)) / root[:, None]  # W S_xz, in the principal axes
     span, strength, _ = torch.linalg.svd(whitened, full_matrices=False)
-    scale = (
-        whitened.norm()
-    )  # in the labels' units alone; the column of a class is at most as long as its standard deviation, a half
+    # in the labels' units alone: the column of a class is at most as long as its standard deviation, a half
+    scale = whitened.norm()
     kept = strength > 1e-7 * scale
     if scale <= 1e-12:
         raise ValueError("The activations and the labels do not vary together: there is nothing to erase.")
