@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,20 +20,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from finetune.checkpoints import digest, last_complete, require_somewhere
-from finetune.hosts import Surgical, Term, reports_in_runs
+from finetune.hosts import Surgical, Term, reports_in_runs, within
 from finetune.learner import (
     Adapter,
     Trains,
     bar,
     check_budget,
+    fsdp_is_asked,
     learner,
     one_device,
     require_norm,
-    require_one_process,
     require_versions,
 )
 from finetune.lift import Select
@@ -67,7 +70,7 @@ class Round:
     flat:     share in [0, 1] of the groups all of whose rewards are equal: they give no gradient.
     unscored: completions for which the reward abstained.
     length:   mean tokens of a completion. cut: share in [0, 1] that the cap cut off.
-    entropy:  of the next token, in nats, mean over the completions' tokens of each micro-batch and then over micro-batches.
+    entropy:  of the next token, in nats, mean over the completions' tokens of each micro-batch (of each process) and then over micro-batches.
     kl:       from the starting model, in nats a token (its k3 estimate), mean alike; NaN where beta is 0.
     """
 
@@ -163,15 +166,22 @@ def grpo(
     Each step is on-policy: its completions are drawn from the weights it changes, without dropout in either, so probability ratios are 1
     and clipping has no say.
 
+    Under torchrun (DDP) all processes call this alike, each answers its part of a step's questions with a group's completions together, and
+    every one has the tuned weights in the end; groups stays the count of a step, all processes together, and the run is that of one process.
+    The first alone writes log and checkpoints. vLLM was not tried there.
+
     Raises ValueError for settings out of range, fewer questions than groups, a reward that is not finite, and rewards that never differ
-    within a group; ImportError for vLLM where it is not installed, and a TRL without rollout functions; RuntimeError under more than one
-    process; FloatingPointError as `tune`.
+    within a group, and under a launcher that asks for FSDP or DeepSpeed; ImportError for vLLM where it is not installed, and a TRL without
+    rollout functions; FloatingPointError as `tune`.
     Source: Shao et al., "DeepSeekMath", arXiv 2402.03300, section 4.1, equations 3 and 4.
     Differs: the KL is multiplied by the probability ratio, which corrects its gradient (DeepSeek-V3.2, arXiv 2512.02556), as TRL does;
         samples are the same in any batch.
     """
     require_versions("trl", "peft")
-    _check(trains, steps, groups, samples, accumulate, beta, loss, scale_rewards, temperature, max_new_tokens, patience)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    _check(
+        trains, steps, groups, samples, accumulate, beta, loss, scale_rewards, temperature, max_new_tokens, patience, processes
+    )  # fmt: skip
     require_norm(max_grad_norm)
     more = {
         name: value
@@ -189,7 +199,7 @@ def grpo(
         "options": dict(options or {}), "weight_decay": weight_decay,
         "schedule": schedule, "warmup": warmup, "max_grad_norm": max_grad_norm, "autocast": autocast, "patience": patience,
         "vllm": served, "seed": seed, "reward": described(reward), "data": digest([repr(q) if is_dataclass(q) else _text(q) for q in questions]), "start": fingerprint(model),
-        "terms": [named(t) for t in terms], "DRIFT": any(isinstance(c, DRIFT) for c in callbacks),
+        "terms": [named(t) for t in terms], "DRIFT": any(isinstance(c, DRIFT) for c in callbacks), "processes": processes,
     }  # fmt: skip
 
     from datasets import Dataset
@@ -199,17 +209,8 @@ def grpo(
     with ExitStack() as borrowed:
         borrowed.enter_context(_speech_as_before(model))
         folder = Path(checkpoints) if checkpoints else Path(borrowed.enter_context(tempfile.TemporaryDirectory()))
-        resume = last_complete(folder, settings)
-        switched_off = trains in get_args(Adapter)  # there the start is the model without its adapter
-        starting = copy.deepcopy(model.module).requires_grad_(False).eval() if beta and not switched_off else None
-        student = borrowed.enter_context(
-            learner(
-                model, trains, lr=peak, seed=seed, density=density, lora_rank=lora_rank, weight_decay=weight_decay, options=more
-            )
-        )  # fmt: skip
-        table = _Table(model, list(questions), reward, samples, temperature, max_new_tokens, seed, patience, log)
         args = GRPOConfig(
-            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=groups * samples // accumulate,
+            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=groups * samples // (accumulate * processes),
             gradient_accumulation_steps=accumulate, num_generations=samples, max_completion_length=max_new_tokens,
             learning_rate=peak, lr_scheduler_type=schedule, warmup_steps=warmup, weight_decay=weight_decay,
             max_grad_norm=max_grad_norm, seed=seed, data_seed=seed, bf16=autocast, use_cpu=model.device.type == "cpu",
@@ -219,7 +220,22 @@ def grpo(
             dataloader_pin_memory=model.device.type == "cuda", use_vllm=served, vllm_mode="colocate",
             router_aux_loss_coef=0.0,  # what balances experts has a gradient where rewards have none
         )  # fmt: skip
+        if not autocast:
+            args.mixed_precision = "no"  # a launcher may ask for bf16
         one_device(args, model.device)
+        if args.world_size > 1:
+            # as the trainer will, but LIFT meets the other processes before
+            model.module.to(args.device)  # type: ignore[arg-type]
+        with args.main_process_first(local=False):  # which may remove halves
+            resume = last_complete(folder, settings)
+        switched_off = trains in get_args(Adapter)  # there the start is the model without its adapter
+        starting = copy.deepcopy(model.module).requires_grad_(False).eval() if beta and not switched_off else None
+        student = borrowed.enter_context(
+            learner(
+                model, trains, lr=peak, seed=seed, density=density, lora_rank=lora_rank, weight_decay=weight_decay, options=more
+            )
+        )  # fmt: skip
+        table = _Table(model, list(questions), reward, samples, temperature, max_new_tokens, seed, patience, log)
         borrowed.enter_context(reports_in_runs(report_to, folder, resume))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*rollout_func.*")  # TRL calls them experimental
@@ -241,7 +257,8 @@ def grpo(
         if progress:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(bar())
-        table.begin(json.loads((resume / "trainer_state.json").read_text())["global_step"] if resume else 0)
+        if args.process_index == 0:
+            table.begin(json.loads((resume / "trainer_state.json").read_text())["global_step"] if resume else 0)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         table.require_difference(history, last=True)
@@ -297,12 +314,18 @@ def _trainer_class() -> Any:
                 )
             module: Any = self.ref_model if model is self.ref_model else self._bare()
             size = batch_size or len(input_ids)
-            with evaluating(module), self.accelerator.autocast():  # samples were drawn without dropout too
+
+            def compute() -> tuple[Tensor, Tensor]:
                 found = [
                     completion_logprobs(module, ids, mask, logits_to_keep, self.temperature)
                     for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
                 ]
-            logps, entropies = (torch.cat(part) for part in zip(*found, strict=True))
+                logps, entropies = zip(*found, strict=True)
+                return torch.cat(logps), torch.cat(entropies)
+
+            with evaluating(module), self.accelerator.autocast():  # samples were drawn without dropout too
+                reduced = torch.is_grad_enabled() and self._is_reduced(model)
+                logps, entropies = within(model, compute) if reduced else compute()
             return logps, entropies if compute_entropy else None, None
 
     return Trainer
@@ -336,7 +359,7 @@ class _Table:
         write_whole(self.log, "".join(json.dumps(line) + "\n" for line in kept))
 
     def answered(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
-        """Complete the prompts, `samples` neighbours of each: token ids, and the transcripts for `judged`."""
+        """Complete this process's prompts, `samples` neighbours of each: token ids, and the transcripts for `judged`."""
         asked = prompts[:: self.samples]
         with evaluating(self.model.module), trainer.accelerator.autocast():
             given = self.model.generate(
@@ -346,6 +369,7 @@ class _Table:
                 seed=seed_from_numbers(self.seed, trainer.state.global_step),
                 max_new_tokens=self.max_new_tokens,
                 batch_size=len(prompts),
+                first=trainer.accelerator.process_index * len(asked),
             )
         starts = [t.spans["completion"][0] for t in given]
         return {
@@ -359,19 +383,24 @@ class _Table:
         self, completion_ids: list[list[int]], index: list[int], trainer_state: Any, log_metric: Any,
         transcript: Sequence[Transcript] | None = None, **_: Any,
     ) -> list[float | None]:  # fmt: skip
-        """The reward of every completion of a step, groups of neighbours together."""
+        """The reward of every completion of a step that is this process's, groups of neighbours together; told of all processes' together."""
         history = [entry for entry in trainer_state.log_history if "loss" in entry]
         self.require_difference(history)
         given = transcript or [self._read(i, ids) for i, ids in zip(index, completion_ids, strict=True)]
-        each = [self._each(self.questions[i], t) for i, t in zip(index, given, strict=True)]
-        totals = [self._total(i, values) for i, values in zip(index, each, strict=True)]
-        for name in each[0] if isinstance(self.reward, Weighted) else ():
-            log_metric(_PART + name, _mean([values[name] for values in each]))
+        lines: list[dict[str, Any]] = gather_object(self._lines(trainer_state.global_step + 1, index, given))
+        for line in lines:
+            line["reward"] = self._total(line["question"], line["parts"])
+        totals, parts = [line["reward"] for line in lines], [line["parts"] for line in lines]
+        for name in parts[0] if isinstance(self.reward, Weighted) else ():
+            log_metric(_PART + name, _mean([values[name] for values in parts]))
         starts = range(0, len(totals), self.samples)
         log_metric("groups/flat", _mean([float(_flat(totals[s : s + self.samples])) for s in starts]))
         log_metric("completions/unscored", float(totals.count(None)))
-        self._write(trainer_state.global_step + 1, index, given, totals, each)
-        return totals
+        here = PartialState()
+        if self.log is not None and here.is_main_process:
+            with Path(self.log).open("a", encoding="utf-8") as log:
+                log.writelines(json.dumps(line) + "\n" for line in lines)
+        return totals[here.process_index * len(given) :][: len(given)]
 
     def require_difference(self, history: Sequence[Mapping[str, Any]], last: bool = False) -> None:
         """Raise ValueError where no group's rewards have differed in `patience` steps, or in all of a run."""
@@ -408,20 +437,16 @@ class _Table:
         question, m = _text(self.questions[index]), self.model
         return read_transcript(m.tokenizer, question, m.prompt_ids(question), completion, m.markers)
 
-    def _write(
-        self, step: int, index: Sequence[int], given: Sequence[Transcript], totals: Sequence[float | None],
-        each: Sequence[Mapping[str, float | None]],
-    ) -> None:  # fmt: skip
-        if self.log is None:
-            return
-        with Path(self.log).open("a", encoding="utf-8") as log:
-            for row, (i, t, total, values) in enumerate(zip(index, given, totals, each, strict=True)):
-                begin, end = t.spans["completion"]
-                line = {
-                    "step": step, "question": i, "sample": row % self.samples, "text": t.question, "completion": t.completion,
-                    "tokens": end - begin, "finished": t.finished, "reward": total, "parts": values,
-                }  # fmt: skip
-                log.write(json.dumps(line) + "\n")
+    def _lines(self, step: int, index: Sequence[int], given: Sequence[Transcript]) -> list[dict[str, Any]]:
+        """What the log says of completions, but for the sum of a reward's parts."""
+        lines = []
+        for row, (i, t) in enumerate(zip(index, given, strict=True)):
+            begin, end = t.spans["completion"]
+            lines.append({
+                "step": step, "question": i, "sample": row % self.samples, "text": t.question, "completion": t.completion,
+                "tokens": end - begin, "finished": t.finished, "reward": None, "parts": self._each(self.questions[i], t),
+            })  # fmt: skip
+        return lines
 
 
 @contextmanager
@@ -443,7 +468,7 @@ def _speech_as_before(model: Model) -> Iterator[None]:
 
 def _check(
     trains: str, steps: int, groups: int, samples: int, accumulate: int, beta: float, loss: str, scale: str, temperature: float,
-    max_new_tokens: int, patience: int,
+    max_new_tokens: int, patience: int, processes: int,
 ) -> None:  # fmt: skip
     for called, word, words in (("trains", trains, Trains), ("loss", loss, Loss), ("scale_rewards", scale, Scale)):
         if word not in get_args(words):
@@ -459,11 +484,21 @@ def _check(
         raise ValueError(f"{', '.join(small)}: must be at least 1.")
     if samples < 2:
         raise ValueError(f"samples={samples}: a completion is judged against its group, so that 2 are needed at least.")
-    if (groups * samples) % accumulate:
-        raise ValueError(f"The {groups * samples} completions of a step are not divisible by accumulate={accumulate}.")
+    if groups % processes:
+        raise ValueError(
+            f"groups={groups} questions a step are dealt out to {processes} processes: give a multiple of {processes}."
+        )
+    if (groups * samples) % (accumulate * processes):
+        each = "" if processes == 1 else f" in each of {processes} processes"
+        raise ValueError(
+            f"The {groups * samples} completions of a step are not divisible by accumulate={accumulate}{each}."
+        )
     if not (temperature > 0 and beta >= 0):
         raise ValueError(f"temperature={temperature}, beta={beta}: a temperature above 0, and a beta of 0 or more.")
-    require_one_process("grpo")
+    if processes > 1 and fsdp_is_asked():
+        raise ValueError(
+            "The launcher asks for FSDP, and grpo draws samples of whole weights. Start it with torchrun (DDP)."
+        )
 
 
 def _check_data(questions: Sequence[Any], groups: int, save_every: int | None, checkpoints: object) -> None:

@@ -340,6 +340,10 @@ class Surgical(_Host):
                 logs["mask_overlap"] = sum(fresh) / len(fresh)
         super().log(logs, *args, **kwargs)
 
+    def _is_reduced(self, model: nn.Module) -> bool:
+        """Whether DistributedDataParallel reduces the gradients, which it makes ready for in a forward pass of its own."""
+        return isinstance(model, DistributedDataParallel) and self._lift() is None
+
     def _objective_is_shared(self) -> bool:
         return self.args.world_size > 1 and self._totals is not None
 
@@ -353,12 +357,19 @@ class Surgical(_Host):
         if getattr(self._objective, "reference", False):
             reference = functools.cache(lambda: self._reference_logits(original))
         engine, sharded = under_deepspeed() and model is not self.model, under_fsdp()
-        reduced = model.training and (engine or (isinstance(model, DistributedDataParallel) and not self._lift()))
+        reduced = model.training and (engine or self._is_reduced(model))
         through = module if self.args.world_size == 1 or self._lift() or reduced or engine or sharded else model
         with self._computing():
             if reduced or sharded:
                 share = not sharded  # FSDP2 gathers a layer's weights for one pass through it
-                found = _within(model, lambda: predict(through, batch, share, totals, reference))
+                made: list[Predictions] = []
+
+                def logits() -> Tensor:
+                    made.append(predict(through, batch, share, totals, reference))
+                    return made[0].raw
+
+                raw = within(model, logits)
+                found = replace(made[0], raw=raw)
             else:
                 found = predict(through, batch, totals=totals, reference=reference, pieces=are_pieces())
             # an evaluation's numbers are those of other data
@@ -592,26 +603,19 @@ def _own_names(model: Any) -> Iterator[None]:
         del live.save_pretrained
 
 
-def _within(wrapper: nn.Module, compute: Callable[[], Predictions]) -> Predictions:
-    """`compute`, as the forward pass of a DistributedDataParallel or a DeepSpeed engine, which there makes ready to reduce the gradients, or of a
-    module that FSDP2 has sharded, which there gathers its weights."""
-    found: list[Predictions] = []
-
-    def forward() -> Tensor:
-        found.append(compute())
-        return found[0].raw
-
+def within(wrapper: nn.Module, compute: Callable[[], Any]) -> Any:
+    """What `compute` gives, a tensor or several, as the forward pass of a DistributedDataParallel or a DeepSpeed engine, which there makes ready
+    to reduce the gradients, or of a module that FSDP2 has sharded, which there gathers its weights."""
     inner: Any = wrapper if under_fsdp() else wrapper.module
     own = inner.__dict__.get("forward")
-    inner.forward = forward
+    inner.forward = compute
     try:
-        logits = wrapper()
+        return wrapper()
     finally:
         if own is None:
             del inner.forward
         else:
             inner.forward = own
-    return replace(found[0], raw=logits)
 
 
 def _lift_apart(make: Callable[..., None], args: Any, kwargs: Any) -> tuple[Any, Any, LIFT | None]:

@@ -131,7 +131,7 @@ def tune(
 
     Under torchrun (DDP) all processes call this alike, and every one has the tuned weights in the end. batch_size stays what is learnt in a
     step, all processes together, so that the run is that of one process (an epoch's last batch, where it falls short, is filled up with the
-    epoch's first examples); terms count once; the first process alone writes log and checkpoints. ``grpo`` takes one process.
+    epoch's first examples); terms count once; the first process alone writes log and checkpoints. Of ``grpo``, see there.
 
     A launcher that asks for FSDP2 (accelerate launch --use_fsdp --fsdp_version 2) has the weights, their gradients and what the optimizer keeps
     of them dealt out while they train; before and afterwards each process has an ordinary model, whole, of the same parameters (see
@@ -146,7 +146,7 @@ def tune(
     """
     require_versions("trl", "peft")
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    shared = 1 if method == "grpo" else processes  # which says itself that it takes one
+    shared = 1 if method == "grpo" else processes  # which deals out groups
     batch = accumulate if method == "grpo" else batch_size  # whose batches are groups of samples
     _check(method, steps, batch, accumulate, shared, save_every, checkpoints, watch, log, budget, page, max_grad_norm)
     chosen = {"filter_rank": filter_rank, "refresh": refresh, "select": select}

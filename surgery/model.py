@@ -188,19 +188,21 @@ class Model:
         seed: int = 0,
         max_new_tokens: int = 64,
         batch_size: int = 32,
+        first: int = 0,
         progress: bool = False,
     ) -> list[Transcript]:
         """Answer each question `samples` times; transcripts come question by question, a question's samples together.
 
         temperature: 0 is greedy, the default for one sample; 1 is the default for several. Sample j of question i depends on
-        ``(seed, i, j)`` alone, whatever the batch: the noise of a row is its own (Gumbel-max sampling). Raises ValueError for counts that are
-        no whole numbers of 1 or more, and a temperature out of range.
+        ``(seed, i, j)`` alone, whatever the batch: the noise of a row is its own (Gumbel-max sampling). first: the number i of the first
+        question, so that a part of a list is answered as in the whole. Raises ValueError for counts that are
+        no whole numbers of 1 or more (of 0 or more for first), and a temperature out of range.
         """
         asked = [questions] if isinstance(questions, str) else list(questions)
         heat = _heat(samples, temperature)
         prompts = [self.prompt_ids(q) for q in asked]
         written = self._write_on(
-            prompts, [len(p) for p in prompts], samples, heat, seed, max_new_tokens, batch_size, progress
+            prompts, [len(p) for p in prompts], samples, heat, seed, max_new_tokens, batch_size, progress, first
         )
         return [
             read_transcript(self.tokenizer, asked[i], prompts[i], row, self.markers, sample=j)
@@ -250,13 +252,14 @@ class Model:
 
     def _write_on(
         self, starts: list[list[int]], prompts: list[int], samples: int, heat: float, seed: int, length: int, batch_size: int,
-        progress: bool,
+        progress: bool, number: int = 0,
     ) -> list[list[list[int]]]:  # fmt: skip
-        """What is written after each start, sample by sample. prompts: how many tokens of each start are its prompt."""
+        """What is written after each start, sample by sample. prompts: how many tokens of each start are its prompt. number: of the first start."""
         from tqdm.auto import tqdm
 
         require_whole("max_new_tokens", length, 1)
         require_whole("batch_size", batch_size, 1)
+        require_whole("first", number, 0)
         jobs = [(i, j) for i in range(len(starts)) for j in range(samples)]
         order = sorted(jobs, key=lambda job: len(starts[job[0]]))  # little padding
         done: dict[tuple[int, int], list[int]] = {}
@@ -266,7 +269,11 @@ class Model:
                 asked = [prompts[i] for i, _ in batch]
                 with rows_are(asked, [i for i, _ in batch]):
                     rows = self._generate_batch(
-                        [starts[i] for i, _ in batch], min(asked), [(seed, i, j) for i, j in batch], heat, length
+                        [starts[i] for i, _ in batch],
+                        min(asked),
+                        [(seed, number + i, j) for i, j in batch],
+                        heat,
+                        length,
                     )
                 done.update(zip(batch, rows, strict=True))
                 bar.update(len(batch))

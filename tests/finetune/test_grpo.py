@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from surgery.transcript import Transcript
 from surgery.weights import linear_sites
 from tests.families import tiny
 from tests.oracles import grpo as oracle
+from tests.processes import together
 
 ASKED = [f"What is {'9' * (i % 4)}{i}?" for i in range(8)]
 SMALL: dict[str, Any] = {
@@ -444,8 +446,11 @@ def test_what_is_borrowed_is_given_back(trains: Any, failing: bool) -> None:
 
 
 class Interrupted(TrainerCallback):
+    def __init__(self, after: int = 4):
+        self.after = after
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 4:
+        if state.global_step == self.after:
             raise KeyboardInterrupt
 
 
@@ -586,7 +591,88 @@ def test_another_trl_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         run()
 
 
-def test_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="one process; here are 2"):
-        run()
+# --- several processes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "environment", "told"),
+    [
+        ({"groups": 3}, {}, "groups=3 questions a step are dealt out to 2 processes: give a multiple of 2"),
+        ({"accumulate": 8}, {}, "8 completions of a step are not divisible by accumulate=8 in each of 2 processes"),
+        (
+            {},
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            "asks for FSDP, and grpo draws samples of whole weights",
+        ),
+    ],
+)
+def test_what_a_launcher_may_not_ask(
+    bad: dict[str, Any], environment: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=told):
+        run(**bad)
+
+
+def vowels(question: Any, transcript: Transcript) -> float | None:
+    """Abstains of every question with a certain digit, so that parts have other counts in each process."""
+    return None if "5" in transcript.question else sum(c in "aeiou" for c in transcript.completion or "") / 6
+
+
+def spoilt(question: Any, transcript: Transcript) -> float:
+    """No number for completions of one question, which one process alone has."""
+    return math.nan if transcript.question == spoilt.of else letters(question, transcript)
+
+
+spoilt.of = ""
+TOGETHER: dict[str, dict[str, Any]] = {
+    "full": {"accumulate": 2, "beta": 0.5, "scale_rewards": "batch"},
+    "lift": {"trains": "lift", "density": 0.1, "filter_rank": 4, "refresh": 1, "loss": "grpo"},
+    "lora": {"trains": "lora", "lora_rank": 2, "beta": 0.5, "lr": 1e-2},
+}  # fmt: skip
+
+
+def alike(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for kind, options in TOGETHER.items():
+        reward = Weighted({"letters": (letters, 1.0), "vowels": (vowels, 0.5)})
+        options = SMALL | {"groups": 4, "steps": 3, "max_grad_norm": 0.05, "log": folder / f"{kind}.{world}"} | options
+        m, done = run(reward=reward, **options)
+        found[kind] = {"tensors": tensors(m), "norms": done.gradient_norms, "rounds": [vars(r) for r in done.rounds]}
+    kept = options | {"checkpoints": folder / str(world), "save_every": 2, "log": folder / f"again.{world}"}
+    for index in (0, 1):
+        m, stopping = model(), [] if index else [Interrupted(2)]
+        try:
+            run(m, reward=reward, callbacks=stopping, **kept)
+        except KeyboardInterrupt:
+            found["stopped"] = True
+    found["resumed"] = tensors(m)
+    spoilt.of = json.loads((folder / f"lora.{world}").read_text().splitlines()[0])["text"]  # the first process asks it
+    with pytest.raises(ValueError, match=r"The reward 'reward' of an answer to .* is nan"):
+        run(reward=spoilt, **options | {"log": None})
+    return found
+
+
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    """Each answers half of a step's questions."""
+    one = alike(tmp_path, 0, 1)
+    both = together(2, {"all": functools.partial(alike, tmp_path)}, tmp_path, begun=False)["all"]
+    for mine in both:
+        assert not isinstance(mine, str), mine
+        assert mine["stopped"]
+        for kind in TOGETHER:
+            assert mine[kind]["norms"] == pytest.approx(one[kind]["norms"], rel=1e-4), kind
+            for here, there in zip(mine[kind]["rounds"], one[kind]["rounds"], strict=True):
+                assert here.keys() == there.keys()
+                assert here.pop("parts") == pytest.approx(there["parts"], rel=1e-6), kind
+                for means in ("entropy", "kl"):  # over the tokens of each process's completions first
+                    assert here.pop(means) == pytest.approx(there[means], rel=0.02, abs=1e-6, nan_ok=True), kind
+                assert here == pytest.approx({key: there[key] for key in here}, rel=1e-5, nan_ok=True), kind
+            for name, tensor in one[kind]["tensors"].items():
+                torch.testing.assert_close(mine[kind]["tensors"][name], tensor, rtol=0, atol=2e-5, msg=f"{kind} {name}")
+        for name, tensor in mine["lora"]["tensors"].items():
+            assert torch.equal(mine["resumed"][name], tensor)  # to the bit, of as many processes
+    for kind in TOGETHER:
+        assert read(tmp_path / f"{kind}.2") == read(tmp_path / f"{kind}.1")
+    assert read(tmp_path / "again.2") == read(tmp_path / "lora.2")

@@ -106,6 +106,16 @@ def test_all_ended_is_the_end() -> None:
     assert len(passes) == 1
 
 
+def test_a_part_of_a_list_is_answered_as_in_the_whole() -> None:
+    model, asked = Model(*tiny("llama")), ["a", "b b", "c", "d d d"]
+    options = {"samples": 2, "temperature": 3.0, "seed": 5, "max_new_tokens": 6}
+    whole, last = model.generate(asked, **options), model.generate(asked[2:], first=2, **options)
+    assert [t.ids for t in last] == [t.ids for t in whole[4:]]
+    assert [t.ids for t in model.generate(asked[2:], **options)] != [t.ids for t in last]
+    with pytest.raises(ValueError, match="first=-1: give a whole number, 0 or more"):
+        model.generate(asked, first=-1)
+
+
 def test_no_tokens_asked_is_an_error() -> None:
     with pytest.raises(ValueError, match="max_new_tokens=0: give a whole number, 1 or more"):
         Model(*tiny("llama")).generate("a", max_new_tokens=0)
