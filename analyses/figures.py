@@ -800,7 +800,7 @@ def draw(function: Callable[..., Axes], *args: Any, width: float = 5.5, ratio: f
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
         function(*args, ax=figure.subplots(), **options)
-        figure.canvas.draw()
+        figure.draw_without_rendering()
     return figure
 
 
@@ -822,7 +822,7 @@ def panels(function: Callable[..., Axes], frame: DataFrame, *, width: float = 9.
                 ax.get_legend().remove()
         for ax in figure.axes[len(measures) :]:
             ax.remove()
-        figure.canvas.draw()
+        figure.draw_without_rendering()
     return figure
 
 

@@ -40,12 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def little_to_collect():
     """Modules, tests and what else is there to stay are not looked through at each collection of garbage, which ends every training: it took a
-    third of a second each time."""
-    gc.collect()
-    gc.freeze()
+    third of a second each time, and still a twentieth with the modules alone that a file's first training brings."""
+    if len(gc.get_objects()) > 20_000:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture
