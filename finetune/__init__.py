@@ -4,7 +4,7 @@ lift         principal_indices() and LIFT, a torch optimizer over the chosen ent
 overlay      overlay_(): trainable entries beside frozen matrices, quantised ones too
 distributed  LIFT in several processes: DDP, FSDP2 and DeepSpeed
 shares       what of a parameter one process steps on, where an engine deals it out
-dealt        a module that FSDP2 deals out while it trains, whole before and afterwards
+dealt        a module that FSDP2 or DeepSpeed deals out while it trains, whole before and afterwards
 examples     transcripts with a weight for every token, alone or in groups
 pieces       a backward pass in pieces, in which no weight keeps its gradient back
 predictions  what an objective looks at: logits at the tokens that are learnt

@@ -1,4 +1,4 @@
-"""A module that FSDP2 deals out to several processes while it trains, whole in each of them before and afterwards."""
+"""A module that an engine (FSDP2, DeepSpeed) deals out to several processes while it trains, whole in each of them before and afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.distributed import Peers, under_fsdp
+from finetune.distributed import Peers, is_partitioned, under_deepspeed, under_fsdp
 from surgery.borrowing import own_parts
 
 
@@ -29,29 +29,25 @@ class _Kept:
 
 @contextmanager
 def dealt_out(trainer: Any) -> Iterator[None]:
-    """A trainer's module is FSDP2's to deal out for the length of a ``with`` block, all processes together; nothing where it does not shard.
+    """A trainer's module is its engine's to deal out for the length of a ``with`` block, all processes together; nothing where there is none.
 
     Afterwards each process has the module whole: every part of its own class, with its own hooks and parameters, tied where they were, with
-    what was learnt, on the device that trained. Until then those parameters lie on the CPU as they were, and FSDP2 has others. After an error,
-    of which other processes may know nothing, what they learnt cannot be asked for: the weights are then those of before the block.
+    what was learnt, on the device that trained. Until then those parameters lie on the CPU as they were, and the engine has others. After an
+    error, of which other processes may know nothing, what they learnt cannot be asked for: the weights are then those of before the block.
+    (DeepSpeed with an optimizer that was given, which is LIFT, deals nothing out and has the parameters themselves.)
 
     Raises ValueError where the processes do not begin with the same weights, and where FSDP2 is to keep them on the CPU between passes.
     """
-    if not under_fsdp():
+    if not (under_fsdp() or under_deepspeed()):
         yield
         return
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    module, optimizer, plugin = trainer.model, trainer.optimizer, trainer.accelerator.state.fsdp_plugin
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise ValueError(
-            "The launcher has FSDP2 keep the weights on the CPU between passes, with which no training here was tried. Leave fsdp_offload_params out."
-        )
+    module, optimizer = trainer.model, trainer.optimizer
+    if under_fsdp():
+        _require_no_offload(trainer.accelerator.state.fsdp_plugin)
     if peers := Peers.of():
         peers.require_same(dict(module.named_parameters()))
-    plugin.cpu_ram_efficient_loading = False  # each process has all the weights
     with own_parts(module):
-        kept = _lend(module, optimizer)
+        kept = [] if under_deepspeed() and optimizer is not None else _lend(module, optimizer)
         try:
             yield
             for one in kept:
@@ -60,7 +56,18 @@ def dealt_out(trainer: Any) -> Iterator[None]:
         finally:
             for one in kept:
                 one.parameter.data = one.parameter.data.to(one.now.device)
-            _forget(module)
+            if under_fsdp():
+                _forget(module)
+
+
+def _require_no_offload(plugin: Any) -> None:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "The launcher has FSDP2 keep the weights on the CPU between passes, with which no training here was tried. Leave fsdp_offload_params out."
+        )
+    plugin.cpu_ram_efficient_loading = False  # each process has all the weights
 
 
 def _lend(module: nn.Module, optimizer: Any) -> list[_Kept]:
@@ -91,4 +98,9 @@ def _forget(module: nn.Module) -> None:
 @torch.no_grad()
 def _whole(tensor: Any) -> Tensor:
     """All of a tensor, of which each process may have some rows; all of them ask together."""
+    if is_partitioned(tensor):
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        with deepspeed.zero.GatheredParameters(tensor):
+            return tensor.detach().clone()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()

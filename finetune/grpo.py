@@ -32,7 +32,6 @@ from finetune.learner import (
     Trains,
     bar,
     check_budget,
-    fsdp_is_asked,
     learner,
     one_device,
     require_norm,
@@ -222,7 +221,7 @@ def grpo(
         )  # fmt: skip
         if not autocast:
             args.mixed_precision = "no"  # a launcher may ask for bf16
-        one_device(args, model.device)
+        one_device(args, model.device, whole=True)
         if args.world_size > 1:
             # as the trainer will, but LIFT meets the other processes before
             model.module.to(args.device)  # type: ignore[arg-type]
@@ -495,10 +494,6 @@ def _check(
         )
     if not (temperature > 0 and beta >= 0):
         raise ValueError(f"temperature={temperature}, beta={beta}: a temperature above 0, and a beta of 0 or more.")
-    if processes > 1 and fsdp_is_asked():
-        raise ValueError(
-            "The launcher asks for FSDP, and grpo draws samples of whole weights. Start it with torchrun (DDP)."
-        )
 
 
 def _check_data(questions: Sequence[Any], groups: int, save_every: int | None, checkpoints: object) -> None:

@@ -101,8 +101,8 @@ class Surgical(_Host):
     Under DeepSpeed (tried with 0.19.8, on the CPU, one process and two) full tuning works at every ZeRO stage, with `finetune.rules.DRIFT` too
     (in fp32 or, from stage 1 on, bf16; the form "update" at stage 0); `LIFT` at stage 0 and without DeepSpeed's own bf16 and fp16 (a bf16
     model is welcome). Under FSDP2 (accelerate's, tried on the CPU with two processes) full tuning, `LIFT` and `DRIFT` work. All train as without
-    them, clipped by ``max_grad_norm``; where weights are dealt out, without terms and recorders. What is not said here to work with `LIFT` or
-    `DRIFT` is refused. fp16's scaled loss is refused with `LIFT` everywhere.
+    them, clipped by ``max_grad_norm``; where weights are dealt out without recorders, and under FSDP2 without terms. What is not said here to
+    work with `LIFT` or `DRIFT` is refused. fp16's scaled loss is refused with `LIFT` everywhere.
 
     With `LIFT` as the optimizer (``optimizers=(lift, None)``) gradients are clipped and measured through it. A loss or a gradient that is
     not finite raises FloatingPointError with the step and the site, and so do weights that are not when they would be saved; checkpoints

@@ -114,16 +114,20 @@ def check_budget(
         _check_room(model, adapted_layers(model), RANK if lora_rank is None else lora_rank)
 
 
-def one_device(arguments: Any, ours: torch.device) -> None:
+def one_device(arguments: Any, ours: torch.device, *, whole: bool = False) -> None:
     """Keep a trainer to one device: with several accelerators in sight it would deal each batch out to all of them, and learn as many times as
     much in a step. Under torchrun each process has a device of its own, to which its trainer carries the model.
 
-    Raises ValueError where a single process would carry the model from the device that it was loaded on to another, and where a launcher
-    asks for DeepSpeed or FSDP1, by which no process would have the weights in the end.
+    whole: the weights are needed whole while they train. Raises ValueError where a launcher asks for an engine that deals them out, and in any
+    case for FSDP1, and where a single process would carry the model from the device that it was loaded on to another.
     """
-    if getattr(arguments, "deepspeed_plugin", None) is not None:
+    asked = {
+        "DeepSpeed": getattr(arguments, "deepspeed_plugin", None) is not None,
+        "FSDP": arguments.world_size > 1 and fsdp_is_asked(),
+    }
+    if whole and (engine := next((name for name, is_asked in asked.items() if is_asked), None)):
         raise ValueError(
-            "The launcher asks for DeepSpeed, which would deal the weights out and keep them. Start it with torchrun (DDP)."
+            f"The launcher asks for {engine}, and these weights are needed whole while they train. Start it with torchrun (DDP)."
         )
     if arguments.world_size > 1 and fsdp_is_asked() and os.environ.get("FSDP_VERSION", "1") == "1":
         raise ValueError(
@@ -141,6 +145,26 @@ def one_device(arguments: Any, ours: torch.device) -> None:
 def fsdp_is_asked() -> bool:
     """Whether a launcher asks for FSDP, which accelerate grants where several accelerators train."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def deepspeed_asked() -> dict[str, Any] | None:
+    """What a launcher asks of DeepSpeed, as a configuration: how things are dealt out, and all else a trainer's to say. None where none does.
+
+    Raises ValueError where weights or what an optimizer keeps are to lie on the host or a disk.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return None
+    from accelerate import DeepSpeedPlugin
+
+    zero = dict(DeepSpeedPlugin().deepspeed_config["zero_optimization"])
+    for part in ("offload_optimizer", "offload_param"):
+        if (place := (zero.pop(part, None) or {}).get("device", "none")) != "none":
+            raise ValueError(
+                f"The launcher has DeepSpeed keep things on the {place} ({part}), with which no training here was tried. Leave it out."
+            )
+    zero |= {"stage3_gather_16bit_weights_on_model_save": True}
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {"zero_optimization": zero} | dict.fromkeys(auto, "auto")
 
 
 def require_one_process(who: str) -> None:

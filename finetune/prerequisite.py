@@ -253,7 +253,7 @@ def _trained(
         disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
         dataloader_pin_memory=how.model.device.type == "cuda",
     )  # fmt: skip
-    one_device(arguments, how.model.device)
+    one_device(arguments, how.model.device, whole=True)
     trainer = Stage(
         model=learner,
         args=arguments,

@@ -22,7 +22,7 @@ from finetune.distributed import Shards, is_partitioned, is_sharded, local_part
 
 @dataclass(frozen=True)
 class Share(ABC):
-    """Entries `begin` to ``begin + count`` of a parameter, flat; other processes of `group` have the rest.
+    """Entries `begin` to ``begin + count`` of a parameter, flat, that is dealt out, or was and is whole again; other processes of `group` have the rest.
 
     whole: the parameter's shape. writes: whether the weights can be written to through `values`.
     """
@@ -36,9 +36,9 @@ class Share(ABC):
     count: int
 
     @property
+    @abstractmethod
     def is_whole(self) -> bool:
         """Whether this process has the rest as well by now."""
-        return False
 
     def again(self, name: str, parameter: Any) -> Share:
         """The same entries of the parameter that has taken the place of this one: dealt out anew, or whole. All processes call this.
@@ -53,9 +53,15 @@ class Share(ABC):
             )
         return share
 
-    @abstractmethod
     def values(self) -> Float[Tensor, " count"]:
-        """What the optimizer steps on."""
+        """What the optimizer steps on, or stepped on."""
+        if self.is_whole:
+            return self.parameter.detach().reshape(-1)[self.begin : self.begin + self.count]
+        return self._dealt()
+
+    @abstractmethod
+    def _dealt(self) -> Float[Tensor, " count"]:
+        """`values` while the parameter is dealt out."""
 
     @abstractmethod
     def gradient(self) -> Float[Tensor, " count"] | None:
@@ -79,7 +85,7 @@ class Share(ABC):
 
 
 class Rows(Share):
-    """Of a DTensor sharded by rows, as ``fully_shard`` makes it; of a parameter that was one, and is whole again, the same rows."""
+    """Of a DTensor sharded by rows, as ``fully_shard`` makes it."""
 
     writes = True
 
@@ -87,9 +93,8 @@ class Rows(Share):
     def is_whole(self) -> bool:
         return not is_sharded(self.parameter)
 
-    def values(self) -> Float[Tensor, " count"]:
-        here = local_part(self.parameter.detach()).reshape(-1)
-        return here[self.begin : self.begin + self.count] if self.is_whole else here
+    def _dealt(self) -> Float[Tensor, " count"]:
+        return local_part(self.parameter.detach()).reshape(-1)
 
     def gradient(self) -> Float[Tensor, " count"] | None:
         grad = self.parameter.grad
@@ -99,7 +104,11 @@ class Rows(Share):
 class Fragment(Share):
     """At ZeRO stages 1 and 2: the part of a parameter that falls into this process's piece of all parameters in a row; perhaps none."""
 
-    def values(self) -> Float[Tensor, " count"]:
+    @property
+    def is_whole(self) -> bool:
+        return not hasattr(self.parameter, "_hp_mapping")
+
+    def _dealt(self) -> Float[Tensor, " count"]:
         here = self.parameter._hp_mapping
         return self.parameter.new_empty(0) if here is None else here.get_hp_fragment()
 
@@ -113,7 +122,11 @@ class Fragment(Share):
 class Partition(Share):
     """At ZeRO stage 3: an equal part of every parameter, the last one filled up."""
 
-    def values(self) -> Float[Tensor, " count"]:
+    @property
+    def is_whole(self) -> bool:
+        return not is_partitioned(self.parameter)
+
+    def _dealt(self) -> Float[Tensor, " count"]:
         p = self.parameter
         own = p._z3_optimizer.get_local_fp32_param(p) if p.requires_grad else p.ds_tensor
         return own.detach().view(-1)[: self.count]

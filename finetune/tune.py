@@ -24,6 +24,7 @@ from finetune.learner import (
     Trains,
     bar,
     check_budget,
+    deepspeed_asked,
     fsdp_is_asked,
     learner,
     one_device,
@@ -133,11 +134,14 @@ def tune(
     step, all processes together, so that the run is that of one process (an epoch's last batch, where it falls short, is filled up with the
     epoch's first examples); terms count once; the first process alone writes log and checkpoints. Of ``grpo``, see there.
 
-    A launcher that asks for FSDP2 (accelerate launch --use_fsdp --fsdp_version 2) has the weights, their gradients and what the optimizer keeps
-    of them dealt out while they train; before and afterwards each process has an ordinary model, whole, of the same parameters (see
-    `finetune.dealt`; in between they lie on the CPU as they were, which after an error they are again). It is the same run, also resumed, with
-    `DRIFT`; without watch, terms and what of `LIFT` needs whole matrices, which are refused, as are FSDP1, DeepSpeed and fsdp_offload_params.
-    accelerate shards on accelerators alone: on CPUs such a launcher gets DDP. Tried with two processes on a CPU that were told otherwise.
+    A launcher that asks for FSDP2 (accelerate launch --use_fsdp --fsdp_version 2) or DeepSpeed (accelerate launch --use_deepspeed --zero_stage 2)
+    has the weights, their gradients and what the optimizer keeps of them dealt out while they train; before and afterwards each process has an
+    ordinary model, whole, of the same parameters (see `finetune.dealt`; in between they lie on the CPU as they were, which after an error they
+    are again). It is the same run, also resumed, with `DRIFT`. Under FSDP2 without watch, terms and what of `LIFT` needs whole matrices, under
+    DeepSpeed without `LIFT` from ZeRO stage 1 on and without watch at stage 3; these are refused, as are FSDP1 and what is to be kept on the CPU
+    or a disk. The launcher says how things are dealt out; precision, batch, clipping and optimizer are those given here.
+    accelerate shards on accelerators alone: on CPUs such a launcher gets DDP. Tried with two processes on a CPU that were told otherwise, and
+    DeepSpeed 0.19.8.
 
     Raises ValueError for settings out of range or without use for the method, for transcripts without the span, for SHiRA where a
     matrix has too few entries for its rank, and for any method but lift on weights that are not fp32 (their steps would vanish
@@ -169,13 +173,14 @@ def tune(
     peak = LEARNING_RATES[trains] if lr is None else lr
     schedule = schedule or "linear"
     sharded = processes > 1 and fsdp_is_asked()
+    zero = deepspeed_asked()
     settings = {
         "method": method, "steps": steps, "lr": peak, "batch_size": batch_size, "accumulate": accumulate, "density": density,
         "lora_rank": lora_rank, "filter_rank": filter_rank, "refresh": refresh, "select": select, "weight_decay": weight_decay,
         "schedule": schedule, "warmup": warmup, "max_grad_norm": max_grad_norm, "over": over, "autocast": autocast, "seed": seed,
         "options": dict(options or {}), "objective": named(objective), "corrupt": corrupt and named(corrupt),
         "terms": [named(t) for t in terms], "DRIFT": any(isinstance(c, DRIFT) for c in callbacks),
-        "processes": processes, "FSDP": sharded or None,
+        "processes": processes, "FSDP": sharded or None, "DeepSpeed": zero and zero["zero_optimization"],
     }  # fmt: skip
     rows = rows_of(examples(data, over))
     _check_columns(objective, rows)
@@ -195,16 +200,20 @@ def tune(
         args = SFTConfig(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size // (accumulate * processes),
             gradient_accumulation_steps=accumulate, learning_rate=peak, lr_scheduler_type=schedule, warmup_steps=warmup,
-            weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed, data_seed=seed, bf16=autocast,
-            use_cpu=model.device.type == "cpu", activation_checkpointing=False, logging_steps=1, logging_nan_inf_filter=False,
+            weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed, data_seed=seed, bf16=autocast and zero is None,
+            deepspeed=zero, use_cpu=model.device.type == "cpu", activation_checkpointing=False, logging_steps=1, logging_nan_inf_filter=False,
             save_strategy="steps" if save_every else "no", save_steps=save_every or steps, save_total_limit=2, report_to=list(report_to),
             disable_tqdm=not progress, remove_unused_columns=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
             dataloader_pin_memory=model.device.type == "cuda",
             router_aux_loss_coef=0.0,  # the objective is the loss
         )  # fmt: skip
-        if sharded or not autocast:
-            # a launcher may ask for bf16, by which FSDP2 would also reduce gradients and 16-bit weights be widened
+        if sharded or zero or not autocast:
+            # a launcher may ask for bf16, by which FSDP2 would also reduce gradients and 16-bit weights be widened, and DeepSpeed step on copies
             args.mixed_precision = "no"
+        if zero:
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            borrowed.callback(unset_hf_deepspeed_config)  # at stage 3 no model would be made whole afterwards
         one_device(args, model.device)
         if args.world_size > 1:
             # as the trainer will, but LIFT meets the other processes before
@@ -228,7 +237,7 @@ def tune(
             objective=objective,
             corrupt=corrupt,
             terms=terms,
-            autocast=torch.bfloat16 if autocast and sharded else None,
+            autocast=torch.bfloat16 if autocast and (sharded or zero) else None,
             settings=settings,
         )
         trainer.remove_callback(PrinterCallback)

@@ -413,7 +413,7 @@ def tuned(folder: Path, rank: int, world: int) -> dict[str, Any]:
     from finetune.retention import Replay
     from finetune.tune import tune
 
-    found: dict[str, Any] = {"refused": []}
+    found: dict[str, Any] = {}
     shared: dict[str, Any] = {"autocast": False, "objective": asft(0.1), "schedule": "constant", "max_grad_norm": 0.5}
     for kind, options in TUNED.items():
         kept = (
@@ -431,13 +431,12 @@ def tuned(folder: Path, rank: int, world: int) -> dict[str, Any]:
                 "weights": snapshot(m.module), "losses": done.losses, "norms": done.gradient_norms, "shares": done.shares["improbable"],
                 "traces": sorted(m.module.__dict__),
             }  # fmt: skip
-    for bad in ({"batch_size": 3}, {"method": "grpo", "reward": lambda question, transcript: 1.0}) if world > 1 else ():
+    if world > 1:
         m = Model(*tiny("llama"))
-        data = [m.transcript("1?", "2"), m.transcript("2?", "3")]
         try:
-            tune(m, [t.question for t in data] if "reward" in bad else data, steps=1, **bad)
-        except (ValueError, RuntimeError) as error:
-            found["refused"].append(str(error))
+            tune(m, [m.transcript("1?", "2"), m.transcript("2?", "3")], steps=1, batch_size=3)
+        except ValueError as error:
+            found["refused"] = str(error)
     return found
 
 
@@ -675,9 +674,7 @@ def test_the_first_process_alone_writes(scripts: Path) -> None:
 
 def test_what_two_processes_cannot_do_is_refused(tunes: list[Any]) -> None:
     for found in tunes[1:]:
-        odd, grpo = found["refused"]
-        assert "1 micro-batches in each of 2 processes need a multiple of 2" in odd
-        assert "grpo works in one process; here are 2" in grpo
+        assert "1 micro-batches in each of 2 processes need a multiple of 2" in found["refused"]
 
 
 # --- sharded weights ----------------------------------------------------------------------------------------------------------

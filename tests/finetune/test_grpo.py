@@ -602,7 +602,7 @@ def test_another_trl_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             {},
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-            "asks for FSDP, and grpo draws samples of whole weights",
+            "asks for FSDP, and these weights are needed whole while they train",
         ),
     ],
 )
