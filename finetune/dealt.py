@@ -99,8 +99,8 @@ def _forget(module: nn.Module) -> None:
 def _whole(tensor: Any) -> Tensor:
     """All of a tensor, of which each process may have some rows; all of them ask together."""
     if is_partitioned(tensor):
-        import deepspeed  # pyright: ignore[reportMissingImports]
+        from peft.utils.integrations import gather_params_ctx
 
-        with deepspeed.zero.GatheredParameters(tensor):
+        with gather_params_ctx(tensor, modifier_rank=None):
             return tensor.detach().clone()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()

@@ -34,6 +34,7 @@ from finetune.learner import (
     check_budget,
     learner,
     one_device,
+    require_no_engine,
     require_norm,
     require_versions,
 )
@@ -177,6 +178,7 @@ def grpo(
         samples are the same in any batch.
     """
     require_versions("trl", "peft")
+    require_no_engine("grpo")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     _check(
         trains, steps, groups, samples, accumulate, beta, loss, scale_rewards, temperature, max_new_tokens, patience, processes
@@ -221,7 +223,7 @@ def grpo(
         )  # fmt: skip
         if not autocast:
             args.mixed_precision = "no"  # a launcher may ask for bf16
-        one_device(args, model.device, whole=True)
+        one_device(args, model.device)
         if args.world_size > 1:
             # as the trainer will, but LIFT meets the other processes before
             model.module.to(args.device)  # type: ignore[arg-type]

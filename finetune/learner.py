@@ -114,21 +114,13 @@ def check_budget(
         _check_room(model, adapted_layers(model), RANK if lora_rank is None else lora_rank)
 
 
-def one_device(arguments: Any, ours: torch.device, *, whole: bool = False) -> None:
+def one_device(arguments: Any, ours: torch.device) -> None:
     """Keep a trainer to one device: with several accelerators in sight it would deal each batch out to all of them, and learn as many times as
     much in a step. Under torchrun each process has a device of its own, to which its trainer carries the model.
 
-    whole: the weights are needed whole while they train. Raises ValueError where a launcher asks for an engine that deals them out, and in any
-    case for FSDP1, and where a single process would carry the model from the device that it was loaded on to another.
+    Raises ValueError where a single process would carry the model from the device that it was loaded on to another, and where a launcher
+    asks for FSDP1.
     """
-    asked = {
-        "DeepSpeed": getattr(arguments, "deepspeed_plugin", None) is not None,
-        "FSDP": arguments.world_size > 1 and fsdp_is_asked(),
-    }
-    if whole and (engine := next((name for name, is_asked in asked.items() if is_asked), None)):
-        raise ValueError(
-            f"The launcher asks for {engine}, and these weights are needed whole while they train. Start it with torchrun (DDP)."
-        )
     if arguments.world_size > 1 and fsdp_is_asked() and os.environ.get("FSDP_VERSION", "1") == "1":
         raise ValueError(
             "The launcher asks for FSDP1, which keeps weights in flat pieces of no matrix. Ask for FSDP2 (accelerate launch --use_fsdp "
@@ -145,6 +137,18 @@ def one_device(arguments: Any, ours: torch.device, *, whole: bool = False) -> No
 def fsdp_is_asked() -> bool:
     """Whether a launcher asks for FSDP, which accelerate grants where several accelerators train."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def require_no_engine(who: str) -> None:
+    """Raises ValueError where a launcher asks for an engine that deals weights out, for what needs them whole while they train."""
+    asked = {
+        "DeepSpeed": parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
+        "FSDP": int(os.environ.get("WORLD_SIZE", 1)) > 1 and fsdp_is_asked(),
+    }
+    if engine := next((name for name, is_asked in asked.items() if is_asked), None):
+        raise ValueError(
+            f"The launcher asks for {engine}, and {who} needs the weights whole while they train. Start it without: torchrun (DDP), or python."
+        )
 
 
 def deepspeed_asked() -> dict[str, Any] | None:

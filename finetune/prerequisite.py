@@ -24,7 +24,15 @@ from torch import nn
 from finetune.checkpoints import digest, discard, last_complete, require_same_run, require_somewhere
 from finetune.examples import Collate, Example, Item, Over, examples, rows_of
 from finetune.hosts import Surgical
-from finetune.learner import adapted_layers, as_before, one_device, require_norm, require_one_process, require_versions
+from finetune.learner import (
+    adapted_layers,
+    as_before,
+    one_device,
+    require_no_engine,
+    require_norm,
+    require_one_process,
+    require_versions,
+)
 from finetune.objectives import nll
 from surgery.lowrank import Factored
 from surgery.model import Model
@@ -87,8 +95,8 @@ def prereq_tune(
                its steps; the same call then goes on where it was stopped, and gives the same bits. callbacks: of the trainer of every stage.
 
     Batch j of a stage depends on ``(seed, j)`` alone. Raises ValueError where the versions of knowledge and skill are not the same, for
-    numbers below 1, for a model whose experts are one tensor together, and for a folder of another run; RuntimeError under a launcher of
-    several processes; FloatingPointError where a loss is not finite.
+    numbers below 1, for a model whose experts are one tensor together, for a folder of another run, and under a launcher that asks for FSDP or
+    DeepSpeed; RuntimeError under a launcher of several processes; FloatingPointError where a loss is not finite.
     Source: Liu et al. 2024 (arXiv 2410.19290), Prereq-Tune: ranks 32 and 64, multi-version.
     Differs: learning rates and lengths are ours (the paper: 3e-5, 15 and 50 epochs of 8-billion-parameter models).
     """
@@ -106,6 +114,7 @@ def prereq_tune(
         raise ValueError(f"{', '.join(low)}: each is at least 1.")
     require_norm(max_grad_norm)
     require_one_process("prereq_tune")
+    require_no_engine("prereq_tune")
     names = {version: f"knowledge{k}" for k, version in enumerate(knowledge)}  # PEFT's names take no dots
     facts = {version: [e for (e,) in _alone(data, knowledge_over)] for version, data in knowledge.items()}
     tasks = {version: [e for (e,) in _alone(data, skill_over)] for version, data in skill.items()}
@@ -253,7 +262,7 @@ def _trained(
         disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
         dataloader_pin_memory=how.model.device.type == "cuda",
     )  # fmt: skip
-    one_device(arguments, how.model.device, whole=True)
+    one_device(arguments, how.model.device)
     trainer = Stage(
         model=learner,
         args=arguments,

@@ -126,7 +126,7 @@ def refused() -> dict[str, tuple[str, bool]]:
         try:
             with patch.dict(os.environ, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} | (environment or {})):
                 if options.get("method") == "grpo":
-                    grpo(m, ["a", "b"], lambda question, transcript: 1.0, steps=1, groups=2, samples=2, autocast=False)
+                    grpo(m, ["a", "b"], lambda question, transcript: 1.0, steps=1, groups=2, samples=2)
                 else:
                     tune(m, data, **SHARED | {"method": "full"} | options)
         except ValueError as error:
@@ -205,7 +205,7 @@ def test_what_cannot_be_is_refused_and_leaves_the_model(found: list[dict[str, An
     told = {
         **{f"lift {stage}": f"ZeRO stage {stage} deals" for stage in (1, 2, 3)},
         "watch": "The recorder reads whole weights, and under ZeRO stage 3",
-        "grpo": "The launcher asks for DeepSpeed, and these weights are needed whole",
+        "grpo": "The launcher asks for DeepSpeed, and grpo needs the weights whole",
         "offload": r"keep things on the cpu \(offload_optimizer\), with which no training here was tried",
     }
     for mine in found:

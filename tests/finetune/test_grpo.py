@@ -602,7 +602,12 @@ def test_another_trl_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             {},
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-            "asks for FSDP, and these weights are needed whole while they train",
+            "asks for FSDP, and grpo needs the weights whole while they train",
+        ),
+        (
+            {},
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            "asks for DeepSpeed, and grpo needs the weights whole while they train",
         ),
     ],
 )

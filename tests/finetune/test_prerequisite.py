@@ -253,3 +253,15 @@ def test_what_does_not_fit_is_refused() -> None:
         run(m, save_every=2)
     assert not any("lora" in name for name, _ in m.module.named_modules())
     assert isinstance(m.module.model.layers[0].mlp.up_proj, nn.Linear)
+
+
+def test_launchers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(
+        ValueError, match="asks for DeepSpeed, and prereq_tune needs the weights whole while they train"
+    ):
+        run(m)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="prereq_tune works in one process; here are 2"):
+        run(m)

@@ -854,15 +854,8 @@ def test_a_trainer_keeps_to_one_device() -> None:
 
 
 @pytest.mark.parametrize("there", ["cuda", "cpu"])
-def test_a_launcher_that_asks_for_deepspeed_or_fsdp1_is_refused_before_training(
-    there: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: Any = SimpleNamespace(
-        device=torch.device(there), n_gpu=1, _n_gpu=1, world_size=2, deepspeed_plugin="stage 3"
-    )
-    with pytest.raises(ValueError, match=r"DeepSpeed.*Start it with torchrun \(DDP\)"):
-        one_device(asked, torch.device(there))
-    asked.deepspeed_plugin = None
+def test_a_launcher_that_asks_for_fsdp1_is_refused_before_training(there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: Any = SimpleNamespace(device=torch.device(there), n_gpu=1, _n_gpu=1, world_size=2)
     one_device(asked, torch.device(there))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"FSDP1.*FSDP2 .*torchrun \(DDP\)"):
