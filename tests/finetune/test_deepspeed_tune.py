@@ -47,6 +47,7 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # of a ZeRO stage
     "drift 3": (3, {"method": "full"}),
     "watch 2": (2, {"method": "full"}),
 }
+LOW = ("autocast 2", "autocast 3")  # rounded otherwise in other micro-batches
 RESUMED = ("lift", "full 0", "full 2", "full 3", "lora 2")
 
 
@@ -78,7 +79,7 @@ def told(m: Model, done: Any) -> dict[str, Any]:
 
 def run(kind: str, folder: Path) -> dict[str, Any]:
     """A run; of some kinds also one that is stopped before its last step, and taken up again."""
-    stage, options = RUNS[kind]
+    stage, options = RUNS.get(kind) or (int(kind[-1]), {"method": "full", "autocast": True})
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
     options, log = SHARED | options, folder / f"{os.environ.get('RANK')}.jsonl"
     if "terms" in options:
@@ -148,16 +149,16 @@ def launched(folder: Path, rank: int, world: int) -> dict[str, Any]:
     os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ.update({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"})
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
-    given = {name: getattr(trl, name) for name in ("SFTConfig", "GRPOConfig")}
+    given = trl.SFTConfig
 
-    def on_this_cpu(name: str, **options: Any) -> Any:
+    def on_this_cpu(**options: Any) -> Any:
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState(backend="gloo")
-        return given[name](**options | {"use_cpu": False, "accelerator_config": {"use_configured_state": True}})
+        return given(**options | {"use_cpu": False, "accelerator_config": {"use_configured_state": True}})
 
     elsewhere = patch.object(torch.Tensor, "cpu", lambda tensor: tensor.detach().clone())  # as from an accelerator
-    with elsewhere, patch.multiple(trl, **{name: functools.partial(on_this_cpu, name) for name in given}):
-        found: dict[str, Any] = {kind: run(kind, folder) for kind in RUNS}
+    with elsewhere, patch.object(trl, "SFTConfig", on_this_cpu):
+        found: dict[str, Any] = {kind: run(kind, folder) for kind in (*RUNS, *LOW)}
         return found | {"refused": refused(), "whole": weights(start()[0])}  # a model that is made afterwards
 
 
@@ -190,6 +191,15 @@ def test_two_processes_train_what_one_trains_and_have_it_whole(
     if "log" in one:
         assert found[0][kind]["log"] == pytest.approx(one["log"], rel=1e-5)
         assert "log" not in found[1][kind]
+
+
+@pytest.mark.parametrize("kind", LOW)
+def test_it_computes_in_bf16_where_that_is_asked(kind: str, found: list[dict[str, Any]], tmp_path: Path) -> None:
+    one, fine = run(kind, tmp_path)["losses"], found[0]["full 2"]["losses"]
+    for mine in (found[0][kind], found[1][kind]):
+        assert mine["losses"] == pytest.approx(one, rel=2e-3)
+        assert mine["losses"] != pytest.approx(fine, rel=1e-4)
+        assert {tensor.dtype for tensor in mine["weights"].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", RESUMED)
