@@ -19,7 +19,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.edits import Scale
 from surgery.model import Model
 from surgery.weights import Delta, apply, linear_sites
-from tests.benchmarks.bench_training import batch
+from tests.benchmarks.bench_training import SIZES, batch
 
 LIMIT, LOG_EVERY = 1.05, 10
 
@@ -39,7 +39,7 @@ def step_row(folder: str | Path, method: str, store: Store, rounds: int) -> dict
     state = TrainerState()
     drift.on_train_begin(None, state, None)
     optimizer, clip = _lift(model) if method == "LIFT" else _adamw(model)
-    inputs, spent = batch(model), []
+    inputs, spent = batch(model, SIZES[0]), []
 
     def step(bent: bool) -> float:
         model.module.train()

@@ -2,6 +2,11 @@
 
 All arms see the same batch, compute in bfloat16 with float32 weights, and clip; they take turns in one process. Memory is that of a
 process of its own.
+
+What the optimizer costs does not depend on the batch, what the passes through the model cost does: hence batches of two sizes, and the pass that
+every way of training those matrices makes before it computes a weight's gradient. A peer is "plain" in a loop of its own user's, with the loss that
+transformers computes; otherwise it goes through the model as `tune` has it go, the beginning that all rows share once, which tells what the choice of
+the method alone saves.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from surgery.weights import linear_sites
 from tests.benchmarks import measure
 
 RANK = 16  # of the LoRA: every other arm but the full one trains as many numbers, matrix by matrix
+SIZES = (16, 2)  # transcripts a batch
 Step = Callable[[], object]
 
 
@@ -33,7 +39,7 @@ def run(folder: str | Path, rounds: int = 5) -> list[dict[str, Any]]:
     return training_rows(folder, rounds) + memory_rows(folder)
 
 
-def batch(model: Model, size: int = 16) -> dict[str, Tensor]:
+def batch(model: Model, size: int) -> dict[str, Tensor]:
     """A batch of the study's own data, padded on the right."""
     told = [model.transcript(q.question, q.completion(model.markers)) for q in chained_sums(size, seed=0)]
     width = max(len(t.ids) for t in told)
@@ -49,7 +55,7 @@ def batch(model: Model, size: int = 16) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def lift_steps(folder: str | Path, steps: int = 1, **options: Any) -> Step:
+def lift_steps(folder: str | Path, steps: int = 1, size: int = SIZES[0], **options: Any) -> Step:
     """The job: steps of LIFT on every attention and MLP matrix, by default with as many entries as the LoRA has numbers."""
     model = Model.load(folder, device="cpu", dtype="float32")
     weights = model.weights
@@ -59,41 +65,54 @@ def lift_steps(folder: str | Path, steps: int = 1, **options: Any) -> Step:
     for _, parameter in chosen:
         parameter.requires_grad_(True)
     lift = LIFT(chosen, lr=1e-4, **(options or {"lora_rank": RANK}))
-    return stepping(model, lift, lambda: lift.clip_grad_norm_(1.0), steps)
+    return stepping(model, lift, lambda: lift.clip_grad_norm_(1.0), steps, size)
 
 
-def full_steps(folder: str | Path, steps: int = 1) -> Step:
+def full_steps(folder: str | Path, steps: int = 1, size: int = SIZES[0], plain: bool = False) -> Step:
     """The job: steps of AdamW on all parameters."""
     model = Model.load(folder, device="cpu", dtype="float32")
-    return dense_steps(model, model.module, steps)
+    return dense_steps(model, model.module, steps, size, plain)
 
 
-def lora_steps(folder: str | Path, steps: int = 1) -> Step:
+def lora_steps(folder: str | Path, steps: int = 1, size: int = SIZES[0], plain: bool = False) -> Step:
     """The job: steps of AdamW on PEFT's LoRA at the same matrices."""
     model = Model.load(folder, device="cpu", dtype="float32")
-    return dense_steps(model, with_adapter(model, "lora", RANK), steps)
+    return dense_steps(model, with_adapter(model, "lora", RANK), steps, size, plain)
 
 
-def shira_steps(folder: str | Path, steps: int = 1) -> Step:
+def shira_steps(folder: str | Path, steps: int = 1, size: int = SIZES[0], plain: bool = False) -> Step:
     """The job: steps of AdamW on PEFT's SHiRA, which trains entries of the same matrices, drawn at random."""
     model = Model.load(folder, device="cpu", dtype="float32")
-    return dense_steps(model, with_adapter(model, "shira", RANK, seed=0), steps)
+    return dense_steps(model, with_adapter(model, "shira", RANK, seed=0), steps, size, plain)
 
 
-def dense_steps(model: Model, learner: Any, steps: int) -> Step:
+def frozen_steps(folder: str | Path, steps: int = 1, size: int = SIZES[0]) -> Step:
+    """The job: forward and backward through the whole model for the gain of its first norm alone, which no optimizer changes."""
+    model = Model.load(folder, device="cpu", dtype="float32")
+    weights = model.weights
+    assert isinstance(weights, LiveWeights)
+    model.module.requires_grad_(False)
+    first = weights.parameter("0.attn.norm").requires_grad_(True)
+    return stepping(model, torch.optim.SGD([first], lr=0.0), lambda: None, steps, size)
+
+
+def dense_steps(model: Model, learner: Any, steps: int, size: int, plain: bool) -> Step:
     trained = [p for p in learner.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trained, lr=1e-5, foreach=True)
-    return stepping(model, adamw, lambda: torch.nn.utils.clip_grad_norm_(trained, 1.0), steps)
+    return stepping(model, adamw, lambda: torch.nn.utils.clip_grad_norm_(trained, 1.0), steps, size, plain)
 
 
-def stepping(model: Model, optimizer: torch.optim.Optimizer, clip: Step, steps: int) -> Step:
-    inputs = batch(model)
+def stepping(
+    model: Model, optimizer: torch.optim.Optimizer, clip: Step, steps: int, size: int, plain: bool = False
+) -> Step:
+    """plain: the loss is transformers' own, of all rows whole, as a Trainer computes it; otherwise what `tune` computes, the same number."""
+    inputs = batch(model, size)
     model.module.train()
 
     def step() -> None:
         for _ in range(steps):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = nll(predict(model.module, inputs))
+                loss = model.module(**inputs).loss if plain else nll(predict(model.module, inputs))
             loss.backward()
             clip()
             optimizer.step()
@@ -103,13 +122,21 @@ def stepping(model: Model, optimizer: torch.optim.Optimizer, clip: Step, steps: 
 
 
 def training_rows(folder: str | Path, rounds: int) -> list[dict[str, Any]]:
+    return [found for size in SIZES for found in rows_of_size(folder, rounds, size)]
+
+
+def rows_of_size(folder: str | Path, rounds: int, size: int) -> list[dict[str, Any]]:
     arms = {
-        "LIFT": lift_steps(folder),
-        "full AdamW": full_steps(folder),
-        "LoRA": lora_steps(folder),
-        "SHiRA": shira_steps(folder),
+        "LIFT": lift_steps(folder, size=size),
+        "full AdamW": full_steps(folder, size=size),
+        "LoRA": lora_steps(folder, size=size),
+        "SHiRA": shira_steps(folder, size=size),
+        "LIFT, density 0.05": lift_steps(folder, size=size, density=0.05),
+        "no weight's gradient": frozen_steps(folder, size=size),
+        "plain full AdamW": full_steps(folder, size=size, plain=True),
+        "plain LoRA": lora_steps(folder, size=size, plain=True),
+        "plain SHiRA": shira_steps(folder, size=size, plain=True),
     }
-    arms["LIFT, density 0.05"] = lift_steps(folder, density=0.05)
     times: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
         for name, step in arms.items():
@@ -118,18 +145,18 @@ def training_rows(folder: str | Path, rounds: int) -> list[dict[str, Any]]:
             if turn:  # the first is not counted
                 times[name].append(time.perf_counter() - began)
     middle = {name: statistics.median(values) for name, values in times.items()}
-    note = f"16 transcripts, bf16 autocast, clipping; {RANK} numbers a row and column, but for full AdamW; median of {rounds}"
-    limits = {"full AdamW": 0.75, "LoRA": 1.3, "SHiRA": 1 / 1.5}
+    note = f"{size} transcripts, bf16 autocast, clipping; {RANK} numbers a row and column, but for full AdamW; median of {rounds}"
     return [
-        row(f"whole training step, LIFT against {peer} (s)", middle["LIFT"], middle[peer], limit, note)
-        for peer, limit in limits.items()
-    ] + [
-        row(
-            "whole training step, LIFT at density 0.05 against full AdamW (s)",
-            middle["LIFT, density 0.05"],
-            middle["full AdamW"],
-            0.75,
-            note,
+        row(f"whole training step of {size}, {ours} against {peer} (s)", middle[ours], middle[peer], limit, note)
+        for ours, peer, limit in (
+            ("LIFT", "plain full AdamW", 0.75),
+            ("LIFT", "plain LoRA", 1.3),
+            ("LIFT", "plain SHiRA", 1 / 1.5),
+            ("LIFT", "full AdamW", 0.75),
+            ("LIFT", "LoRA", 1.3),
+            ("LIFT", "SHiRA", 1 / 1.5),
+            ("LIFT, density 0.05", "full AdamW", 0.75),
+            ("no weight's gradient", "full AdamW", None),
         )
     ]
 
@@ -156,5 +183,5 @@ def memory_rows(folder: str | Path, repeats: int = 2) -> list[measure.Row]:
     return found
 
 
-def row(name: str, ours: float, peer: float, limit: float, note: str) -> dict[str, Any]:
+def row(name: str, ours: float, peer: float, limit: float | None, note: str) -> dict[str, Any]:
     return {"name": name, "ours": ours, "peer": peer, "ratio": ours / peer, "limit": limit, "note": note}
