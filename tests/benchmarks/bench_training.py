@@ -4,7 +4,7 @@ All arms see the same batch, compute in bfloat16 with float32 weights, and clip;
 process of its own.
 
 What the optimizer costs does not depend on the batch, what the passes through the model cost does: hence batches of two sizes, and the pass that
-every way of training those matrices makes before it computes a weight's gradient. A peer is "plain" in a loop of its own user's, with the loss that
+every way of training those matrices makes before it computes a weight's gradient. A peer is "plain" in a loop as its users write it, with the loss that
 transformers computes; otherwise it goes through the model as `tune` has it go, the beginning that all rows share once, which tells what the choice of
 the method alone saves.
 """
